@@ -1,0 +1,1 @@
+"""Where text becomes batches: sources, tokenizers, corpus on disk, rows. numpy and grain only."""

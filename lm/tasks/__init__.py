@@ -1,0 +1,1 @@
+"""Objectives: what a row of tokens asks of a model."""
