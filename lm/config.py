@@ -1,0 +1,441 @@
+"""Experiment files, overrides from the command line, and one frozen dataclass for each section.
+
+A value's way: an experiment file's `get_config()` (`load`), the command line (`override`), the
+dataclasses' defaults (`complete`), then one frozen dataclass a section (`freeze`), below which
+nobody sees a ConfigDict. A dataclass is the only place where a field has its type, its default and,
+as a trailing comment, its help text. A section's dataclass may hold
+`ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}`: field `momentum` is used only when field
+`name` has one of these values.
+
+`schema` maps a section's name to a function from the section's present values to its dataclass, so
+that `model.name` picks the class.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import json
+import math
+import numbers
+import re
+import sys
+import textwrap
+import tokenize
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+Duration = int | str  # steps, or "100 steps", "1e6 tokens", "2 epochs", "10%" (of train.num_steps)
+T = typing.TypeVar("T")
+Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
+
+_DURATION = re.compile(r"([0-9._eE+]+)\s*(%|steps?|tokens?|epochs?|)")
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_EXAMPLES = {
+    "bool": "true",
+    "int": "100",
+    "float": "3e-4",
+    "duration": "'2 epochs'",
+    "tuple[str, ...]": "a,b",
+    "tuple[tuple[str, float], ...]": "'.*bias=0,.*=1'",
+}
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line that names field, value and fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TopLevel:
+    """The fields that stand outside every section."""
+
+    seed: int = 0  # seed of all that is random: parameters, order of the data, dropout
+
+
+class Field(NamedTuple):
+    """One field of a section's dataclass."""
+
+    name: str
+    type: Any
+    default: Any
+    comment: str
+
+
+def call(path: str | Path, function: str) -> Any:
+    """Run `function()` of the experiment file at `path` and return its result.
+
+    Raises ConfigError, naming file and line, for a missing file or function or an exception inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"config={path}: no such file; give an experiment file's path, "
+            "such as experiments/gpt_tiny.py"
+        )
+    # Compiled here and not imported: an import could serve a stale cache of a file just rewritten.
+    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), names)
+        found = names.get(function)
+        if callable(found):
+            return found()
+    except Exception as error:
+        where = f"{path}:{_line_in(path, error)}"
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    raise ConfigError(f"config={path}: it has no function {function}(); define one")
+
+
+def _line_in(path: Path, error: Exception) -> int:
+    """Return the deepest line of the file at `path` that `error` came through."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno or 0
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f.lineno or 0 for f in reversed(frames) if f.filename == str(path)), 0)
+
+
+def load(path: str | Path) -> ConfigDict:
+    """Return the ConfigDict of the experiment file's `get_config()`; it may leave fields out.
+
+    Raises ConfigError for a missing file or function, or an exception inside.
+    """
+    config = call(path, "get_config")
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"config={path}: get_config() returned {type(config).__name__}; "
+            "return an ml_collections.ConfigDict"
+        )
+    return config
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"section.field": value} of {"section": {"field": value}}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = isinstance(value, Mapping | ConfigDict)
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> ConfigDict:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, key = name.split(".")
+        inner = functools.reduce(lambda d, section: d.setdefault(section, {}), sections, nested)
+        inner[key] = value
+    # `freeze` checks the types, with better words; a Duration may change from int to str.
+    return ConfigDict(nested, type_safe=False)
+
+
+def _catalogue(schema: Schema, flat: Mapping[str, Any]) -> dict[str, Field]:
+    """Return every field that these values' dataclasses have, by dotted name."""
+    fields = {field.name: field for field in describe(TopLevel)}
+    for section, cls in _classes(schema, flat).items():
+        fields |= {f"{section}.{field.name}": field for field in describe(cls)}
+    return fields
+
+
+def _classes(schema: Schema, flat: Mapping[str, Any]) -> dict[str, type]:
+    values: dict[str, dict[str, Any]] = {section: {} for section in schema}
+    for name, value in flat.items():
+        section, _, key = name.partition(".")
+        values.get(section, {})[key] = value
+    return {section: choose(values[section]) for section, choose in schema.items()}
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the assignments of its `--config.` flags and the other arguments.
+
+    Both `--config.a.b=v` and `--config.a.b v` give "a.b=v". Raises ConfigError without a value.
+    """
+    assignments, rest, todo = [], [], list(argv)
+    while todo:
+        flag = todo.pop(0)
+        if not flag.startswith("--config."):
+            rest.append(flag)
+            continue
+        if "=" not in flag:
+            if not todo or todo[0].startswith("--"):
+                raise ConfigError(f"{flag}: no value; write {flag}=VALUE")
+            flag = f"{flag}={todo.pop(0)}"
+        assignments.append(flag.removeprefix("--config."))
+    return assignments, rest
+
+
+def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> ConfigDict:
+    """Return a copy of `config` with assignments such as "optim.peak_lr=3e-4" or "seed=3".
+
+    Values are read by the type of the dataclass field; a `name` comes first, as it picks the class.
+    Raises ConfigError for an unknown key (with the nearest), a wrong type, an unused field.
+    """
+    given = dict(_split(assignment) for assignment in assignments)
+    flat = _flatten(config)
+    flat |= {key: text for key, text in given.items() if key.endswith(".name")}
+    fields = _catalogue(schema, flat)
+    for key, text in given.items():
+        if key not in fields:
+            raise _unknown(key, fields)
+        flat[key] = _typed(key, text, fields[key], read=_from_text)
+    for key in given:
+        if unused := _unused(key, flat, schema):
+            raise ConfigError(f"{unused}; leave it out or change that")
+    return _nest(flat)
+
+
+def _split(assignment: str) -> tuple[str, str]:
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"{assignment}: no value; write section.field=value")
+    return key.strip(), text.strip()
+
+
+def _unknown(key: str, names: Iterable[str]) -> ConfigError:
+    """Word the error of a key that no dataclass holds; the same field elsewhere is nearest."""
+    names = list(names)
+    last = key.rpartition(".")[2]
+    namesakes = [name for name in names if name.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(key, namesakes or names, n=1, cutoff=0.0)
+    hint = f"did you mean {nearest[0]}?" if nearest else "leave it out"
+    return ConfigError(f"{key}: no such field; {hint}")
+
+
+def _unused(key: str, flat: Mapping[str, Any], schema: Schema) -> str:
+    """Say which option field `key` needs and does not have; "" when the field is used."""
+    section, _, name = key.rpartition(".")
+    cls = _classes(schema, flat).get(section, TopLevel)
+    only_for = getattr(cls, "ONLY_FOR", {})
+    if name not in only_for:
+        return ""
+    option, values = only_for[name]
+    defaults = {field.name: field.default for field in describe(cls)}
+    value = flat.get(f"{section}.{option}", defaults[option])
+    if value in values:
+        return ""
+    wanted = " or ".join(f"{section}.{option}={v}" for v in values)
+    return f"{key}={flat[key]}: used only under {wanted}, and {section}.{option} is {value}"
+
+
+def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], Any]) -> Any:
+    try:
+        return read(value, field.type)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        expected = type_name(field.type)
+        example = f"{name}={_EXAMPLES.get(expected, field.default)}"
+        raise ConfigError(f"{name}={value!r}: expected {expected}; for example {example}") from None
+
+
+def type_name(hint: Any) -> str:
+    """Return the words for a field's type in help and errors."""
+    if hint == Duration:
+        return "duration"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """Read a command-line value; ValueError or KeyError where it is none of the type."""
+    if hint is bool:
+        return _BOOLS[text.lower()]
+    if hint in (int, float):
+        return _from_value(int(text) if re.fullmatch(r"[+-]?[0-9_]+", text) else float(text), hint)
+    if typing.get_origin(hint) is not tuple:
+        return _from_value(text, hint)
+    if Ellipsis not in typing.get_args(hint):  # a rule: pattern=value
+        return _tuple(text.rsplit("=", 1), hint, read=_from_text)
+    if text[:1] in ("(", "["):
+        try:
+            return _from_value(ast.literal_eval(text), hint)
+        except (ValueError, SyntaxError):
+            pass  # a regular expression or a path may start with a bracket too
+    return _tuple([item for item in text.split(",") if item], hint, read=_from_text)
+
+
+def _from_value(value: Any, hint: Any) -> Any:
+    """Check a Python value, and bring it to exactly its type; ValueError where it is none."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if hint is int and number and value == int(value):
+        return int(value)
+    if hint is float and number:
+        return float(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if hint == Duration:
+        amount, unit = _parse_duration(value)
+        return int(amount) if unit == "step" else value
+    if typing.get_origin(hint) is tuple:
+        # One string stands for a list of one, as in data.path = "a.txt".
+        return _tuple([value] if isinstance(value, str) else value, hint, read=_from_value)
+    raise ValueError(value)
+
+
+def _tuple(items: Sequence[Any], hint: Any, *, read: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+    hints = typing.get_args(hint)
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(items)
+    return tuple(read(item, inner) for item, inner in zip(items, hints, strict=True))
+
+
+def _parse_duration(value: Duration) -> tuple[Fraction, str]:
+    match = _DURATION.fullmatch(str(value).strip())
+    amount, unit = Fraction(match[1] if match else "none"), match[2] if match else ""
+    if unit in ("", "step", "steps") and amount.denominator != 1:
+        raise ValueError(f"a part of a step: {value}")
+    return amount, unit.rstrip("s") or "step"
+
+
+def to_steps(
+    value: Duration,
+    *,
+    field: str,
+    tokens_per_step: float,
+    steps_per_epoch: float,
+    num_steps: int | None = None,
+) -> int:
+    """Return a duration in steps, rounded up; `num_steps` is what a percentage is of.
+
+    Raises ConfigError for what is not a duration, a negative one, a percentage without num_steps.
+    """
+    try:
+        amount, unit = _parse_duration(value)
+    except ValueError:
+        raise ConfigError(
+            f"{field}={value!r}: not a duration; write 100, '1e6 tokens', '2 epochs' or '10%'"
+        ) from None
+    if unit == "%" and num_steps is None:
+        raise ConfigError(f"{field}={value!r}: nothing to take a percentage of; write steps")
+    size = {
+        "step": Fraction(1),
+        "token": 1 / Fraction(tokens_per_step),
+        "epoch": Fraction(steps_per_epoch),
+        "%": Fraction(num_steps or 0) / 100,
+    }[unit]
+    # Rounded before the ceiling: 3 epochs of 10/3 steps are 10 steps, not 11.
+    return math.ceil(round(float(amount * size), 6))
+
+
+def complete(config: Mapping[str, Any], schema: Schema) -> ConfigDict:
+    """Return `config` with every field of every section present, each of exactly its type.
+
+    Raises ConfigError for an unknown key (with the nearest) or a wrong type.
+    """
+    flat = _flatten(config)
+    return _nest(_checked(flat, _catalogue(schema, flat)))
+
+
+def freeze(cls: type[T], section: Mapping[str, Any], *, where: str) -> T:
+    """Return the dataclass `cls` holding the values of `section`, which `where` names.
+
+    Raises ConfigError for an unknown key, a wrong type, or what the dataclass itself refuses.
+    """
+    fields = {f"{where}.{field.name}": field for field in describe(cls)}
+    values = _checked(_flatten(section, f"{where}."), fields)
+    return cls(**{name.rpartition(".")[2]: value for name, value in values.items()})
+
+
+def _checked(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    for key in flat:
+        if key not in fields:
+            raise _unknown(key, fields)
+    return {
+        name: _typed(name, flat.get(name, field.default), field, read=_from_value)
+        for name, field in fields.items()
+    }
+
+
+def notices(config: Mapping[str, Any], schema: Schema) -> list[str]:
+    """Return a sentence for each field present in `config`, not yet completed, that goes unused."""
+    flat = _flatten(config)
+    return [sentence for key in flat if (sentence := _unused(key, flat, schema))]
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """Return a resolved config as indented JSON; tuples become lists."""
+    return json.dumps(_nest(_flatten(config)).to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
+    """Return the config that `to_json` wrote; `freeze` and `complete` make its lists tuples again.
+
+    Raises ConfigError, naming the file `where`, for what is not a JSON object.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error}); restore it from a copy") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: not a JSON object; restore it from a copy")
+    return ConfigDict(values, type_safe=False)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, old value, new value) where two configs differ; None is no value."""
+    before, after = _flatten(old), _flatten(new)
+    keys = list(before) + [key for key in after if key not in before]
+    rows = [(key, _plain(before.get(key)), _plain(after.get(key))) for key in keys]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def describe(cls: type) -> list[Field]:
+    """Return the fields of a dataclass in order, with their trailing comments."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= _comments(base)
+    types = typing.get_type_hints(cls)
+    return [
+        Field(field.name, types[field.name], field.default, comments.get(field.name, ""))
+        for field in dataclasses.fields(cls)
+    ]
+
+
+@functools.cache
+def _comments(cls: type) -> dict[str, str]:
+    """Return the trailing comment of each annotated name in the source of `cls`."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # a class typed at a prompt has no source
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        node.target.id: by_line.get(node.end_lineno or 0) or by_line.get(node.lineno, "")
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def help_text(schema: Schema, config: Mapping[str, Any]) -> str:
+    """Return a line for each field: its flag, its type, its value here, its default and comment."""
+    flat = _flatten(config)
+    lines = ["Fields, each set by --config.NAME=VALUE:"]
+    for name, field in _catalogue(schema, flat).items():
+        value = _plain(flat.get(name, field.default))
+        default = "" if value == _plain(field.default) else f" [default {field.default!r}]"
+        head = f"  {name} ({type_name(field.type)}) = {value!r}{default}"
+        lines.append(f"{head:<48}  {field.comment}".rstrip())
+    return "\n".join(lines)
+
+
+def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a tool's `function` and return its exit code: 2, after one line, for a ConfigError.
+
+    With `debug` the error is raised on, so that its traceback shows. Ctrl-C is the caller's.
+    """
+    try:
+        return function() or 0
+    except ConfigError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
