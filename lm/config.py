@@ -3,9 +3,8 @@
 A value's way: an experiment file's `get_config()` (`load`), the command line (`override`), the
 dataclasses' defaults (`complete`), then one frozen dataclass a section (`freeze`), below which
 nobody sees a ConfigDict. A dataclass is the only place where a field has its type, its default and,
-as a trailing comment, its help text. A section's dataclass may hold
-`ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}`: field `momentum` is used only when field
-`name` has one of these values.
+as a trailing comment, its help text. `ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}` in a
+dataclass says that field `momentum` is used only when field `name` has one of these values.
 
 `schema` maps a section's name to a function from the section's present values to its dataclass, so
 that `model.name` picks the class.
@@ -39,14 +38,7 @@ Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
 
 _DURATION = re.compile(r"([0-9._eE+]+)\s*(%|steps?|tokens?|epochs?|)")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
-_EXAMPLES = {
-    "bool": "true",
-    "int": "100",
-    "float": "3e-4",
-    "duration": "'2 epochs'",
-    "tuple[str, ...]": "a,b",
-    "tuple[tuple[str, float], ...]": "'.*bias=0,.*=1'",
-}
+_EXAMPLES = {bool: "true", int: "100", float: "3e-4", Duration: "'2 epochs'"}
 
 
 class ConfigError(ValueError):
@@ -61,8 +53,6 @@ class TopLevel:
 
 
 class Field(NamedTuple):
-    """One field of a section's dataclass."""
-
     name: str
     type: Any
     default: Any
@@ -76,10 +66,7 @@ def call(path: str | Path, function: str) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(
-            f"config={path}: no such file; give an experiment file's path, "
-            "such as experiments/gpt_tiny.py"
-        )
+        raise ConfigError(f"config={path}: no such file; give an experiment's path")
     # Compiled here and not imported: an import could serve a stale cache of a file just rewritten.
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
@@ -108,10 +95,7 @@ def load(path: str | Path) -> ConfigDict:
     """
     config = call(path, "get_config")
     if not isinstance(config, ConfigDict):
-        raise ConfigError(
-            f"config={path}: get_config() returned {type(config).__name__}; "
-            "return an ml_collections.ConfigDict"
-        )
+        raise ConfigError(f"config={path}: get_config() returned {type(config)}, not a ConfigDict")
     return config
 
 
@@ -127,9 +111,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _nest(flat: Mapping[str, Any]) -> ConfigDict:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
-        *sections, key = name.split(".")
-        inner = functools.reduce(lambda d, section: d.setdefault(section, {}), sections, nested)
-        inner[key] = value
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
     # `freeze` checks the types, with better words; a Duration may change from int to str.
     return ConfigDict(nested, type_safe=False)
 
@@ -151,19 +134,14 @@ def _classes(schema: Schema, flat: Mapping[str, Any]) -> dict[str, type]:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the assignments of its `--config.` flags and the other arguments.
-
-    Both `--config.a.b=v` and `--config.a.b v` give "a.b=v". Raises ConfigError without a value.
-    """
+    """Split a command line into assignments (`--config.a.b=v` or `--config.a.b v`) and the rest."""
     assignments, rest, todo = [], [], list(argv)
     while todo:
         flag = todo.pop(0)
         if not flag.startswith("--config."):
             rest.append(flag)
             continue
-        if "=" not in flag:
-            if not todo or todo[0].startswith("--"):
-                raise ConfigError(f"{flag}: no value; write {flag}=VALUE")
+        if "=" not in flag and todo and not todo[0].startswith("--"):
             flag = f"{flag}={todo.pop(0)}"
         assignments.append(flag.removeprefix("--config."))
     return assignments, rest
@@ -175,8 +153,11 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
     Values are read by the type of the dataclass field; a `name` comes first, as it picks the class.
     Raises ConfigError for an unknown key (with the nearest), a wrong type, an unused field.
     """
-    given = dict(_split(assignment) for assignment in assignments)
-    flat = _flatten(config)
+    flat, given = _flatten(config), {}
+    for assignment in assignments:
+        key, equals, given[key] = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment}: no value; write section.field=value")
     flat |= {key: text for key, text in given.items() if key.endswith(".name")}
     fields = _catalogue(schema, flat)
     for key, text in given.items():
@@ -189,34 +170,20 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
     return _nest(flat)
 
 
-def _split(assignment: str) -> tuple[str, str]:
-    key, equals, text = assignment.partition("=")
-    if not equals:
-        raise ConfigError(f"{assignment}: no value; write section.field=value")
-    return key.strip(), text.strip()
-
-
-def _unknown(key: str, names: Iterable[str]) -> ConfigError:
+def _unknown(key: str, names: Mapping[str, Field]) -> ConfigError:
     """Word the error of a key that no dataclass holds; the same field elsewhere is nearest."""
-    names = list(names)
-    last = key.rpartition(".")[2]
-    namesakes = [name for name in names if name.rpartition(".")[2] == last]
-    nearest = difflib.get_close_matches(key, namesakes or names, n=1, cutoff=0.0)
-    hint = f"did you mean {nearest[0]}?" if nearest else "leave it out"
-    return ConfigError(f"{key}: no such field; {hint}")
+    namesakes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    (nearest,) = difflib.get_close_matches(key, namesakes or list(names), n=1, cutoff=0.0)
+    return ConfigError(f"{key}: no such field; did you mean {nearest}?")
 
 
 def _unused(key: str, flat: Mapping[str, Any], schema: Schema) -> str:
     """Say which option field `key` needs and does not have; "" when the field is used."""
     section, _, name = key.rpartition(".")
-    cls = _classes(schema, flat).get(section, TopLevel)
-    only_for = getattr(cls, "ONLY_FOR", {})
-    if name not in only_for:
-        return ""
-    option, values = only_for[name]
-    defaults = {field.name: field.default for field in describe(cls)}
-    value = flat.get(f"{section}.{option}", defaults[option])
-    if value in values:
+    cls: Any = _classes(schema, flat).get(section, TopLevel)
+    option, values = getattr(cls, "ONLY_FOR", {}).get(name, ("", ()))
+    value = flat.get(f"{section}.{option}", getattr(cls, option, None))
+    if not option or value in values:
         return ""
     wanted = " or ".join(f"{section}.{option}={v}" for v in values)
     return f"{key}={flat[key]}: used only under {wanted}, and {section}.{option} is {value}"
@@ -226,9 +193,10 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
     try:
         return read(value, field.type)
     except (ValueError, TypeError, KeyError, OverflowError):
-        expected = type_name(field.type)
-        example = f"{name}={_EXAMPLES.get(expected, field.default)}"
-        raise ConfigError(f"{name}={value!r}: expected {expected}; for example {example}") from None
+        several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
+        example = f"{name}={_EXAMPLES.get(field.type, several)}"
+        wanted = f"expected {type_name(field.type)}; for example {example}"
+        raise ConfigError(f"{name}={value!r}: {wanted}") from None
 
 
 def type_name(hint: Any) -> str:
@@ -309,14 +277,10 @@ def to_steps(
         ) from None
     if unit == "%" and num_steps is None:
         raise ConfigError(f"{field}={value!r}: nothing to take a percentage of; write steps")
-    size = {
-        "step": Fraction(1),
-        "token": 1 / Fraction(tokens_per_step),
-        "epoch": Fraction(steps_per_epoch),
-        "%": Fraction(num_steps or 0) / 100,
-    }[unit]
+    percent = (num_steps or 0) / 100
+    size = {"step": 1, "token": 1 / tokens_per_step, "epoch": steps_per_epoch, "%": percent}
     # Rounded before the ceiling: 3 epochs of 10/3 steps are 10 steps, not 11.
-    return math.ceil(round(float(amount * size), 6))
+    return math.ceil(round(float(amount) * size[unit], 6))
 
 
 def complete(config: Mapping[str, Any], schema: Schema) -> ConfigDict:
@@ -365,19 +329,15 @@ def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
     Raises ConfigError, naming the file `where`, for what is not a JSON object.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); restore it from a copy") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: not a JSON object; restore it from a copy")
-    return ConfigDict(values, type_safe=False)
+        return _nest(_flatten(json.loads(text)))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: not a JSON object ({error}); restore the file") from None
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) where two configs differ; None is no value."""
     before, after = _flatten(old), _flatten(new)
-    keys = list(before) + [key for key in after if key not in before]
-    rows = [(key, _plain(before.get(key)), _plain(after.get(key))) for key in keys]
+    rows = [(key, _plain(before.get(key)), _plain(after.get(key))) for key in before | after]
     return [row for row in rows if row[1] != row[2]]
 
 
@@ -406,8 +366,7 @@ def _comments(cls: type) -> dict[str, str]:
         return {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    (definition,) = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
+    definition = typing.cast(ast.ClassDef, ast.parse(source).body[0])
     return {
         node.target.id: by_line.get(node.end_lineno or 0) or by_line.get(node.lineno, "")
         for node in definition.body
