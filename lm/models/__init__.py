@@ -1,0 +1,73 @@
+"""Families. The folder is the registry: `lm/models/<name>.py` exports `Config` and `Model`."""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from typing import Any
+
+from flax import linen as nn
+
+from lm.config import ConfigError
+
+
+def names() -> list[str]:
+    """Return the families' names, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def family(name: str) -> Any:
+    """Return the module of a family.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}"
+        raise ConfigError(f"model.name={name!r} is no family of models; {hint}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def config_class(name: str) -> type:
+    """Return the `Config` dataclass of a family."""
+    return family(name).Config
+
+
+def resolve(cfg: Any, *, vocab_size: int, max_length: int, packed: bool) -> Any:
+    """Fill the sizes that `cfg` leaves to be derived from the tokenizer and the task.
+
+    Args:
+      vocab_size: tokens of the tokenizer.
+      max_length: tokens of a row.
+      packed: whether a row may hold several documents.
+
+    Raises:
+      ConfigError: a size that is given does not fit the tokenizer or the task.
+    """
+    if cfg.vocab_size and cfg.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={cfg.vocab_size} is less than the tokenizer's {vocab_size}; use 0 = derived"
+        )
+    if cfg.max_length and cfg.max_length < max_length:
+        raise ConfigError(
+            f"task.length + task.context = {max_length} is longer than model.max_length="
+            f"{cfg.max_length}; shorten the rows, or use model.max_length=0 = derived"
+        )
+    derived = {
+        "vocab_size": cfg.vocab_size or vocab_size,
+        "max_length": cfg.max_length or max_length,
+    }
+    if hasattr(cfg, "mask"):
+        derived["mask"] = cfg.mask or ("segments" if packed else "causal")
+    return dataclasses.replace(cfg, **derived)
+
+
+def build(cfg: Any, *, decode_length: int = 0) -> nn.Module:
+    """Return the model of a resolved config; `decode_length` is the number of cache slots."""
+    return family(cfg.name).Model(cfg, decode_length=decode_length)
+
+
+def flops_per_token(cfg: Any, length: int) -> float:
+    """Return the training FLOPs a token (forward and backward, attention counted in full)."""
+    return family(cfg.name).flops_per_token(cfg, length)

@@ -1,0 +1,230 @@
+"""Decoder-only Transformer.
+
+"Language Models are Unsupervised Multitask Learners", Radford et al. 2019 (GPT-2), and what has been
+kept since: rotary positions (arXiv 2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202) or squared
+ReLU (2109.08668), grouped-query attention (2305.13245), query-key normalisation (2010.04245), logit
+soft-cap (Gemma 2, 2408.00118), sliding windows (2004.05150).
+
+What differs: the defaults are the current recipe; GPT-2 itself is the option set positions=learned,
+norm=layernorm, norm_bias=True, bias=True, activation=gelu, qk_norm=False, tied=True.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.nn.attention import Attention, causal_mask
+from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
+from lm.nn.mlp import ACTIVATIONS, MLP
+from lm.nn.norm import Norm
+from lm.nn.transformer import REMAT_POLICIES, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "gpt"
+    num_layers: int = 12  # blocks
+    model_dim: int = 768  # width
+    num_heads: int = 12  # query heads
+    num_kv_heads: int = 0  # key-value heads; 0 = num_heads
+    head_dim: int = 0  # width of a head; 0 = model_dim / num_heads
+    mlp_dim: int = 0  # feed-forward width; 0 = 4 model_dim (swiglu: 8/3, to a multiple of 64)
+    vocab_size: int = 0  # tokens; 0 = the tokenizer's
+    max_length: int = 0  # positions; 0 = the task's row
+    positions: str = "rotary"  # rotary or learned
+    rope_base: float = 10000.0  # longest rotary wavelength is 2 pi times this
+    norm: str = "rmsnorm"  # rmsnorm or layernorm
+    norm_bias: bool = False  # layernorm with a bias
+    activation: str = "relu2"  # gelu, relu2 or swiglu
+    qk_norm: bool = True  # normalise queries and keys
+    bias: bool = False  # biases in the projections
+    tied: bool = True  # the head is the embedding
+    dropout: float = 0.0  # probability, on embeddings and residual branches
+    logit_softcap: float = 0.0  # logits = cap tanh(logits / cap); 0 = off
+    window: int = 0  # positions a query sees, itself included; 0 = all
+    residual_init: str = "scaled"  # of the residual projections: scaled (GPT-2, 1/sqrt(2 layers)) or zero
+    scan: bool = False  # scan over the layers: compile time constant in depth
+    remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    mask: str = ""  # causal or segments (documents of a row apart); "" = as the task packs
+    kernel: str = ""  # attention kernel: xla or cudnn; "" = cudnn where it can be used
+    dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+
+    ONLY_FOR: ClassVar = {
+        "rope_base": ("positions", ("rotary",)),
+        "norm_bias": ("norm", ("layernorm",)),
+    }
+
+    def __post_init__(self):
+        _choose(self, "positions", ("rotary", "learned"))
+        _choose(self, "norm", ("rmsnorm", "layernorm"))
+        _choose(self, "activation", tuple(ACTIVATIONS))
+        _choose(self, "residual_init", ("scaled", "zero"))
+        _choose(self, "remat", ("none", *REMAT_POLICIES))
+        _choose(self, "mask", ("", "causal", "segments"))
+        _choose(self, "kernel", ("", "xla", "cudnn"))
+        _choose(self, "dtype", ("", "float32", "bfloat16"))
+        for field in ("num_layers", "model_dim", "num_heads"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"model.{field}={getattr(self, field)}: use a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
+        if not self.head_dim and self.model_dim % self.num_heads:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
+                "choose another, or set model.head_dim"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
+            )
+        if self.positions == "rotary" and self.sizes["head_dim"] % 2:
+            raise ConfigError(f"model.head_dim={self.sizes['head_dim']}: rotary positions need it even")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The derived sizes: num_kv_heads, head_dim, mlp_dim."""
+        wide = -(-8 * self.model_dim // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.model_dim
+        return {
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_dim": self.head_dim or self.model_dim // self.num_heads,
+            "mlp_dim": self.mlp_dim or wide,
+        }
+
+
+def _choose(cfg: Config, field: str, options: tuple[str, ...]) -> None:
+    value = getattr(cfg, field)
+    if value not in options:
+        shown = ", ".join(option or '""' for option in options)
+        raise ConfigError(f"model.{field}={value!r}: choose one of {shown}")
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """Return the type of computation: of that name, or "" = bfloat16 unless on a CPU."""
+    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def attention_kernel(cfg: Config) -> str:
+    """Return which attention kernel runs: cuDNN's where type, mask and device allow it."""
+    fits = cfg.mask == "causal" and compute_dtype(cfg.dtype) != jnp.float32
+    if cfg.kernel == "cudnn" and not (fits and jax.default_backend() == "gpu"):
+        raise ConfigError(
+            "model.kernel='cudnn' needs a GPU, model.dtype=bfloat16 and model.mask=causal "
+            "(task.isolate_documents=False); use 'xla'"
+        )
+    return cfg.kernel or ("cudnn" if fits and jax.default_backend() == "gpu" else "xla")
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    cfg: Config
+    decode_length: int
+    train: bool
+    decode: bool
+
+    @nn.compact
+    def __call__(self, x_BLD, mask, positions_BL) -> jax.Array:
+        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
+        init, out_init = nn.initializers.normal(0.02), residual_init(cfg)
+        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        y = Norm(cfg.norm, cfg.norm_bias, name="attention_norm")(x_BLD)
+        y = Attention(
+            num_heads=cfg.num_heads,
+            num_kv_heads=cfg.sizes["num_kv_heads"],
+            head_dim=cfg.sizes["head_dim"],
+            dtype=dtype,
+            kernel_init=init,
+            out_init=out_init,
+            rope_base=cfg.rope_base if cfg.positions == "rotary" else 0.0,
+            qk_norm=cfg.qk_norm,
+            bias=cfg.bias,
+            window=cfg.window,
+            kernel=attention_kernel(cfg),
+            decode_length=self.decode_length,
+            name="attention",
+        )(y, mask=mask, positions_BL=positions_BL, decode=self.decode)
+        x_BLD = x_BLD + dropout(y)
+        y = Norm(cfg.norm, cfg.norm_bias, name="mlp_norm")(x_BLD)
+        y = MLP(
+            cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init, bias=cfg.bias, name="mlp"
+        )(y)
+        return x_BLD + dropout(y)
+
+
+def residual_init(cfg: Config):
+    """Return the initialiser of the projections that write to the residual stream."""
+    if cfg.residual_init == "zero":
+        return nn.initializers.zeros
+    return nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
+
+
+class Model(nn.Module):
+    """h_0 = embed(tokens) [+ positions]; h_n = block_n(h_{n-1}); features = norm(h_N); logits = features E^T."""
+
+    cfg: Config
+    decode_length: int = 0
+
+    accepts: ClassVar = frozenset({"causal", "packed"})
+    learns: ClassVar = "gradient"
+
+    def setup(self):
+        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
+        init = nn.initializers.normal(0.02)
+        self.embed = Embed(cfg.vocab_size, cfg.model_dim, dtype, init)
+        if cfg.positions == "learned":
+            self.position_embedding = self.param(
+                "position_embedding",
+                nn.with_logical_partitioning(init, ("position", "embed")),
+                (cfg.max_length, cfg.model_dim),
+            )
+        self.layers = Stack(
+            Block,
+            {"cfg": cfg, "decode_length": self.decode_length},
+            cfg.num_layers,
+            scan=cfg.scan,
+            remat=cfg.remat,
+        )
+        self.norm = Norm(cfg.norm, cfg.norm_bias)
+        self.dropout = nn.Dropout(cfg.dropout)
+        if not cfg.tied:
+            self.head = Head(cfg.vocab_size, cfg.model_dim, dtype, init)
+
+    def __call__(self, batch, *, train: bool = False, decode: bool = False) -> jax.Array:
+        """Return features [B, L, D] of a batch (inputs, segments, positions, each [B, L])."""
+        cfg = self.cfg
+        x_BLD = self.embed(batch["inputs"])
+        if cfg.positions == "learned":
+            table = sharding.gather(self.position_embedding, ("position", "embed"))
+            x_BLD = x_BLD + jnp.take(table, batch["positions"], axis=0).astype(x_BLD.dtype)
+        x_BLD = self.dropout(x_BLD, deterministic=not train)
+        mask = causal_mask(
+            x_BLD.shape[1],
+            window=cfg.window,
+            segments_BL=batch["segments"] if cfg.mask == "segments" and not decode else None,
+        )
+        x_BLD = self.layers(x_BLD, mask, batch["positions"], train=train, decode=decode)
+        return self.norm(x_BLD)
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, L, V] of features, the padded vocabulary masked."""
+        logits_BLV = self.embed.attend(x_BLD) if self.cfg.tied else self.head(x_BLD)
+        return finish_logits(logits_BLV, self.cfg.vocab_size, self.cfg.logit_softcap)
+
+
+def flops_per_token(cfg: Config, length: int) -> float:
+    """Return training FLOPs a token: 6 N (matrix parameters, head once) + 12 layers d_attention T.
+
+    T is the mean number of keys of a query as if none were masked: min(length, window).
+    """
+    sizes, D = cfg.sizes, cfg.model_dim
+    qkv = D * (cfg.num_heads + 2 * sizes["num_kv_heads"]) * sizes["head_dim"]
+    out = cfg.num_heads * sizes["head_dim"] * D
+    mlp = (3 if cfg.activation == "swiglu" else 2) * D * sizes["mlp_dim"]
+    matrices = cfg.num_layers * (qkv + out + mlp) + D * pad_vocab(cfg.vocab_size)
+    keys = min(length, cfg.window or length)
+    return 6.0 * matrices + 12.0 * cfg.num_layers * cfg.num_heads * sizes["head_dim"] * keys

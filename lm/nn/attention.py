@@ -1,0 +1,175 @@
+"""Causal self-attention with grouped queries, rotary positions, windows and a cache.
+
+Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245);
+rotary positions: Su et al. 2021 (arXiv 2104.09864), the two halves of a head rotated against each
+other; query-key normalisation: Henry et al. 2020 (arXiv 2010.04245), with RMSNorm.
+
+What differs: one kernel [D, G, H/G + 2, K] holds, for each of G key-value heads, its queries, its key
+and its value, so that a device of the tensor axis holds whole groups.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm import sharding
+from lm.nn.linear import Linear
+from lm.nn.norm import Norm
+
+MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
+
+
+def rotary_angles(positions_BL: jax.Array, head_dim: int, base: float) -> jax.Array:
+    """Return float32 angles [B, L, K/2] of rotary positions."""
+    frequencies_F = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions_BL[:, :, None].astype(jnp.float32) * frequencies_F[None, None]
+
+
+def rotate(x_BNLK: jax.Array, angles_BLF: jax.Array) -> jax.Array:
+    """Rotate the halves of each head of `x` by the angles of its position."""
+    cos, sin = jnp.cos(angles_BLF)[:, None], jnp.sin(angles_BLF)[:, None]
+    first, second = jnp.split(x_BNLK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BNLK.dtype)
+
+
+def causal_mask(length: int, *, window: int = 0, segments_BL: jax.Array | None = None) -> jax.Array:
+    """Return bool [1 or B, L, L]: which key (last axis) a query may see.
+
+    Args:
+      window: how many positions a query sees, itself included; 0 = all before it.
+      segments_BL: when given, only keys of the query's own segment are seen.
+    """
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None]
+    mask = key <= query
+    if window:
+        mask &= query - key < window
+    mask = mask[None]
+    if segments_BL is not None:
+        mask &= segments_BL[:, :, None] == segments_BL[:, None, :]
+    return mask
+
+
+def attend(query, key, value, mask) -> jax.Array:
+    """Return softmax(query key^T / sqrt(K)) value, the softmax in float32.
+
+    Args:
+      query: [B, G, R, L, K], R query heads for each of G key-value heads.
+      key, value: [B, G, S, K].
+      mask: bool [1 or B, L, S].
+
+    Returns:
+      [B, G, R, L, K].
+    """
+    scores = jnp.einsum(
+        "bgrlk,bgsk->bgrls", query * query.shape[-1] ** -0.5, key,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgrls,bgsk->bgrlk", weights, value)
+
+
+def flash_attend(query, key, value, *, window: int) -> jax.Array:
+    """Compute `attend` under a causal mask by cuDNN's fused kernel (bf16 or fp16 on a GPU)."""
+    B, G, R, L, K = query.shape
+    out_BLHK = jax.nn.dot_product_attention(
+        query.reshape(B, G * R, L, K).swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+    return out_BLHK.swapaxes(1, 2).reshape(B, G, R, L, K)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer.
+
+    Attributes:
+      rope_base: base of the rotary wavelengths; 0 = no rotary positions.
+      window: positions a query sees; 0 = all before it.
+      kernel: "xla" (any mask) or "cudnn" (causal only, on a GPU).
+      decode_length: slots of the cache.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+    kernel_init: Callable
+    out_init: Callable
+    rope_base: float = 0.0
+    qk_norm: bool = False
+    bias: bool = False
+    window: int = 0
+    kernel: str = "xla"
+    decode_length: int = 0
+
+    @nn.compact
+    def __call__(self, x_BLD, *, mask, positions_BL, decode: bool = False) -> jax.Array:
+        """Return [B, L, D]; `mask` is bool [1 or B, L, L], unused by a decoding step of one token."""
+        G, R, K, D = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, x_BLD.shape[-1]
+        qkv = Linear(
+            (D, G, R + 2, K), ("embed", "heads", "qkv", "kv"), self.dtype, self.kernel_init,
+            bias=self.bias, name="qkv",
+        )(x_BLD)  # fmt: skip
+        qkv = sharding.constrain(qkv, "act_batch", "act_length", "act_heads", None, None)
+        # Heads before length: the batched products then need no transposed copies.
+        qkv = qkv.transpose(0, 2, 3, 1, 4)
+        query, key, value = qkv[:, :, :R], qkv[:, :, R], qkv[:, :, R + 1]
+        if self.qk_norm:
+            query, key = Norm(name="query_norm")(query), Norm(name="key_norm")(key)
+        if self.rope_base:
+            angles = rotary_angles(positions_BL, K, self.rope_base)
+            B, L = positions_BL.shape
+            query = rotate(query.reshape(B, G * R, L, K), angles).reshape(query.shape)
+            key = rotate(key, angles)
+        if decode:
+            key, value, mask = self._cached(key, value, mask, positions_BL)
+        if self.kernel == "cudnn" and not decode:
+            out = flash_attend(query, key, value, window=self.window)
+        else:
+            out = attend(query, key, value, mask)
+        out_BLGRK = out.transpose(0, 3, 1, 2, 4)
+        out_BLHK = out_BLGRK.reshape(*x_BLD.shape[:2], G * R, K)
+        y_BLD = Linear(
+            (G * R, K, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
+            num_inputs=2, bias=self.bias, name="out",
+        )(out_BLHK)  # fmt: skip
+        return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+
+    def _cached(self, key, value, mask, positions_BL):
+        """Write keys and values [B, G, L, K] to the cache; return what the queries attend to.
+
+        A slot is a position. A prompt is written at slot 0 on; a later token at its row's position,
+        over the padding that a shorter prompt left there.
+        """
+        B, G, L, K = key.shape
+        shape = (B, G, self.decode_length, K)
+        axes = ("act_batch", "act_heads", None, None)
+
+        def zeros():
+            return nn.with_logical_partitioning(jnp.zeros, axes)(shape, self.dtype)
+
+        cached_key, cached_value = self.variable("cache", "key", zeros), self.variable("cache", "value", zeros)
+        if L > 1:
+            start = (0, 0, 0, 0)
+            cached_key.value = jax.lax.dynamic_update_slice(jnp.zeros_like(cached_key.value), key, start)
+            cached_value.value = jax.lax.dynamic_update_slice(jnp.zeros_like(cached_value.value), value, start)
+            return key, value, mask
+        slots = positions_BL[:, 0]
+
+        def write(cache_GSK, new_G1K, slot):
+            return jax.lax.dynamic_update_slice(cache_GSK, new_G1K, (0, slot, 0))
+
+        cached_key.value = jax.vmap(write)(cached_key.value, key, slots)
+        cached_value.value = jax.vmap(write)(cached_value.value, value, slots)
+        keys = jnp.arange(self.decode_length)[None, None]
+        mask = keys <= positions_BL[:, :, None]
+        if self.window:
+            mask &= positions_BL[:, :, None] - keys < self.window
+        return cached_key.value, cached_value.value, mask

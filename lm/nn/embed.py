@@ -1,0 +1,78 @@
+"""Token and position embeddings, and the head that turns features into logits."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm import sharding
+
+LANES = 128  # vocabularies are padded to a multiple of it: matrix units and meshes divide it
+MASKED_LOGIT = -1e9  # finite, so that 0 * MASKED_LOGIT is 0
+
+
+def pad_vocab(vocab_size: int) -> int:
+    """Return `vocab_size` rounded up to a multiple of 128."""
+    return -(-vocab_size // LANES) * LANES
+
+
+class Embed(nn.Module):
+    """A table [V, D] of token vectors; `attend` makes the tied head of Press and Wolf (arXiv 1608.05859)."""
+
+    vocab_size: int
+    model_dim: int
+    dtype: jnp.dtype
+    kernel_init: Callable
+
+    def setup(self):
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(self.kernel_init, ("vocab", "embed")),
+            (pad_vocab(self.vocab_size), self.model_dim),
+        )
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        """Return the vectors [B, L, D] of `tokens_BL`."""
+        table_VD = sharding.gather(self.embedding, ("vocab", "embed"))
+        x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(self.dtype)
+        return sharding.constrain(x_BLD, "act_batch", "act_length", "act_embed")
+
+    def attend(self, x_BLD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, L, V] of features against the table itself, padding included."""
+        table_VD = sharding.gather(self.embedding.astype(self.dtype), ("vocab", "embed"))
+        return jnp.einsum(
+            "bld,vd->blv", x_BLD.astype(self.dtype), table_VD, preferred_element_type=jnp.float32
+        )
+
+
+class Head(nn.Module):
+    """An untied head: float32 logits [B, L, V] = x[B, L, D] @ kernel[D, V], padding included."""
+
+    vocab_size: int
+    model_dim: int
+    dtype: jnp.dtype
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        kernel_DV = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, ("embed", "vocab")),
+            (self.model_dim, pad_vocab(self.vocab_size)),
+        )
+        kernel_DV = sharding.gather(kernel_DV.astype(self.dtype), ("embed", "vocab"))
+        return jnp.einsum(
+            "bld,dv->blv", x_BLD.astype(self.dtype), kernel_DV, preferred_element_type=jnp.float32
+        )
+
+
+def finish_logits(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """Return the logits soft-capped (0 = not), with those of the padded vocabulary out of reach."""
+    logits_BLV = sharding.constrain(logits_BLV, "act_batch", "act_length", "act_vocab")
+    if softcap:
+        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
+    if logits_BLV.shape[-1] == vocab_size:
+        return logits_BLV
+    real_11V = (jnp.arange(logits_BLV.shape[-1]) < vocab_size)[None, None]
+    return jnp.where(real_11V, logits_BLV, MASKED_LOGIT)

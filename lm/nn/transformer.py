@@ -1,0 +1,82 @@
+"""A stack of Transformer blocks, scanned or unrolled, with rematerialisation by name."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+SCANNED = "blocks"  # parameters [num_layers, ...]
+UNROLLED = re.compile(r"block_(\d+)$")
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only each block's input
+}
+
+
+class Stack(nn.Module):
+    """`num_layers` copies of a block, each `block(x, *args) -> x`.
+
+    Attributes:
+      block: the Linen class of one layer.
+      arguments: its constructor's keyword arguments.
+      scan: one `lax.scan` over stacked parameters (compile time constant in depth) or a plain loop.
+      remat: "none", or a name of `REMAT_POLICIES`.
+    """
+
+    block: type[nn.Module]
+    arguments: dict[str, Any]
+    num_layers: int
+    scan: bool = False
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *args: Any, train: bool, decode: bool) -> jax.Array:
+        """Run the layers in order on x [B, L, D]; `args` go to every layer."""
+        block = self.block
+        if self.remat != "none" and not decode:
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+        arguments = {**self.arguments, "train": train, "decode": decode}
+        if not self.scan:
+            for layer in range(self.num_layers):
+                x = block(**arguments, name=f"block_{layer}")(x, *args)
+            return x
+
+        def body(module, carry, _):
+            return module(carry, *args), None
+
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(block(**arguments, name=SCANNED), x, None)[0]
+
+
+def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Turn `block_0 .. block_n` anywhere in `tree` into `blocks` with a leading layers axis."""
+    if not isinstance(tree, dict):
+        return tree
+    layers = {name: int(m[1]) for name in tree if (m := UNROLLED.match(name))}
+    rest = {name: stack_layers(value) for name, value in tree.items() if name not in layers}
+    if layers:
+        ordered = [tree[name] for name in sorted(layers, key=layers.__getitem__)]
+        rest[SCANNED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+    return rest
+
+
+def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Undo `stack_layers`."""
+    if not isinstance(tree, dict):
+        return tree
+    out = {name: unstack_layers(value) for name, value in tree.items() if name != SCANNED}
+    if SCANNED in tree:
+        num_layers = jax.tree.leaves(tree[SCANNED])[0].shape[0]
+        for layer in range(num_layers):
+            out[f"block_{layer}"] = jax.tree.map(lambda leaf, i=layer: leaf[i], tree[SCANNED])
+    return out

@@ -1,0 +1,202 @@
+"""Meshes, and the one table from logical axes to mesh axes. Only this file knows a mesh axis by name.
+
+A model names what an axis *is* (`embed`, `heads`, ...); `RULES` says over which mesh axes it is
+split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
+
+    data    each device holds all parameters and a share of the batch
+    fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
+    tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: int = -1  # devices that split the batch alone; -1 = the rest
+    fsdp: int = 1  # devices that split the batch and, along `embed`, the parameters; -1 = the rest
+    tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{field.name}={size}: use a positive size, or -1 = the rest")
+
+
+RULES: dict[str, tuple[str, ...]] = {
+    # Activations.
+    "act_batch": ("data", "fsdp"),
+    "act_length": (),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_hidden": ("tensor",),
+    "act_vocab": ("tensor",),
+    # Parameters.
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "hidden": ("tensor",),
+    "hidden_in": ("fsdp",),
+    "position": (),
+    "norm": (),
+    "kv": (),
+    "qkv": (),
+    "gate": (),
+    "gates": (),
+    "layers": (),
+}
+
+# Vectors are too small to be worth a collective: leaving one whole is never an error.
+SMALL = 4096
+
+
+def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of `cfg` over `devices` (default: all).
+
+    Raises:
+      ConfigError: the sizes' product is not the number of devices, or two sizes are -1.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(cfg)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one size may be -1")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        shown = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(cfg).items())
+        raise ConfigError(
+            f"mesh: {shown} does not fill {len(devices)} device(s); let the product be "
+            f"{len(devices)}, or set mesh.data=-1"
+        )
+    return Mesh(
+        np.asarray(devices).reshape(tuple(sizes.values())),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return over how many devices the batch axis is split."""
+    return math.prod(mesh.shape[name] for name in RULES["act_batch"])
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Return the mesh axes of logical `axes` (None = not split)."""
+    return PartitionSpec(*[RULES[axis] or None if axis else None for axis in axes])
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Make `mesh` the one that `constrain` speaks of."""
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin activation `x` to the sharding of its logical `axes`; no-op without a mesh in use.
+
+    A dimension that its mesh axes do not divide is left to the partitioner.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = [
+        names if dim % math.prod(mesh.shape[name] for name in names or ()) == 0 else None
+        for dim, names in zip(x.shape, partition_spec(axes), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Collect the fsdp shards of `kernel` for use; its gradient goes back to the shards.
+
+    Said aloud, because the partitioner otherwise may split the product instead and move activations.
+    """
+    return constrain(kernel, *[_without_fsdp(axis) for axis in axes])
+
+
+def _without_fsdp(axis: str | None) -> str | None:
+    return None if axis and "fsdp" in RULES[axis] else axis
+
+
+gather.defvjp(
+    lambda kernel, axes: (gather(kernel, axes), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes),),
+)
+
+
+def logical_axes(boxed: Any) -> Any:
+    """Return the tree of logical axis names of a boxed Linen tree; `()` for a leaf that names none."""
+    return jax.tree.map(
+        lambda leaf: tuple(leaf.names) if isinstance(leaf, nn.meta.Partitioned) else (),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.Partitioned),
+    )
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Return the sharding on `mesh` of an array with logical `axes`."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Return a tree of shardings for arrays of `shapes` with logical `axes` (trees alike).
+
+    Raises:
+      ConfigError: an array that should be split cannot be, with its name, size and a fix.
+    """
+
+    def one(path, axes_of_leaf, leaf):
+        names = axes_of_leaf or (None,) * len(leaf.shape)
+        spec = partition_spec(names)
+        for dim, axis, mesh_axes in zip(leaf.shape, names, spec, strict=True):
+            ways = math.prod(mesh.shape[name] for name in mesh_axes or ())
+            if dim % ways == 0:
+                continue
+            if math.prod(leaf.shape) <= SMALL:
+                return NamedSharding(mesh, PartitionSpec())
+            raise ConfigError(
+                f"mesh.{'*'.join(mesh_axes)}={ways}: parameter {path_name(path)} has {dim} "
+                f"`{axis}`, which {ways} does not divide; choose a mesh size that divides {dim}"
+            )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Return a pytree path as `a/b/c`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of every array of a batch: the leading axis is split."""
+    return named_sharding(mesh, ("act_batch",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Put this host's rows of a batch on its devices, as global arrays; returns at once."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
