@@ -1,0 +1,369 @@
+"""Metrics: (sum, weight) pairs until the last moment, and the writers that record their means.
+
+A writer has three methods: `write(step, values)`, where `step` is the number of updates done,
+`sync()`, after which every row written so far survives a crash, and `close()`.
+
+Resuming at step s first moves what lies behind s aside (`move_rows_aside`, `move_events_aside`): a
+run's record holds each step once, and a side file keeps what was replaced.
+"""
+
+import itertools
+import json
+import math
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm.auto import tqdm
+
+from lm.config import ConfigError
+
+Metrics = Mapping[str, tuple[Any, Any]]  # name -> (sum, weight), floats or scalar arrays
+
+
+def add(left: Metrics, right: Metrics) -> dict[str, tuple[Any, Any]]:
+    """Return the metrics of two batches together; a name that one lacks counts nothing there."""
+    total = dict(left)
+    for name, (value, weight) in right.items():
+        old_value, old_weight = total.get(name, (0.0, 0.0))
+        total[name] = (old_value + value, old_weight + weight)
+    return total
+
+
+def summarize(metrics: Metrics) -> dict[str, float]:
+    """Return each metric's weighted mean; NaN where nothing was weighed."""
+    means = {}
+    for name, (value, weight) in metrics.items():
+        divisor = float(weight)
+        means[name] = float(value) / divisor if divisor else math.nan
+    return means
+
+
+class Writer(Protocol):
+    """What records rows of a run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values after `step` updates."""
+
+    def sync(self) -> None:
+        """Return when every row written survives a crash."""
+
+    def close(self) -> None:
+        """Write what is left and let go of files."""
+
+
+class Jsonl:
+    """Append rows to a file, one JSON object a line, `step` first.
+
+    JSON has no NaN or infinity: they are written as null, which `read_rows` reads as NaN.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if path.exists():
+            _repair(path)
+        self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": int(step), **row}).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: str | Path) -> list[dict[str, float]]:
+    """Return the rows of a metrics.jsonl; a last line that a kill left half-written is left out.
+
+    Raises ConfigError, naming the line, for any other line that is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            values = json.loads(line)
+            rows.append({key: math.nan if v is None else v for key, v in values.items()})
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{path}:{number}: not a JSON object; delete that line") from None
+    return rows
+
+
+def _repair(path: Path) -> None:
+    """Cut off a last line that has no end: a kill came while it was written."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def move_rows_aside(path: str | Path, *, after: int) -> Path | None:
+    """Move the rows of steps > `after` of metrics.jsonl to metrics.<n>.jsonl; None if it has none.
+
+    Return the side file. It is whole on disk before a row leaves the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    _repair(path)
+    steps = [row["step"] for row in read_rows(path)]
+    lines = path.read_bytes().splitlines(keepends=True)
+    parts = [(step <= after, line) for step, line in zip(steps, lines, strict=True)]
+    return _divide(path, parts, side=f"{path.stem}.*{path.suffix}")
+
+
+def move_events_aside(folder: str | Path, *, after: int) -> list[Path]:
+    """Move the TensorBoard events of steps > `after` out of the event files in `folder`.
+
+    Return the side files, whose names no reader takes for event files.
+    """
+    sides = []
+    for path in sorted(Path(folder).glob("*tfevents*")):
+        parts = [(step <= after, record) for step, record in _records(path.read_bytes())]
+        sides.append(_divide(path, parts, side=path.name.replace("tfevents", "aside.*")))
+    return [side for side in sides if side]
+
+
+def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (step, bytes) of each whole record: length u64, its crc u32, event, its crc u32."""
+    start = 0
+    while start + 12 <= len(data):
+        (size,) = struct.unpack_from("<Q", data, start)
+        end = start + 12 + size + 4
+        if end > len(data):
+            return
+        yield Event.FromString(data[start + 12 : end - 4]).step, data[start:end]
+        start = end
+
+
+def _divide(path: Path, parts: Sequence[tuple[bool, bytes]], *, side: str) -> Path | None:
+    """Leave the kept parts in the file at `path`; move the others to `side`, its * numbered."""
+    moved = b"".join(part for keep, part in parts if not keep)
+    if not moved:
+        return None
+    names = (path.with_name(side.replace("*", str(n))) for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    # In this order: a kill in between leaves rows in both files, never in none.
+    _replace(aside, moved)
+    _replace(path, b"".join(part for keep, part in parts if keep))
+    return aside
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is either as before or whole."""
+    draft = path.with_name(f"draft.{os.getpid()}")
+    with open(draft, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+class TensorBoard:
+    """Write rows as scalars to an event file of its own in `folder`.
+
+    tensorboardX's SummaryWriter is passed by: its flush leaves rows in a queue, and two within one
+    second overwrite each other's file.
+    """
+
+    def __init__(self, folder: str | Path, *, first_step: int = 0, flush_seconds: float = 10.0):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f".{os.getpid()}.{sum(1 for _ in folder.iterdir())}"
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=unique)
+        self._flush_seconds = flush_seconds
+        self._flushed = time.monotonic()
+        # A TensorBoard that is open right now drops the rows it has read from this step on.
+        self._write(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=scalar(name, float(value)))
+        if time.monotonic() - self._flushed > self._flush_seconds:
+            self.sync()
+
+    def sync(self) -> None:
+        self._events.flush()  # to the disk: it calls fsync
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Console:
+    """Show progress: a bar in a terminal or notebook, else a plain line every `seconds`.
+
+    Rows of an evaluation (names that begin with "eval") get a line each.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_step: int,
+        num_steps: int,
+        stream: TextIO | None = None,
+        bar: bool | None = None,
+        seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if bar is None:
+            bar = "ipykernel" in sys.modules or (stream or sys.stderr).isatty()
+        self._stream, self._num_steps = stream, num_steps
+        self._clock, self._seconds = clock, seconds
+        self._start: tuple[int, float] | None = None  # step and time of the first row
+        self._said = -math.inf
+        self._bar = None
+        if bar:
+            self._bar = tqdm(
+                total=num_steps, initial=first_step, unit="step", file=stream, dynamic_ncols=True
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        evaluation = {k: v for k, v in values.items() if k.startswith("eval")}
+        if evaluation:
+            words = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items())
+            self.say(f"step {step}  {words}")
+        if len(evaluation) < len(values):
+            self._progress(step, values)
+
+    def _progress(self, step: int, values: Mapping[str, float]) -> None:
+        words = _progress_words(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = self._clock()
+        self._start = self._start or (step, now)
+        if now - self._said < self._seconds and step < self._num_steps:
+            return
+        self._said = now
+        first, began = self._start
+        left = ""
+        if first < step < self._num_steps:
+            seconds_left = (self._num_steps - step) * (now - began) / (step - first)
+            left = f"  {tqdm.format_interval(seconds_left)} left"
+        self.say(f"step {step}/{self._num_steps}  {words}{left}")
+
+    def say(self, text: str) -> None:
+        """Print lines without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream or sys.stdout)
+        else:
+            print(text, file=self._stream or sys.stdout, flush=True)
+
+    def sync(self) -> None:
+        pass  # nothing here outlives the process
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _progress_words(values: Mapping[str, float]) -> str:
+    words = []
+    if "train/loss" in values:
+        words.append(f"loss {values['train/loss']:.4f}")
+    if "tokens_per_second" in values:
+        words.append(f"{tqdm.format_sizeof(values['tokens_per_second'])} tokens/s")
+    if math.isfinite(values.get("mfu", math.nan)):
+        words.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join(words)
+
+
+class WeightsAndBiases:
+    """Send rows to Weights & Biases; a workdir is one run there, also when it resumes."""
+
+    def __init__(self, workdir: str | Path, *, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                f"wandb project {project!r}: wandb is not installed; pip install -e '.[wandb]'"
+            ) from None
+        name = "-".join(Path(workdir).absolute().parts[-2:])
+        self._run = wandb.init(
+            project=project,
+            dir=str(workdir),
+            id=name,
+            name=name,
+            resume="allow",
+            config=dict(config),
+        )
+        # As a metric of its own: W&B's own step refuses to go back when a run resumes.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def sync(self) -> None:
+        pass  # sent by a process of its own; metrics.jsonl is the record
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Writers:
+    """Several writers as one; `say` prints lines beside the progress."""
+
+    def __init__(self, writers: Sequence[Writer], *, console: Console | None = None):
+        self._writers = [*writers, console] if console else list(writers)
+        self._console = console
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def say(self, text: str) -> None:
+        """Print lines for a person; nowhere else are they kept."""
+        if self._console:
+            self._console.say(text)
+
+    def sync(self) -> None:
+        for writer in self._writers:
+            writer.sync()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def open_writers(
+    workdir: str | Path,
+    *,
+    resume_step: int | None,
+    num_steps: int,
+    wandb_project: str = "",
+    config: Mapping[str, Any] | None = None,
+) -> Writers:
+    """Open the writers of a run in `workdir`: metrics.jsonl, tensorboard/, the console.
+
+    `resume_step` is the restored checkpoint's step; rows of later steps are moved aside. None is a
+    run from its start: rows that an earlier try left are all moved aside. Only process 0 calls it.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    kept = -1 if resume_step is None else resume_step
+    move_rows_aside(workdir / "metrics.jsonl", after=kept)
+    move_events_aside(workdir / "tensorboard", after=kept)
+    writers: list[Writer] = [
+        Jsonl(workdir / "metrics.jsonl"),
+        TensorBoard(workdir / "tensorboard", first_step=kept + 1),
+    ]
+    if wandb_project:
+        writers.append(WeightsAndBiases(workdir, project=wandb_project, config=config or {}))
+    return Writers(writers, console=Console(first_step=max(kept, 0), num_steps=num_steps))
