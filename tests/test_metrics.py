@@ -1,0 +1,284 @@
+"""No row is lost or torn by a kill, and a resumed run's record holds each step once."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from lm import metrics
+from lm.config import ConfigError
+
+
+def test_means_of_two_batches_are_the_mean_of_all():
+    left = {"loss": (jnp.float32(6.0), jnp.float32(3.0)), "router": (1.0, 2.0)}
+    right = {"loss": (np.float32(8.0), 1), "accuracy": (3, 4)}
+    total = metrics.add(left, right)
+    assert metrics.summarize(total) == {"loss": 3.5, "router": 0.5, "accuracy": 0.75}
+    assert left["loss"][0] == 6.0  # unchanged
+
+
+def test_nothing_weighed_is_nan_and_not_zero():
+    assert math.isnan(metrics.summarize({"loss": (0.0, 0.0)})["loss"])
+
+
+def test_jsonl_rows_are_there_at_once_and_valid(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = metrics.Jsonl(path)
+    writer.write(np.int64(3), {"train/loss": jnp.float32(0.5), "mfu": math.nan, "x": -math.inf})
+    text = path.read_text()  # before close or sync
+    refuse = pytest.fail
+    assert json.loads(text, parse_constant=refuse) == {
+        "step": 3,
+        "train/loss": 0.5,
+        "mfu": None,
+        "x": None,
+    }
+    assert text.startswith('{"step": 3, ')
+    (row,) = metrics.read_rows(path)
+    assert row["train/loss"] == 0.5
+    assert math.isnan(row["mfu"])
+    writer.close()
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 3, "loss"', b"\0" * 9, b'{"step": 3}'])
+def test_jsonl_goes_on_after_a_torn_line(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+    assert [row["step"] for row in metrics.read_rows(path)] == [1, 2]
+    writer = metrics.Jsonl(path)
+    writer.write(3, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in metrics.read_rows(path)] == [1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line in ("hello", "3"):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a JSON object"):
+            metrics.read_rows(path)
+
+
+def test_rows_of_later_steps_move_aside_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {s},  "loss": 1e-0{s}}}\n' for s in (0, 1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"st')
+    assert metrics.move_rows_aside(path, after=2).name == "metrics.1.jsonl"
+    assert path.read_text() == "".join(lines[:4])
+    assert (tmp_path / "metrics.1.jsonl").read_text() == lines[4]
+    assert metrics.move_rows_aside(path, after=2) is None
+    assert metrics.move_rows_aside(path, after=0).name == "metrics.2.jsonl"
+    assert path.read_text() == lines[0]
+    assert (tmp_path / "metrics.2.jsonl").read_text() == "".join(lines[1:4])
+    assert sorted(os.listdir(tmp_path)) == ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
+
+
+def test_moving_aside_killed_at_either_write_loses_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1}, {"step": 2}]
+    real = os.replace
+    for survived in (0, 1):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        calls = []
+
+        def replace(source, target, calls=calls, survived=survived):
+            if len(calls) == survived:
+                raise KeyboardInterrupt
+            calls.append(real(source, target))
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            metrics.move_rows_aside(path, after=1)
+        monkeypatch.setattr(os, "replace", real)
+        kept = [row for file in tmp_path.glob("metrics*") for row in metrics.read_rows(file)]
+        assert all(row in kept for row in rows)
+    metrics.move_rows_aside(path, after=1)
+    assert metrics.read_rows(path) == rows[:1]
+
+
+def events(folder):
+    """Return (tag, step, value) of all scalars in the event files of `folder`, in reading order."""
+    found = []
+    for path in sorted(folder.glob("*tfevents*")):
+        for _, record in metrics._records(path.read_bytes()):
+            event = Event.FromString(record[12:-4])
+            found += [(v.tag, event.step, scalar_of(v)) for v in event.summary.value]
+    return found
+
+
+def scalar_of(value):
+    return value.simple_value or sum(value.tensor.float_val)
+
+
+def open_quiet(folder, **arguments):
+    return metrics.open_writers(folder, num_steps=10, **arguments)
+
+
+def test_resuming_leaves_each_step_once_in_both_files(tmp_path):
+    for resume_step, steps in [(None, range(0, 7)), (4, range(5, 9)), (2, range(3, 5))]:
+        writers = open_quiet(tmp_path, resume_step=resume_step)
+        for step in steps:  # the value says which try wrote it
+            writers.write(step, {"train/loss": float(step + 10 * (resume_step or 0))})
+        writers.sync()
+        jsonl = [
+            (r["step"], r["train/loss"]) for r in metrics.read_rows(tmp_path / "metrics.jsonl")
+        ]
+        board = sorted((step, value) for _, step, value in events(tmp_path / "tensorboard"))
+        assert board == jsonl  # before close: sync has written all
+        writers.close()
+    assert jsonl == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+    moved = [
+        row["step"] for n in (1, 2) for row in metrics.read_rows(tmp_path / f"metrics.{n}.jsonl")
+    ]
+    assert moved == [5, 6, 3, 4, 5, 6, 7, 8]
+    aside = [path for path in (tmp_path / "tensorboard").iterdir() if "tfevents" not in path.name]
+    assert sorted(
+        event_step
+        for path in aside
+        for event_step, record in metrics._records(path.read_bytes())
+        if Event.FromString(record[12:-4]).HasField("summary")
+    ) == sorted(moved)
+
+
+def test_a_fresh_start_moves_everything_of_an_earlier_try(tmp_path):
+    for _ in range(2):
+        writers = open_quiet(tmp_path, resume_step=None)
+        writers.write(0, {"eval/loss": 2.0})
+        writers.close()
+    assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 1
+    assert len(events(tmp_path / "tensorboard")) == 1
+
+
+def test_events_tell_an_open_tensorboard_from_where_to_forget(tmp_path):
+    metrics.TensorBoard(tmp_path, first_step=5).close()
+    (path,) = tmp_path.iterdir()
+    logs = [
+        (event.step, event.session_log.status)
+        for _, record in metrics._records(path.read_bytes())
+        if (event := Event.FromString(record[12:-4])).HasField("session_log")
+    ]
+    assert logs == [(5, SessionLog.START)]
+
+
+def test_two_event_files_within_a_second_do_not_overwrite_each_other(tmp_path):
+    for step in (1, 2):
+        board = metrics.TensorBoard(tmp_path, first_step=step)
+        board.write(step, {"x": 1.0})
+        board.close()
+    assert [step for _, step, _ in events(tmp_path)] == [1, 2]
+
+
+def test_a_torn_event_is_left_out(tmp_path):
+    board = metrics.TensorBoard(tmp_path)
+    board.write(1, {"x": 1.0})
+    board.write(2, {"x": 1.0})
+    board.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert [step for _, step, _ in events(tmp_path)] == [1]
+
+
+def test_synced_rows_survive_a_kill(tmp_path):
+    code = (
+        "import sys, time; from lm import metrics\n"
+        f"w = metrics.open_writers({str(tmp_path)!r}, resume_step=None, num_steps=9)\n"
+        "w.write(1, {'train/loss': 1.0}); w.sync(); print('synced', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while "synced" not in child.stdout.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
+    assert [step for _, step, _ in events(tmp_path / "tensorboard")] == [1]
+
+
+ROW = {"train/loss": 2.34567, "tokens_per_second": 53211.0, "mfu": 0.412}
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds_and_the_last(tmp_path):
+    now = [0.0]
+    stream = io.StringIO()
+    console = metrics.Console(first_step=0, num_steps=100, stream=stream, clock=lambda: now[0])
+    for step in range(1, 101):
+        console.write(step, ROW)
+        now[0] += 1.0
+    console.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{s}/100" for s in [*range(1, 100, 10), 100]]
+    assert lines[5] == "step 51/100  loss 2.3457  53.2k tokens/s  MFU 41.2%  00:49 left"
+    assert "left" not in lines[-1]
+    assert "\r" not in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_evaluations_get_a_line_of_their_own(bar):
+    stream = io.StringIO()
+    console = metrics.Console(first_step=40, num_steps=100, stream=stream, bar=bar)
+    console.write(50, {"train/loss": 2.0, "mfu": math.nan})
+    console.write(50, {"eval/loss": 1.23456, "eval_raw/loss": 1.5})
+    console.say("a sample")
+    console.close()
+    lines = [line.strip() for line in stream.getvalue().replace("\r", "\n").splitlines()]
+    assert "step 50  eval/loss 1.235  eval_raw/loss 1.5" in lines
+    assert "a sample" in lines
+    assert "nan" not in stream.getvalue()
+    if bar:
+        assert any("50/100" in line and "loss 2.0000" in line for line in lines)
+        assert any("40/100" in line for line in lines)  # begins where the run resumes
+
+
+def test_progress_without_a_peak_leaves_mfu_out():
+    assert metrics._progress_words({"train/loss": 1.0}) == "loss 1.0000"
+
+
+def test_rows_cost_little(tmp_path):
+    writers = open_quiet(tmp_path, resume_step=None)
+    values = {f"train/{n}": 0.1 for n in range(10)}
+    began = time.perf_counter()
+    for step in range(200):
+        writers.write(step, values)
+    seconds = (time.perf_counter() - began) / 200
+    writers.close()
+    assert seconds < 5e-3  # measured 0.5 ms; a hundredth of a small model's step
+
+
+def test_weights_and_biases_is_one_run_a_workdir(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"pip install"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        open_quiet(tmp_path, resume_step=None, wandb_project="mine")
+
+    calls = []
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+    def init(**kwargs):
+        calls.append(("init", (), kwargs))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume_step in (None, 3):
+        writers = open_quiet(
+            tmp_path, resume_step=resume_step, wandb_project="mine", config={"seed": 1}
+        )
+        writers.write(4, {"train/loss": 1.0})
+        writers.close()
+    inits = [kwargs for name, _, kwargs in calls if name == "init"]
+    assert inits[0]["id"] == inits[1]["id"]
+    assert inits[0]["config"] == {"seed": 1}
+    assert ("log", ({"step": 4, "train/loss": 1.0},), {}) in calls
+    assert calls[-1][0] == "finish"
