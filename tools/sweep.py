@@ -1,0 +1,173 @@
+"""Run the points of an experiment file's `sweep()` one after the other, and tabulate how they end.
+
+    python -m tools.sweep --config experiments/mine.py --workdir runs/mine/sweep
+
+Each point is a run of `lm.main` in a folder of its own. Started again, the sweep skips finished
+points and resumes the interrupted one; a point that fails does not stop the others. Results are in
+sweep.json and sweep.csv; the exit code is the worst of the points'.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm import config as config_lib
+from lm import metrics
+from lm import sweep as sweep_lib
+from lm.config import ConfigError
+from lm.sweep import Point
+
+MAIN = (sys.executable, "-m", "lm.main")
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+_MARKER = "sweep_point.json"  # in a point's folder once it has finished
+
+
+def run(
+    path: str | Path,
+    workdir: str | Path,
+    *,
+    fixed: Sequence[str] = (),
+    metric: str = "eval/loss",
+    command: Sequence[str] = MAIN,
+) -> int:
+    """Run every unfinished point of the file's sweep in `workdir`, and return the worst exit code.
+
+    `fixed` are assignments for all points; `metric` sorts the table, smallest first.
+    """
+    points = read_points(path)
+    base = config_lib.to_json(config_lib.load(path))
+    codes: dict[str, int] = {}
+    for number, (name, point) in enumerate(points.items(), start=1):
+        given = [*fixed, *sweep_lib.assignments(point)]
+        identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
+        finished = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
+        print(f"[{number}/{len(points)}] {name}{': finished' if finished else ''}", flush=True)
+        codes[name] = 0 if finished else _run_point(command, path, Path(workdir) / name, given)
+        if codes[name] == 0:
+            _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
+        rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
+        rows.sort(key=lambda row: row.get(metric, math.inf))
+        _save(Path(workdir), rows)
+        if codes[name] == INTERRUPTED:
+            print(f"interrupted; the same command goes on with {name}")
+            break
+    print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
+    return max(codes.values())
+
+
+def read_points(path: str | Path) -> dict[str, Point]:
+    """Return the points of the file's `sweep()` by name.
+
+    Raises ConfigError where there are none, or two are the same.
+    """
+    points = config_lib.call(path, "sweep")
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise ConfigError(
+            f"config={path}: sweep() must return a list of dicts, as lm.sweep.grid does"
+        )
+    if not points:
+        raise ConfigError(f"config={path}: sweep() returned no point; give it at least one")
+    named: dict[str, Point] = {}
+    for point in points:
+        if sweep_lib.name(point) in named:
+            raise ConfigError(f"config={path}: sweep() has {point} twice; keep one")
+        named[sweep_lib.name(point)] = point
+    return named
+
+
+def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: Iterable[str]) -> int:
+    flags = [f"--config.{assignment}" for assignment in given]
+    child = subprocess.Popen([*command, "--config", str(path), "--workdir", str(folder), *flags])
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:  # the point has it too, and saves before it ends
+            interrupted = True
+    if interrupted:
+        return INTERRUPTED
+    return code if code >= 0 else 128 - code
+
+
+def _result(workdir: Path, name: str, point: Point, code: int) -> dict[str, Any]:
+    """Return a row: the point, how it ended, and the last value of each metric."""
+    row: dict[str, Any] = {"name": name, "exit_code": code, **point}
+    record = workdir / name / "metrics.jsonl"
+    for values in metrics.read_rows(record) if record.exists() else []:
+        row |= {key: value for key, value in values.items() if math.isfinite(value)}
+    return row
+
+
+def _save(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    _write(workdir / "sweep.json", json.dumps(list(rows), indent=2, default=str) + "\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(workdir / "sweep.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not finished, or killed as it was
+        return {}
+
+
+def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """Return aligned columns: name, how it ended, step, `metric`, the training loss."""
+    cells = [["point", "ended", "step", metric, "train/loss"]]
+    for row in rows:
+        ended = "finished" if row["exit_code"] == 0 else f"exit code {row['exit_code']}"
+        losses = [f"{row[key]:.4f}" if key in row else "-" for key in (metric, "train/loss")]
+        cells.append([row["name"], ended, str(row.get("step", "-")), *losses])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.SECTION.FIELD=VALUE sets a field for every point.",
+    )
+    parser.add_argument(
+        "--config", required=True, help="experiment file with get_config(), sweep()"
+    )
+    parser.add_argument("--workdir", help="default runs/<experiment>/sweep")
+    parser.add_argument("--metric", default="eval/loss", help="sorts the table (%(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help="print the points, run nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    fixed, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(rest)
+    workdir = args.workdir or f"runs/{Path(args.config).stem}/sweep"
+
+    def work() -> int:
+        if args.dry_run:
+            print("\n".join(read_points(args.config)))
+            return 0
+        return run(args.config, workdir, fixed=fixed, metric=args.metric)
+
+    return config_lib.exit_on_user_error(work, debug=args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
