@@ -1,0 +1,166 @@
+"""A sweep goes on where it stopped, a failed point stops no other, and the table is the record."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm.config import ConfigError
+from tools import sweep
+
+EXPERIMENT = """
+from ml_collections import ConfigDict
+from lm import sweep as sweep_lib
+
+def get_config():
+    return ConfigDict({"seed": 1})
+
+def sweep():
+    return sweep_lib.grid({"optim.peak_lr": [0.1, 0.2, 0.3]})
+"""
+
+# Stands for lm.main: notes its flags, writes a metrics file whose loss is 1 - peak_lr.
+MAIN = """
+import json, os, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1:5:2], sys.argv[2:5:2]))
+folder = pathlib.Path(flags["--workdir"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parent / "ran", "a") as file:
+    file.write(json.dumps(sys.argv[5:]) + "\\n")
+lr = float(next(flag for flag in sys.argv if "peak_lr" in flag).split("=")[1])
+rows = [{"step": 0, "eval/loss": 9.0}, {"step": 5, "train/loss": 2.0, "mfu": None},
+        {"step": 5, "eval/loss": 1 - lr}]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+what = pathlib.Path(folder.parent / f"make_{lr}")
+if what.exists():
+    exec(what.read_text())
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "mine.py").write_text(EXPERIMENT)
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def run(place, **arguments):
+    command = (sys.executable, str(place / "main.py"))
+    return sweep.run(place / "mine.py", place / "out", command=command, **arguments)
+
+
+def ran(place):
+    """Return the flags of each run since the last question."""
+    path = place / "out" / "ran"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [json.loads(line) for line in lines]
+
+
+def flags(*rates):
+    return [[f"--config.optim.peak_lr={rate}"] for rate in rates]
+
+
+def test_runs_every_point_and_tabulates_the_best_first(place, capsys):
+    assert run(place) == 0
+    assert ran(place) == flags(0.1, 0.2, 0.3)
+    rows = json.loads((place / "out" / "sweep.json").read_text())
+    assert [(row["optim.peak_lr"], row["step"], row["exit_code"]) for row in rows] == [
+        (0.3, 5, 0),
+        (0.2, 5, 0),
+        (0.1, 5, 0),
+    ]
+    assert [row["eval/loss"] for row in rows] == pytest.approx([0.7, 0.8, 0.9])
+    with open(place / "out" / "sweep.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
+    table = capsys.readouterr().out.splitlines()[-5:-1]
+    assert table[0].split() == ["point", "ended", "step", "eval/loss", "train/loss"]
+    assert table[1].split() == ["peak_lr=0.3", "finished", "5", "0.7000", "2.0000"]
+
+
+def test_a_failed_point_stops_no_other_and_is_tried_again(place):
+    (place / "out" / "make_0.1").write_text("sys.exit(2)")
+    (place / "out" / "make_0.2").write_text("os.kill(os.getpid(), signal.SIGKILL)")
+    assert run(place) == 128 + 9
+    assert ran(place) == flags(0.1, 0.2, 0.3)
+    rows = json.loads((place / "out" / "sweep.json").read_text())
+    assert {row["name"]: row["exit_code"] for row in rows} == {
+        "peak_lr=0.1": 2,
+        "peak_lr=0.2": 137,
+        "peak_lr=0.3": 0,
+    }
+    for name in ("make_0.1", "make_0.2"):
+        (place / "out" / name).unlink()
+    assert run(place) == 0
+    assert ran(place) == flags(0.1, 0.2)
+
+
+def test_finished_points_are_skipped_until_their_config_changes(place):
+    run(place)
+    ran(place)
+    assert run(place) == 0
+    assert ran(place) == []
+    assert len(json.loads((place / "out" / "sweep.json").read_text())) == 3
+    run(place, fixed=["seed=2"])
+    assert ran(place) == [["--config.seed=2", *flag] for flag in flags(0.1, 0.2, 0.3)]
+    (place / "mine.py").write_text(EXPERIMENT.replace("0.3]", "0.3, 0.4]"))
+    run(place, fixed=["seed=2"])
+    assert ran(place) == [["--config.seed=2", *flag] for flag in flags(0.4)]
+    (place / "mine.py").write_text(EXPERIMENT.replace('"seed": 1', '"seed": 3'))
+    run(place, fixed=["seed=2"])
+    assert len(ran(place)) == 3
+
+
+def test_interrupt_lets_the_point_save_and_stops_there(place):
+    """Ctrl-C reaches the whole group: the point takes a while to save, and must be given it."""
+    (place / "out" / "make_0.1").write_text(
+        "try:\n    (folder / 'began').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.6); (folder / 'saved').touch(); sys.exit(130)"
+    )
+    code = (
+        "import sys; from tools import sweep; sys.exit(sweep.run("
+        f"{str(place / 'mine.py')!r}, {str(place / 'out')!r}, "
+        f"command=({sys.executable!r}, {str(place / 'main.py')!r})))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    folder = place / "out" / "peak_lr=0.1"
+    deadline = time.monotonic() + 30
+    while not (folder / "began").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(parent.pid, signal.SIGINT)
+    printed, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert (folder / "saved").exists()
+    assert "the same command goes on with peak_lr=0.1" in printed
+    assert ran(place) == flags(0.1)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return []", "no point"),
+        ("return {'a': 1}", "list of dicts"),
+        ("return [{'a': 1}, {'a': 1}]", "twice"),
+        ("return sweep_lib.grid({'a': []})", "mine.py:9: ValueError: a=[]"),
+    ],
+)
+def test_mistakes_in_the_file(place, body, words):
+    (place / "mine.py").write_text(EXPERIMENT.rpartition("return")[0] + body)
+    with pytest.raises(ConfigError) as caught:
+        run(place)
+    assert words in str(caught.value)
+
+
+def test_command_line(place, capsys):
+    assert sweep.main(["--config", str(place / "mine.py"), "--dry_run"]) == 0
+    assert capsys.readouterr().out.split() == ["peak_lr=0.1", "peak_lr=0.2", "peak_lr=0.3"]
+    assert sweep.main(["--config", str(place / "none.py")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
