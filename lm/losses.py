@@ -1,0 +1,219 @@
+"""The loss of every task: weighted cross-entropy, a chunk of positions at a time.
+
+Logits of a whole batch, [B, L, V] in float32, are the largest array of a small language model. Here
+they never exist: a loop over chunks along L makes the logits of a chunk, their loss and, where a
+gradient is asked for, the gradient of features and head in the same pass. So nothing is computed
+twice, and each device's rows stay with it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+# Bytes of one chunk's float32 logits on one device: large enough that matrix products run at full
+# speed, small against the [V, D] gradient that is accumulated beside them.
+CHUNK_BYTES = 2**27
+
+Params = Any
+LogitsFn = Callable[[Params, jax.Array], jax.Array]
+
+
+def cross_entropy(
+    logits_fn: LogitsFn,
+    params: Params,
+    x_BLD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    *,
+    max_scored: int,
+    vocab_size: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk: int = 0,
+    shards: int = 1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the weighted sum of the objective over a batch, and the sums to report, in nats.
+
+    With p = softmax(logits), V real words and s = `label_smoothing`, a position of weight 1 adds
+    `-(1 - s) log p[target] - s / V sum_v log p[v] + z_loss (log sum_v exp logits[v])**2`.
+    The z-loss is that of PaLM (arXiv 2204.02311), smoothing that of arXiv 1512.00567.
+
+    Args:
+      logits_fn: takes (params, x[B, c, D]) to float32 logits [B, c, V]; it may use any part of
+        `params`, and must reach what is learned through `params` and `x` alone.
+      params: a tree; parts that `logits_fn` does not use cost nothing.
+      x_BLD: features, of any float type.
+      targets_BL: int32.
+      weights_BL: float32; 0 is not scored. No gradient flows to it.
+      max_scored: static bound on scored positions of a row. Below L, the scored ones are gathered
+        first; a row that breaks the bound makes the loss NaN.
+      vocab_size: the real columns of the logits, for label smoothing; 0 = all.
+      chunk: positions of a row that have logits at once; 0 = as many as `CHUNK_BYTES` hold.
+      shards: over how many devices a chunk's logits are split.
+
+    Returns:
+      The objective's sum, which alone has a gradient, and float32 sums by name: `loss` (pure
+      cross-entropy), `weight`, `correct` (weight where the target is the argmax), `z_loss`.
+    """
+    if max_scored < x_BLD.shape[1]:
+        x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
+    spec = jax.eval_shape(logits_fn, params, x_BLD)
+    head, used = _only_used(logits_fn, params, x_BLD)
+    terms = functools.partial(
+        _terms,
+        vocab_size=vocab_size or spec.shape[-1],
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+    num_rows, length, width = spec.shape
+    if not chunk:
+        chunk = max(1, CHUNK_BYTES * shards // (4 * num_rows * width))
+    # Chunks of equal length, so that padding is fewer positions than there are chunks.
+    num_chunks = -(-length // chunk)
+    weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
+    objective, sums = _sum_over_chunks(
+        (head, terms, num_chunks), used, x_BLD, targets_BL, weights_BL
+    )
+    return objective, dict(zip(("loss", "correct", "z_loss", "weight"), sums, strict=True))
+
+
+def _gather_scored(
+    x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the scored positions of each row, in order, at the row's start; S = `max_scored`."""
+    scored_BL = weights_BL != 0
+    index_BS = jnp.argsort(~scored_BL, axis=1, stable=True)[:, :max_scored]
+    kept_BS = jnp.take_along_axis(weights_BL, index_BS, axis=1)
+    broken_B1 = scored_BL.sum(axis=1, keepdims=True) > max_scored
+    return (
+        jnp.take_along_axis(x_BLD, index_BS[..., None], axis=1),
+        jnp.take_along_axis(targets_BL, index_BS, axis=1),
+        jnp.where(broken_B1, jnp.nan, kept_BS),
+    )
+
+
+def _only_used(
+    logits_fn: LogitsFn, params: Params, x_BLD: jax.Array
+) -> tuple[LogitsFn, list[jax.Array]]:
+    """Return `logits_fn` as a function of the leaves of `params` that it uses, and those leaves."""
+    leaves, tree = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(logits_fn)(params, x_BLD).jaxpr
+    _, is_used = partial_eval.dce_jaxpr(jaxpr, [True])
+    used = [i for i in range(len(leaves)) if is_used[i]]
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def head(used_leaves: list[jax.Array], x_BcD: jax.Array) -> jax.Array:
+        given = dict(zip(used, used_leaves, strict=True))
+        # What the head does not use may be anything: XLA drops it.
+        full = [given.get(i, jnp.zeros(s.shape, s.dtype)) for i, s in enumerate(shapes)]
+        return logits_fn(tree.unflatten(full), x_BcD)
+
+    return head, [leaves[i] for i in used]
+
+
+def _terms(
+    logits_BcV: jax.Array,
+    targets_Bc: jax.Array,
+    weights_Bc: jax.Array,
+    *,
+    vocab_size: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> tuple[jax.Array, jax.Array, Callable[[], jax.Array]]:
+    """Return a chunk's objective, its [4] sums, and what makes the gradient of the logits."""
+    best_Bc1 = jnp.argmax(logits_BcV, axis=-1, keepdims=True)
+    max_Bc1 = jnp.take_along_axis(logits_BcV, best_Bc1, axis=-1)
+    sum_exp_Bc = jnp.exp(logits_BcV - max_Bc1).sum(axis=-1)
+    lse_Bc = jnp.log(sum_exp_Bc) + max_Bc1[..., 0]
+    target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+    loss = jnp.sum(weights_Bc * (lse_Bc - target_Bc))
+    correct = jnp.sum(weights_Bc * (best_Bc1[..., 0] == targets_Bc))
+    penalty = jnp.sum(weights_Bc * (z_loss * lse_Bc**2))
+    objective = loss + penalty
+    if label_smoothing:
+        mean_Bc = logits_BcV[..., :vocab_size].mean(axis=-1)
+        objective += label_smoothing * jnp.sum(weights_Bc * (target_Bc - mean_Bc))
+
+    def gradient() -> jax.Array:
+        column_11V = jnp.arange(logits_BcV.shape[-1])[None, None]
+        p_BcV = jnp.exp(logits_BcV - lse_Bc[..., None])
+        wanted_BcV = jnp.where(column_11V == targets_Bc[..., None], 1 - label_smoothing, 0.0)
+        if label_smoothing:
+            wanted_BcV += jnp.where(column_11V < vocab_size, label_smoothing / vocab_size, 0.0)
+        slope_Bc1 = (1 + 2 * z_loss * lse_Bc)[..., None]
+        return weights_Bc[..., None] * (slope_Bc1 * p_BcV - wanted_BcV)
+
+    return objective, jnp.stack([loss, correct, penalty, weights_Bc.sum()]), gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL):
+    """Return (objective, [4] sums) over all chunks, from the loss alone."""
+    head, terms, num_chunks = plan
+
+    def one(inputs):
+        x_BcD, targets_Bc, weights_Bc = inputs
+        objective, sums, _ = terms(head(used, x_BcD), targets_Bc, weights_Bc)
+        return (objective, sums), ()
+
+    (objective, sums), _ = _over_chunks(one, num_chunks, (x_BLD, targets_BL, weights_BL))
+    return objective, sums
+
+
+def _sum_and_gradient(plan, used, x_BLD, targets_BL, weights_BL):
+    """Return what `_sum_over_chunks` does, and the gradient of the objective, in one pass."""
+    head, terms, num_chunks = plan
+
+    def one(inputs):
+        x_BcD, targets_Bc, weights_Bc = inputs
+        logits_BcV, pull = jax.vjp(head, used, x_BcD)
+        objective, sums, gradient = terms(logits_BcV, targets_Bc, weights_Bc)
+        d_used, dx_BcD = pull(gradient())
+        return (objective, sums, d_used), dx_BcD
+
+    (objective, sums, d_used), dx_BLD = _over_chunks(
+        one, num_chunks, (x_BLD, targets_BL, weights_BL)
+    )
+    return (objective, sums), (d_used, dx_BLD)
+
+
+def _scale_gradient(plan, gradients, cotangents):
+    del plan
+    scale, _ = cotangents
+    d_used, dx_BLD = jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients)
+    return d_used, dx_BLD, None, None
+
+
+_sum_over_chunks.defvjp(_sum_and_gradient, _scale_gradient)
+
+
+def _over_chunks(one, num_chunks: int, arrays):
+    """Sum `one`'s first result over chunks of `arrays` along L, and join its second."""
+    length = arrays[0].shape[1]
+    if num_chunks == 1:
+        return one(arrays)
+    chunk = -(-length // num_chunks)
+    padding = num_chunks * chunk - length
+
+    def split(array):
+        array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
+        array = array.reshape(array.shape[0], num_chunks, chunk, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    def join(array):
+        array = jnp.moveaxis(array, 0, 1)
+        return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+
+    def add(total, inputs):
+        part, rest = one(inputs)
+        return jax.tree.map(jnp.add, total, part), rest
+
+    chunks = jax.tree.map(split, arrays)
+    shapes, _ = jax.eval_shape(one, jax.tree.map(lambda a: a[0], chunks))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, rest = jax.lax.scan(add, zeros, chunks)
+    return total, jax.tree.map(join, rest)
