@@ -92,9 +92,19 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
+def mesh_size() -> int:
+    """Return the number of devices of the mesh in use; 1 without one."""
+    return jax.sharding.get_abstract_mesh().size or 1
+
+
+def ways(mesh: Any, axis: str | None) -> int:
+    """Return over how many devices logical `axis` is split (None = 1)."""
+    return math.prod(mesh.shape[name] for name in RULES[axis]) if axis else 1
+
+
 def batch_shards(mesh: Mesh) -> int:
-    """Return over how many devices the batch axis is split."""
-    return math.prod(mesh.shape[name] for name in RULES["act_batch"])
+    """Return over how many devices the batch is split."""
+    return ways(mesh, "act_batch")
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -117,11 +127,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = [
-        names if dim % math.prod(mesh.shape[name] for name in names or ()) == 0 else None
-        for dim, names in zip(x.shape, partition_spec(axes), strict=True)
+    fitting = [
+        axis if dim % ways(mesh, axis) == 0 else None
+        for dim, axis in zip(x.shape, axes, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -166,18 +176,16 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
     def one(path, axes_of_leaf, leaf):
         names = axes_of_leaf or (None,) * len(leaf.shape)
-        spec = partition_spec(names)
-        for dim, axis, mesh_axes in zip(leaf.shape, names, spec, strict=True):
-            ways = math.prod(mesh.shape[name] for name in mesh_axes or ())
-            if dim % ways == 0:
+        for dim, axis in zip(leaf.shape, names, strict=True):
+            if dim % ways(mesh, axis) == 0:
                 continue
             if math.prod(leaf.shape) <= SMALL:
-                return NamedSharding(mesh, PartitionSpec())
+                return replicated(mesh)
             raise ConfigError(
-                f"mesh.{'*'.join(mesh_axes)}={ways}: parameter {path_name(path)} has {dim} "
-                f"`{axis}`, which {ways} does not divide; choose a mesh size that divides {dim}"
+                f"mesh.{'*'.join(RULES[axis])}={ways(mesh, axis)}: parameter {path_name(path)} has "
+                f"{dim} `{axis}`, which does not divide; choose a mesh size that divides {dim}"
             )
-        return NamedSharding(mesh, spec)
+        return named_sharding(mesh, names)
 
     return jax.tree.map_with_path(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

@@ -172,6 +172,11 @@ class Model(nn.Module):
     accepts: ClassVar = frozenset({"causal", "packed"})
     learns: ClassVar = "gradient"
 
+    @property
+    def max_context(self) -> int:
+        """Positions that decoding may use; 0 = any number."""
+        return self.cfg.max_length
+
     def setup(self):
         cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
         init = nn.initializers.normal(0.02)

@@ -1,15 +1,13 @@
 """A stack of Transformer blocks, scanned or unrolled, with rematerialisation by name."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-SCANNED = "blocks"  # parameters [num_layers, ...]
-UNROLLED = re.compile(r"block_(\d+)$")
+# Names in parameter paths: one stack [num_layers, ...], or a tree for each layer.
+SCANNED, UNROLLED = "blocks", "block_{}"
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
@@ -42,7 +40,7 @@ class Stack(nn.Module):
         arguments = {**self.arguments, "train": train, "decode": decode}
         if not self.scan:
             for layer in range(self.num_layers):
-                x = block(**arguments, name=f"block_{layer}")(x, *args)
+                x = block(**arguments, name=UNROLLED.format(layer))(x, *args)
             return x
 
         def body(module, carry, _):
@@ -56,27 +54,3 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(block(**arguments, name=SCANNED), x, None)[0]
-
-
-def stack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """Turn `block_0 .. block_n` anywhere in `tree` into `blocks` with a leading layers axis."""
-    if not isinstance(tree, dict):
-        return tree
-    layers = {name: int(m[1]) for name in tree if (m := UNROLLED.match(name))}
-    rest = {name: stack_layers(value) for name, value in tree.items() if name not in layers}
-    if layers:
-        ordered = [tree[name] for name in sorted(layers, key=layers.__getitem__)]
-        rest[SCANNED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
-    return rest
-
-
-def unstack_layers(tree: dict[str, Any]) -> dict[str, Any]:
-    """Undo `stack_layers`."""
-    if not isinstance(tree, dict):
-        return tree
-    out = {name: unstack_layers(value) for name, value in tree.items() if name != SCANNED}
-    if SCANNED in tree:
-        num_layers = jax.tree.leaves(tree[SCANNED])[0].shape[0]
-        for layer in range(num_layers):
-            out[f"block_{layer}"] = jax.tree.map(lambda leaf, i=layer: leaf[i], tree[SCANNED])
-    return out

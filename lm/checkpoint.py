@@ -1,0 +1,401 @@
+"""Save, verify and restore a run; `load(workdir)` gives a usable model in one line.
+
+A checkpoint is the folder `<workdir>/checkpoints/<step>/`: `state/`, written by Orbax, asynchronous, as
+one flat dictionary from parameter path to array, and `manifest.json`, written last: size and SHA-256 of
+every file, shape and type of every array, the metrics. Without a manifest that matches, a checkpoint is
+not good: it is moved aside with a word, never deleted, and the newest good one before it is used.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from lm import config as config_lib
+from lm import models
+from lm.config import ConfigError, Duration
+from lm.nn.transformer import SCANNED, UNROLLED
+from lm.step import parameter_axes
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    every_steps: Duration = 1000  # between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    keep_best: bool = True  # keep the one with the lowest metric too
+    best_metric: str = "eval/loss"  # what the best has the lowest of
+
+    def __post_init__(self):
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep={self.keep}: keep at least 1")
+
+
+class Loaded(NamedTuple):
+    """A trained model: `config`, the Linen `model`, and its `params` (averaged, where that was kept)."""
+
+    config: ConfigDict
+    model: nn.Module
+    params: Any
+
+
+class Checkpointer:
+    """Writes a run's checkpoints and reads them back. One save is in flight at a time."""
+
+    def __init__(self, workdir: str | Path, cfg: Config):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.cfg = cfg
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
+        """Start to save `state`; returns when its arrays are copied. Raises what the last save raised."""
+        self.wait()
+        target = self.folder / str(step)
+        move_aside(target)
+        target.mkdir(parents=True)
+        arrays = flatten(state)
+        self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
+        described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+        manifest = {"format": FORMAT, "step": step, "metrics": dict(metrics), "arrays": described}
+        self._thread = threading.Thread(target=self._finish, args=(target, manifest), daemon=True)
+        self._thread.start()
+
+    def _finish(self, target: Path, manifest: dict[str, Any]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(target, manifest)
+                self._retire()
+        except BaseException as error:  # handed to the training loop by `wait`
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the save in flight is good. Raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait for the save in flight and release Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _retire(self) -> None:
+        """Delete all but the newest `keep` and the best checkpoint."""
+        steps = good_steps(self.folder)
+        kept = set(steps[-self.cfg.keep :])
+        if self.cfg.keep_best and (best := best_step(self.folder, self.cfg.best_metric)) is not None:
+            kept.add(best)
+        for step in set(steps) - kept:
+            # Without its manifest it is no checkpoint, so a kill on the way leaves nothing that looks good.
+            (self.folder / str(step) / MANIFEST).unlink()
+            shutil.rmtree(self.folder / str(step))
+
+    def restore_latest(self, abstract: Any, say: Callable[[str], None] = print) -> Any | None:
+        """Return the newest good state with the shapes and shardings of `abstract`; None when there is none.
+
+        What is damaged or unfinished is moved aside and said.
+        """
+        for step, problem in sorted(problems(self.folder).items(), reverse=True):
+            if problem:
+                aside = move_aside(self.folder / str(step))
+                say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
+                continue
+            return unflatten(abstract, restore(self.folder, step, flatten(abstract)))
+        return None
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Return {"path.of.leaf": leaf}: the names under which arrays are stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten(tree: Any, flat: Mapping[str, Any]) -> Any:
+    """Return `tree` with the leaves of `flat`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in flatten(tree)])
+
+
+def write_manifest(target: Path, manifest: dict[str, Any]) -> None:
+    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced."""
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    manifest["files"] = {
+        str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
+    }
+    for path in files:
+        sync(path)
+    write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent whatever happens."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a checkpoint's folder out of the way, losing nothing; None when there is none."""
+    if not folder.exists():
+        return None
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.aside{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def read_manifest(folder: Path, step: int) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None where there is none that makes sense."""
+    try:
+        manifest = json.loads((folder / str(step) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("step") == step else None
+
+
+def all_steps(folder: Path) -> list[int]:
+    """Return every step that has a folder, good or not, ascending."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def good_steps(folder: Path) -> list[int]:
+    """Return the steps whose checkpoints were finished, ascending (their files are not read)."""
+    return [step for step in all_steps(folder) if read_manifest(folder, step) is not None]
+
+
+def best_step(folder: Path, metric: str) -> int | None:
+    """Return the finished step with the lowest `metric`; None when none has it."""
+    values = {
+        step: value
+        for step in good_steps(folder)
+        if (value := (read_manifest(folder, step) or {})["metrics"].get(metric)) is not None
+    }
+    return min(values, key=values.__getitem__) if values else None
+
+
+def problems(folder: Path) -> dict[int, str]:
+    """Return for every step what is wrong with its checkpoint, "" for nothing; reads every file."""
+    return {step: problem(folder, step) for step in all_steps(folder)}
+
+
+def problem(folder: Path, step: int) -> str:
+    """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
+    manifest = read_manifest(folder, step)
+    if manifest is None:
+        return f"it has no readable {MANIFEST}, so its saving never finished"
+    if manifest.get("format") != FORMAT:
+        return f"its format is {manifest.get('format')}, and this version reads {FORMAT}"
+    for name, (size, digest) in manifest["files"].items():
+        path = folder / str(step) / name
+        if not path.is_file():
+            return f"file {name} is missing"
+        if path.stat().st_size != size or hash_file(path) != digest:
+            return f"file {name} is not what was written"
+    return ""
+
+
+def restore(folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Return the arrays named in `wanted`, on its shardings.
+
+    Layers that were stored scanned are read into unrolled ones, and back.
+
+    Raises:
+      ConfigError: an array is missing or has another shape.
+    """
+    manifest = read_manifest(folder, step) or {}
+    stored = _shapes(manifest["arrays"])
+    sources = {name: _sources(name, leaf, stored) for name, leaf in wanted.items()}
+    reading = {}
+    for name, leaf in wanted.items():
+        for source, shape, sharding in sources[name]:
+            if stored.get(source) != shape:
+                raise ConfigError(
+                    f"checkpoint {folder / str(step)}: {source} is {stored.get(source, 'missing')}, "
+                    f"but {name} of this config needs {shape}; use the config it was trained with"
+                )
+            reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        arrays = orbax.restore(
+            folder.absolute() / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=reading,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(reading),
+                partial_restore=True,
+            ),
+        )
+    return {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
+
+
+def _sources(name, leaf, stored) -> list[tuple[str, tuple[int, ...], Any]]:
+    """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer."""
+    shape, sharding = tuple(leaf.shape), leaf.sharding
+    parts = name.split(".")
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    if name not in stored and SCANNED in parts:
+        at = parts.index(SCANNED)
+        if spec is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+        layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(shape[0])]
+        return [(".".join(layer), shape[1:], sharding) for layer in layers]
+    layer = next((i for i, part in enumerate(parts) if part.startswith(UNROLLED.format(""))), None)
+    if name not in stored and layer is not None:
+        source = ".".join([*parts[:layer], SCANNED, *parts[layer + 1 :]])
+        if spec is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *spec))
+        depth = stored.get(source, (0,))[:1]
+        return [(source, (*depth, *shape), sharding)]
+    return [(name, shape, sharding)]
+
+
+def _assemble(name, leaf, sources, arrays) -> jax.Array:
+    """Return the array `name` of the arrays it was stored as."""
+    if sources[0][0] == name:
+        return arrays[name]
+    if SCANNED in name.split("."):
+        stacked = jnp.stack([arrays[source] for source, _, _ in sources])
+        return jax.device_put(stacked, leaf.sharding)
+    index = next(int(part[6:]) for part in name.split(".") if part.startswith(UNROLLED.format("")))
+    return jax.device_put(arrays[sources[0][0]][index], leaf.sharding)
+
+
+def find_step(workdir: str | Path, step: int | str = "last") -> int:
+    """Return a finished step: "last", "best" or a number.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    folder = Path(workdir) / "checkpoints"
+    steps = good_steps(folder)
+    if not steps:
+        raise ConfigError(f"workdir={workdir}: no finished checkpoint in {folder}; train there first")
+    if step == "best":
+        best = best_step(folder, read_config(workdir).checkpoint.best_metric)
+        step = steps[-1] if best is None else best
+    elif step == "last":
+        step = steps[-1]
+    if not str(step).isdecimal() or int(step) not in steps:
+        raise ConfigError(f"step={step}: {folder} has {', '.join(map(str, steps))}, last and best")
+    return int(step)
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Return the resolved config of a run.
+
+    Raises:
+      ConfigError: the folder has no `config.json`, or a broken one.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"workdir={workdir}: no config.json there; give the folder of a run")
+    return config_lib.from_json(path.read_text(), where=str(path))
+
+
+def load(workdir: str | Path, step: int | str = "last") -> Loaded:
+    """Return (config, model, params) of a run at `step`: a number, "last" or "best".
+
+    The averaged parameters where the run kept an average, on this process's first device.
+
+    Raises:
+      ConfigError: no such run or checkpoint, or a damaged one, with the file named.
+    """
+    config = read_config(workdir)
+    step = find_step(workdir, step)
+    folder = Path(workdir).absolute() / "checkpoints"
+    if bad := problem(folder, step):
+        raise ConfigError(f"checkpoint {folder / str(step)}: {bad}; choose another with --step")
+    cls = models.config_class(config.model.name)
+    model = models.build(config_lib.freeze(cls, config.model, where="model"))
+    _, shapes = parameter_axes(model, model.cfg.max_length)
+    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes
+    )
+    return Loaded(config, model, restore_params(folder, step, abstract))
+
+
+def restore_params(folder: Path, step: int, abstract: Any) -> Any:
+    """Return the parameters of a checkpoint (averaged, where that was kept) like `abstract`."""
+    stored = (read_manifest(folder, step) or {})["arrays"]
+    part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
+    wanted = flatten({part: abstract})
+    return unflatten({part: abstract}, restore(folder, step, wanted))[part]
+
+
+def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:
+    """Return `params` with every parameter of the same name in `source` taken from there.
+
+    Args:
+      source: a run's folder (its last checkpoint), or one checkpoint's folder.
+      params: placed arrays, kept where `source` has none of the name; both kinds are said.
+
+    Raises:
+      ConfigError: no checkpoint there, no name in common, or a shape that differs.
+    """
+    path = Path(source).absolute()
+    if path.name.isdecimal() and (path / MANIFEST).is_file():
+        folder, step = path.parent, int(path.name)
+    else:
+        folder, step = path / "checkpoints", find_step(path)
+    if bad := problem(folder, step):
+        raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
+    stored = (read_manifest(folder, step) or {})["arrays"]
+    part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in flatten({part: params}).items()
+    }
+    names = {name: [source for source, _, _ in _sources(name, leaf, _shapes(stored))] for name, leaf in wanted.items()}
+    missing = sorted(name for name in wanted if not set(names[name]) <= set(stored))
+    used = {source for name in wanted if name not in missing for source in names[name]}
+    extra = sorted(name for name in stored if name.startswith(f"{part}.") and name not in used)
+    if len(missing) == len(wanted):
+        raise ConfigError(f"train.init_from={source}: no parameter of that model has a name of this one's")
+    found = restore(folder, step, {name: leaf for name, leaf in wanted.items() if name not in missing})
+    say(f"init_from {source} step {step}: {len(found)} parameters taken")
+    for title, names_of in (("not there, so fresh", missing), ("there, but not in this model", extra)):
+        if names_of:
+            say(f"init_from: {title}: {', '.join(names_of)}")
+    return unflatten({part: params}, {**flatten({part: params}), **found})[part]
+
+
+def _shapes(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, (shape, _) in stored.items()}

@@ -1,0 +1,285 @@
+"""An experiment's config made real: everything a run is made of, before there is any state."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lm import checkpoint, evaluate, models, optim, sharding, step, tasks
+from lm import config as config_lib
+from lm.config import ConfigError, Duration
+from lm.data import corpus, pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: Duration = 1000  # updates
+    accumulate_steps: int = 1  # parts that a batch is taken in, to fit the device
+    log_every_steps: int = 10  # updates between rows of metrics
+    init_from: str = ""  # folder of a run or checkpoint to take parameters from; "" = fresh
+    z_loss: float = 0.0  # weight of log(Z)^2 in nats
+    label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary
+    loss_chunk: int = 0  # positions whose logits exist at a time; 0 = by memory
+    profile_steps: int = 0  # updates to trace, from the tenth on, into the workdir's profile/
+    sample_tokens: int = 100  # tokens to sample when training ends; 0 = none
+    sample_prompt: str = ""  # text that the sample continues
+    wandb_project: str = ""  # Weights & Biases project to log to; "" = none
+    compilation_cache: bool = True  # keep compiled programs between runs
+
+    def __post_init__(self):
+        for field in ("accumulate_steps", "log_every_steps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"train.{field}={getattr(self, field)}: use a positive number")
+        for field in ("z_loss", "loss_chunk", "profile_steps", "sample_tokens"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"train.label_smoothing={self.label_smoothing}: use a share in [0, 1)"
+            )
+
+
+SCHEMA: config_lib.Schema = {
+    "data": lambda section: pipeline.Config,
+    "task": lambda section: tasks.config_class(section.get("name", "causal_lm")),
+    "model": lambda section: models.config_class(section.get("name", "gpt")),
+    "optim": lambda section: optim.Config,
+    "mesh": lambda section: sharding.Config,
+    "train": lambda section: TrainConfig,
+    "eval": lambda section: evaluate.Config,
+    "checkpoint": lambda section: checkpoint.Config,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run is made of. `cfg` has the frozen dataclass of each section of `config`."""
+
+    config: ConfigDict  # resolved: every field, derived sizes too
+    cfg: Mapping[str, Any]
+    mesh: Mesh
+    corpus: corpus.Corpus
+    task: Any
+    model: nn.Module
+    batches: pipeline.Batches
+    num_steps: int
+    tx: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    objective: step.Objective
+    axes: Any  # logical axes of the parameters
+    shapes: Any  # shapes and types of the parameters
+
+    @property
+    def stateful(self) -> bool:
+        """Whether recurrent state runs on from batch to batch."""
+        return self.cfg["data"].order == "stream"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Scored tokens of a full batch."""
+        return self.cfg["data"].batch_size * self.task.max_scored
+
+    def steps_of(self, section: str, field: str) -> int:
+        """Return a duration of the config in steps."""
+        value = getattr(self.cfg[section], field)
+        return _converter(self.batches, self.task, self.num_steps)(value, f"{section}.{field}")
+
+
+def _converter(batches, task, num_steps: int | None) -> Callable[[Duration, str], int]:
+    """Return (duration, field) -> steps: the one place that turns durations to steps."""
+    return lambda value, field: config_lib.to_steps(
+        value,
+        field=field,
+        tokens_per_step=batches.batch_size * task.max_scored,
+        steps_per_epoch=batches.steps_per_epoch,
+        num_steps=num_steps,
+    )
+
+
+def freeze(config: ConfigDict) -> dict[str, Any]:
+    """Return the frozen dataclass of each section of a complete config."""
+    return {
+        name: config_lib.freeze(choose(config[name]), config[name], where=name)
+        for name, choose in SCHEMA.items()
+    }
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Make everything of a run but its state.
+
+    Raises:
+      ConfigError: a field that is unknown or wrong, or fields that do not fit together.
+    """
+    config = config_lib.complete(config, SCHEMA)
+    cfg = freeze(config)
+    mesh = sharding.make_mesh(cfg["mesh"])
+    task = tasks.build(cfg["task"])
+    check_fit(cfg, mesh, task)
+    text = corpus.build(cfg["data"])
+    vocab_size = text.tokenizer.vocab_size
+    cfg["model"] = models.resolve(
+        cfg["model"], vocab_size=vocab_size, max_length=task.row_length, packed=task.packed
+    )
+    config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
+    model = models.build(cfg["model"])
+    batches = pipeline.Batches(
+        text.train,
+        task,
+        batch_size=cfg["data"].batch_size,
+        seed=config.seed,
+        order=cfg["data"].order,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    num_steps = _converter(batches, task, None)(cfg["train"].num_steps, "train.num_steps")
+    axes, shapes = step.parameter_axes(model, task.row_length)
+    tx, schedule = optim.build(
+        cfg["optim"],
+        num_steps=num_steps,
+        to_steps=_converter(batches, task, num_steps),
+        params=shapes,
+        axes=axes,
+    )
+    objective = step.Objective(
+        max_scored=task.max_scored,
+        vocab_size=vocab_size,
+        z_loss=cfg["train"].z_loss,
+        label_smoothing=cfg["train"].label_smoothing,
+        chunk=cfg["train"].loss_chunk,
+    )
+    return Experiment(
+        config, cfg, mesh, text, task, model, batches, num_steps, tx, schedule, objective, axes, shapes
+    )  # fmt: skip
+
+
+def check_fit(cfg: Mapping[str, Any], mesh: Mesh, task: Any) -> None:
+    """Refuse sections that do not fit each other.
+
+    Raises:
+      ConfigError: the family does not accept the task or the order, or a batch does not divide.
+    """
+    name, stateful = cfg["model"].name, cfg["data"].order == "stream"
+    accepts = models.family(name).Model.accepts
+    needs = {
+        task.kind: (True, f"task.name={cfg['task'].name!r}"),
+        "packed": (task.packed, "task.isolate_documents=True"),
+        "carry": (stateful, "data.order='stream'"),
+    }
+    for need, (wanted, field) in needs.items():
+        if wanted and need not in accepts:
+            raise ConfigError(
+                f"{field} needs a family that accepts {need!r}, and model.name={name!r} accepts "
+                f"{', '.join(sorted(accepts))}; choose another"
+            )
+    shards = sharding.batch_shards(mesh)
+    sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
+    if stateful:
+        sizes["eval.streams"] = (cfg["eval"].streams, shards)
+    for field, (size, divisor) in sizes.items():
+        if size % divisor:
+            raise ConfigError(
+                f"{field}={size} does not divide by {divisor} (train.accumulate_steps x the devices "
+                f"that split a batch); use a multiple of {divisor}"
+            )
+
+
+def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
+    """Return jitted (init, train_step, eval_step), to be called under the mesh, and the abstract state."""
+    init = step.make_init(
+        made.model,
+        made.tx,
+        seed=made.config.seed,
+        row_length=made.task.row_length,
+        batch_size=made.cfg["data"].batch_size,
+        average=made.cfg["optim"].ema_decay > 0,
+        stateful=made.stateful,
+    )
+    abstract = jax.eval_shape(init)
+    placed = step.state_shardings(made.mesh, abstract, made.axes)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, placed
+    )
+    train_step = functools.partial(
+        step.train_step,
+        model=made.model,
+        tx=made.tx,
+        objective=made.objective,
+        seed=made.config.seed,
+        accumulate=made.cfg["train"].accumulate_steps,
+        ema_decay=made.cfg["optim"].ema_decay,
+    )
+    eval_step = functools.partial(step.eval_step, model=made.model, objective=made.objective)
+    return (
+        jax.jit(init, out_shardings=placed),
+        jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
+        jax.jit(eval_step),
+        abstract,
+    )
+
+
+def score(made: Experiment, eval_step: Callable, params: Any) -> dict[str, float]:
+    """Return loss, perplexity, bits per byte and accuracy of `params` on the validation split."""
+    cfg, shards = made.cfg["eval"], sharding.batch_shards(made.mesh)
+    size = cfg.batch_size or made.cfg["data"].batch_size
+    batches = pipeline.EvalBatches(
+        made.corpus.validation,
+        made.task,
+        batch_size=-(-size // shards) * shards,
+        max_tokens=cfg.max_tokens,
+        streams=cfg.streams if made.stateful else 0,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    carry = {}
+    if made.stateful:
+        carry = {"carry": nn.unbox(made.model.init_carry(cfg.streams))}
+        carry = jax.device_put(carry, sharding.batch_sharding(made.mesh))
+    token_bytes = made.corpus.tokenizer.token_bytes
+    return evaluate.evaluate(
+        eval_step, params, batches, mesh=made.mesh, token_bytes=token_bytes, carry=carry
+    )
+
+
+def describe(made: Experiment) -> str:
+    """Return the resolved config, the table of parameters, the FLOPs and one batch in words."""
+    placed = sharding.shardings(made.mesh, made.axes, made.shapes)
+    rows = [("parameter", "shape", "axes", "bytes/device")]
+    total = 0
+    for (path, leaf), axes, place in zip(
+        jax.tree_util.tree_leaves_with_path(made.shapes),
+        jax.tree.leaves(made.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
+        jax.tree.leaves(placed),
+        strict=True,
+    ):
+        size = math.prod(place.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        total += size
+        rows.append((sharding.path_name(path), str(leaf.shape), " ".join(axes), f"{size:,}"))
+    rows.append(("all", f"{step.count_parameters(made.shapes):,} parameters", "", f"{total:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    table = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
+    return "\n\n".join(
+        [
+            config_lib.to_json(made.config).rstrip(),
+            table,
+            f"mesh: {dict(made.mesh.shape)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
+            f"{flops:.3g} training FLOPs a token",
+            describe_batch(made),
+        ]
+    )
+
+
+def describe_batch(made: Experiment) -> str:
+    """Return the first row of the first batch in words."""
+    return pipeline.describe_batch(made.batches[0], made.corpus.tokenizer)

@@ -1,0 +1,208 @@
+"""Continue token sequences with any causal model: greedy, temperature, top-k, top-p.
+
+All shapes are static. A prompt is padded to a power of two and read at once (prefill); then a jitted
+scan makes `CHUNK` tokens a call, sampling on the device, and the host only collects them. When a
+model's positions are used up, the newest half of them is read again as the context and generation goes
+on; `context_start` is that rule, so that an uncached forward pass can follow it token for token.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lm.config import ConfigError
+
+CHUNK = 16  # tokens a call
+FILTERED = -1e30
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Return for each prompt the tokens that follow it.
+
+    Args:
+      model: a causal Linen model; it is cloned with a cache of the length needed.
+      prompts: token ids, at least one each; they may differ in length.
+      max_tokens: new tokens, at most, of each prompt.
+      temperature: of the distribution that is sampled; 0 = the most probable token.
+      top_k: sample from the k most probable tokens only; 0 = all.
+      top_p: sample from the smallest set of tokens with this probability (arXiv 1904.09751); 1 = all.
+      seed: of the sampling. Token n of row b depends on (seed, b, n), not on the other rows.
+      stop_token: a row ends before this token.
+      on_tokens: called with (row, new tokens) as they come.
+
+    Raises:
+      ConfigError: an argument out of its range.
+    """
+    _check(prompts, max_tokens, temperature, top_k, top_p)
+    limit = model.max_context
+    rows = [list(map(int, prompt)) for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    done = [max_tokens == 0] * len(rows)
+    longest = max(lengths) + max_tokens
+    slots = _bucket(longest, limit)
+    decoder = Decoder(model.clone(decode_length=slots), temperature, top_k, top_p, seed)
+    context: tuple[Any, ...] | None = None
+    starts: list[int] = []
+    while not all(done):
+        fresh = [context_start(length, len(prompt), limit) for length, prompt in zip(lengths, prompts, strict=True)]
+        if context is None or fresh != starts:
+            starts = fresh
+            context = decoder.read(params, [row[start:] for row, start in zip(rows, starts, strict=True)])
+        counts = [length - len(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
+        *context, tokens = decoder.write(params, *context, jnp.asarray(counts))
+        used = [length - start for length, start in zip(lengths, starts, strict=True)]
+        room = min((limit or longest + CHUNK) - max(used), CHUNK)
+        for b, new in enumerate(np.asarray(tokens).tolist()):
+            rows[b] += new[:room]
+            lengths[b] += room
+            if not done[b]:
+                fits = new[: min(room, max_tokens - counts[b])]
+                kept = fits[: fits.index(stop_token)] if stop_token in fits else fits
+                done[b] = len(kept) < len(fits) or counts[b] + room >= max_tokens
+                if on_tokens is not None and kept:
+                    on_tokens(b, kept)
+    return [_finish(row[len(prompt) :], max_tokens, stop_token) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def context_start(length: int, prompt_length: int, limit: int) -> int:
+    """Return where the context of the next token begins, of `length` tokens so far.
+
+    Args:
+      prompt_length: of these tokens, the prompt's.
+      limit: positions of the model; 0 = no limit, and the context is everything.
+    """
+    if not limit:
+        return 0
+    start = max(0, prompt_length - max(1, limit // 2)) if prompt_length >= limit else 0
+    while length - start >= limit:
+        start += limit - limit // 2
+    return start
+
+
+def _finish(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int]:
+    tokens = tokens[:max_tokens]
+    return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
+
+
+def _check(prompts, max_tokens, temperature, top_k, top_p) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ConfigError("prompt: empty; give at least one token")
+    for name, value, fits in (
+        ("max_tokens", max_tokens, max_tokens >= 0),
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k >= 0),
+    ):
+        if not fits:
+            raise ConfigError(f"{name}={value}: use 0 or more")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: use a probability in (0, 1]")
+
+
+def _bucket(length: int, limit: int) -> int:
+    """Return the power of two that holds `length`, so that few shapes are compiled."""
+    power = 1 << max(4, (length - 1).bit_length())
+    return min(power, limit) if limit else power
+
+
+class Decoder:
+    """The two jitted functions of generation for one model and one way of sampling."""
+
+    def __init__(self, model: nn.Module, temperature: float, top_k: int, top_p: float, seed: int):
+        self.model = model
+        self.sample = functools.partial(
+            sample, temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed)
+        )
+        self._read = jax.jit(self._prefill)
+        self.write = jax.jit(self._write, donate_argnums=1)
+
+    def read(self, params: Any, rows: list[list[int]]):
+        """Return (cache, logits [B, V] of the next token, lengths [B]) after reading `rows`."""
+        width = _bucket(max(map(len, rows)), self.model.max_context)
+        tokens_BL = np.zeros((len(rows), width), np.int32)
+        for b, row in enumerate(rows):
+            tokens_BL[b, : len(row)] = row
+        return self._read(params, tokens_BL, np.array([len(row) for row in rows], np.int32))
+
+    def _prefill(self, params, tokens_BL, lengths_B):
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
+        batch = {
+            "inputs": tokens_BL,
+            "segments": (positions_BL < lengths_B[:, None]).astype(jnp.int32),
+            "positions": positions_BL,
+        }
+        x_BLD, new = self.model.apply({"params": params}, batch, decode=True, mutable=["cache"])
+        last_B1D = jnp.take_along_axis(x_BLD, lengths_B[:, None, None] - 1, axis=1)
+        return nn.unbox(new["cache"]), self._logits(params, last_B1D), lengths_B
+
+    def _logits(self, params, x_B1D):
+        return self.model.apply({"params": params}, x_B1D, method="logits")[:, 0]
+
+    def _write(self, params, cache, logits_BV, lengths_B, counts_B):
+        """Make `CHUNK` tokens; return the context after them and tokens [B, CHUNK].
+
+        `counts_B`: new tokens of each row so far, of which the randomness is a function.
+        """
+
+        def body(carry, index):
+            cache, logits_BV, lengths_B = carry
+            tokens_B = self.sample(logits_BV, counts_B + index)
+            batch = {
+                "inputs": tokens_B[:, None],
+                "segments": jnp.ones_like(tokens_B)[:, None],
+                "positions": lengths_B[:, None],
+            }
+            x_B1D, new = self.model.apply(
+                {"params": params, "cache": cache}, batch, decode=True, mutable=["cache"]
+            )
+            return (nn.unbox(new["cache"]), self._logits(params, x_B1D), lengths_B + 1), tokens_B
+
+        carry, tokens = jax.lax.scan(body, (cache, logits_BV, lengths_B), jnp.arange(CHUNK))
+        return *carry, tokens.swapaxes(0, 1)
+
+
+def sample(
+    logits_BV: jax.Array,
+    counts_B: jax.Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    key: jax.Array,
+) -> jax.Array:
+    """Return one token id [B] for each row of logits; the randomness of row b is (key, b, counts_B[b])."""
+    if temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    vocab_size = logits_BV.shape[-1]
+    kept = min(top_k or vocab_size, vocab_size)
+    if kept < vocab_size or top_p < 1:
+        logits_BV, ids_BV = jax.lax.top_k(logits_BV, kept)  # sorted, largest first
+    else:
+        ids_BV = jnp.broadcast_to(jnp.arange(vocab_size)[None], logits_BV.shape)
+    logits_BV = logits_BV / temperature
+    if top_p < 1:
+        probabilities = jax.nn.softmax(logits_BV, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits_BV = jnp.where(before < top_p, logits_BV, FILTERED)
+
+    def draw(row, count, logits_V):
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), count), logits_V)
+
+    choice_B = jax.vmap(draw)(jnp.arange(logits_BV.shape[0]), counts_B, logits_BV)
+    return jnp.take_along_axis(ids_BV, choice_B[:, None], axis=1)[:, 0].astype(jnp.int32)

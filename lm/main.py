@@ -1,0 +1,64 @@
+"""Train the model of an experiment file: `python -m lm.main --config experiments/gpt_tiny.py`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lm import config as config_lib
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the flags, run the experiment, return the exit code: 0 done, 2 a mistake, 3 diverged, 75 resumable."""
+    assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="experiment file; fields: --config.SECTION.FIELD=VALUE")
+    parser.add_argument("--workdir", metavar="DIR", help="resumed where it holds a checkpoint; default runs/<experiment>/<time>")
+    parser.add_argument("--dry_run", action="store_true", help="print config, parameters and a batch; train nothing")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    parser.add_argument("--help", "-h", action="store_true", help="show this, and every field of the config")
+    args = parser.parse_args(rest)
+    return config_lib.exit_on_user_error(lambda: _run(args, assignments, parser), debug=args.debug)
+
+
+def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.ArgumentParser) -> int:
+    if not args.config and not args.help:
+        raise config_lib.ConfigError("--config: missing; give an experiment file, such as experiments/gpt_tiny.py")
+    from lm import experiment, train  # here, so that a typing mistake is told without waiting for jax
+
+    config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
+    config = config_lib.override(config, assignments, train.SCHEMA)
+    if args.help:
+        print(parser.format_help())
+        print(config_lib.help_text(train.SCHEMA, config))
+        return 0
+    if args.dry_run:
+        print(experiment.describe(experiment.build(config)))
+        return 0
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
+    try:
+        train.run(config, workdir)
+    except train.Interrupted as interruption:
+        print(f"{interruption}; to resume: python -m lm.main {_quoted(args, assignments, workdir)}")
+        return 75
+    except train.Diverged as divergence:
+        print(f"error: {divergence}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        raise config_lib.ConfigError(f"workdir={workdir}: {error}; the last good checkpoint is kept") from error
+    print(f"workdir: {workdir}")
+    print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
+    print(f"         python -m tools.plot --workdir {workdir}")
+    return 0
+
+
+def _quoted(args: argparse.Namespace, assignments: list[str], workdir: Path) -> str:
+    flags = "".join(f" --config.{assignment}" for assignment in assignments)
+    return f"--config {args.config} --workdir {workdir}{flags}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

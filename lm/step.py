@@ -1,0 +1,266 @@
+"""The training state, its sharded start, and the two pure steps: no config, no I/O, no logging."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from lm import losses, sharding
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run is at a step, but for its config.
+
+    Attributes:
+      step: number of updates done, int32.
+      healthy: False from the first step whose loss or gradient was not finite: updates stop there.
+      params: float32 parameters.
+      opt_state: the optimizer's.
+      ema: moving average of the parameters; {} when there is none.
+      carry: recurrent state of the batch's rows between steps; {} when there is none.
+    """
+
+    step: jax.Array
+    healthy: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    carry: Any
+
+    def averaged(self) -> Any:
+        """Return the parameters to evaluate with: the average, where one is kept."""
+        return self.ema or self.params
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: cross-entropy in nats a token, and its penalties.
+
+    Attributes:
+      max_scored: bound on the scored positions of a row.
+      vocab_size: real tokens, without the padding of the vocabulary.
+      z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311).
+      label_smoothing: share of the target's probability spread over the vocabulary (1512.00567).
+      chunk: positions whose logits exist at a time; 0 = by memory.
+    """
+
+    max_scored: int
+    vocab_size: int
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk: int = 0
+
+
+def example_batch(batch_size: int, row_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and types of a batch [B, L]."""
+    shape = (batch_size, row_length)
+    names = {"inputs": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, dtype in {**names, "weights": jnp.float32}.items()
+    }
+
+
+def init_variables(model: nn.Module, rng: jax.Array, row_length: int) -> Any:
+    """Return the model's boxed variables: both of its calls are made."""
+    batch = {
+        name: jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in example_batch(1, row_length).items()
+    }
+    return model.init(rng, batch, method=lambda module, batch: module.logits(module(batch)))
+
+
+def parameter_axes(model: nn.Module, row_length: int) -> tuple[Any, Any]:
+    """Return (logical axes, ShapeDtypeStructs) of the parameters, as trees alike."""
+    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), row_length))["params"]
+    return sharding.logical_axes(boxed), nn.unbox(boxed)
+
+
+def make_init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    row_length: int,
+    batch_size: int,
+    average: bool,
+    stateful: bool,
+) -> Callable[[], TrainState]:
+    """Return the pure function that makes the state of step 0."""
+
+    def init() -> TrainState:
+        params = nn.unbox(init_variables(model, jax.random.key(seed), row_length))["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            healthy=jnp.ones((), bool),
+            params=params,
+            opt_state=tx.init(params),
+            ema=jax.tree.map(jnp.copy, params) if average else {},
+            carry={"carry": nn.unbox(model.init_carry(batch_size))} if stateful else {},
+        )
+
+    return init
+
+
+def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
+    """Return the sharding of every leaf of the abstract `state`, from the parameters' logical `axes`.
+
+    A leaf of the optimizer that ends with a parameter's path and has its shape lies as the parameter
+    does; the rest (counts, factored statistics) is whole on every device. The carry lies as the batch.
+
+    Raises:
+      ConfigError: a parameter cannot be split as its axes say.
+    """
+    params = sharding.shardings(mesh, axes, state.params)
+    by_path = {
+        sharding.path_name(path): (leaf.shape, placed)
+        for (path, leaf), placed in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params), strict=True
+        )
+    }
+
+    def like_parameter(path, leaf):
+        for start in range(len(path)):
+            shape, placed = by_path.get(sharding.path_name(path[start:]), (None, None))
+            if shape == leaf.shape:
+                return placed
+        return sharding.replicated(mesh)
+
+    return TrainState(
+        step=sharding.replicated(mesh),
+        healthy=sharding.replicated(mesh),
+        params=params,
+        opt_state=jax.tree.map_with_path(like_parameter, state.opt_state),
+        ema=params if state.ema else {},
+        carry=jax.tree.map(lambda _: sharding.batch_sharding(mesh), state.carry),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    objective: Objective,
+    seed: int,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """Do one update on a global batch (arrays [B, L]) and return the new state and its metrics.
+
+    The batch is taken in `accumulate` parts whose gradients are summed and divided by the weight of
+    the whole, so that the update is that of one big batch, ragged weights included. After a loss or
+    gradient that is not finite nothing changes any more, and `healthy` says so.
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
+    grad_norm = optax.global_norm(grads)
+    loss_sum, weight = sums["loss"]
+    healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), state.ema, params) if state.ema else {}
+    new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry)
+    kept = state.replace(healthy=healthy)
+    new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
+    one = jnp.ones(())
+    return new, {**sums, "grad_norm": (grad_norm, one), "tokens": (weight, one)}
+
+
+def _gradients(state, batch, model, objective, rng, accumulate):
+    """Return (gradients of the mean objective, new carry, metric sums) over the parts of a batch."""
+    whole = jnp.maximum(batch["weights"].sum(), 1e-9)
+
+    def loss(params, part, carry, rng):
+        objective_sum, (carry, sown, sums) = forward(
+            model, {"params": params, **carry}, part, objective, rngs={"dropout": rng}
+        )
+        penalties = {name: pair[0] for name, pair in sown.items()}  # sow keeps a tuple of calls
+        extra = sum(total / weight for total, weight in penalties.values())
+        return objective_sum / whole + extra / accumulate, (carry, {**sums, **penalties})
+
+    grad = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        grads, (carry, sums) = grad(state.params, batch, state.carry, rng)
+        return grads, carry, sums
+
+    def body(grads, inputs):
+        part, carry, index = inputs
+        new, (carry, sums) = grad(state.params, part, carry, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, grads, new), (carry, sums)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parts = (split_rows(batch, accumulate), split_rows(state.carry, accumulate), jnp.arange(accumulate))
+    grads, (carry, sums) = jax.lax.scan(body, zeros, parts)
+    return grads, join_rows(carry), jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def forward(model, variables, batch, objective: Objective, *, train: bool = True, rngs=None):
+    """Return (sum of the objective, (new carry, sown losses, metric sums)) over a batch."""
+    stateful = "carry" in variables
+    x_BLD, new = model.apply(
+        variables, batch, train=train, rngs=rngs, mutable=["losses", "carry"] if stateful else ["losses"]
+    )
+    objective_sum, sums = losses.cross_entropy(
+        lambda params, x: model.apply({"params": params}, x, method="logits"),
+        variables["params"],
+        x_BLD,
+        batch["targets"],
+        batch["weights"],
+        max_scored=objective.max_scored,
+        vocab_size=objective.vocab_size,
+        z_loss=objective.z_loss,
+        label_smoothing=objective.label_smoothing,
+        chunk=objective.chunk,
+        shards=sharding.mesh_size(),
+    )
+    weight = sums["weight"]
+    pairs = {"loss": (sums["loss"], weight), "accuracy": (sums["correct"], weight)}
+    if objective.z_loss:
+        pairs["z_loss"] = (sums["z_loss"], weight)
+    carry = {"carry": new["carry"]} if stateful else {}
+    return objective_sum, (carry, new.get("losses", {}), pairs)
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Split the leading axis B into [parts, B / parts]; part i takes rows i, i + parts, ...
+
+    Strided, so that each device's share of the batch is split and no row moves between devices.
+    """
+
+    def split(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """Undo `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def eval_step(
+    params: Any, carry: Any, batch: Batch, token_bytes: jax.Array, *, model: nn.Module, objective: Objective
+) -> tuple[Metrics, Any]:
+    """Return the sums of one batch (loss, accuracy, bytes) and the new carry ({} when there is none)."""
+    _, (carry, _, sums) = forward(model, {"params": params, **carry}, batch, objective, train=False)
+    counted = jnp.take(token_bytes, batch["targets"], axis=0) * batch["weights"]
+    return {**sums, "bytes": (counted.sum(), jnp.ones(()))}, carry
+
+
+def count_parameters(params: Any) -> int:
+    """Return the number of parameters of a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,330 @@
+"""Train a model: `run(config, workdir)`. It reads top to bottom.
+
+The loop's order is the restart guarantee: evaluate, save, next batch, step, log. What is saved at step
+s is the state before batch s; rows up to s are on the disk before that checkpoint is good; and a run
+that resumes at s repeats neither the evaluation nor the save of s.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import checkpoint, experiment, generate, hardware, metrics, models, sharding, step
+from lm import config as config_lib
+from lm.config import ConfigError
+from lm.data import corpus, pipeline
+
+SCHEMA = experiment.SCHEMA
+
+# What a resumed run may not change; inside it, what only says how the same numbers are computed; and
+# what is listed when it changes.
+FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order")
+FREE = ("model.scan", "model.remat", "model.kernel")
+LISTED = ("optim.", "train.", "eval.", "checkpoint.")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and its state is saved."""
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite; no parameter was changed by it."""
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Train as `config` says in `workdir`, resuming what is there; return the final metrics.
+
+    Raises:
+      ConfigError: a mistake in the config, the data or the workdir.
+      Diverged: a loss or gradient is not finite.
+      Interrupted: SIGINT or SIGTERM came.
+    """
+    workdir = Path(workdir)
+    for notice in config_lib.notices(config, SCHEMA):
+        print(f"notice: {notice}")
+    made = experiment.build(config)
+    cfg, num_steps = made.cfg, made.num_steps
+    if cfg["train"].compilation_cache:
+        hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    eval_every = made.steps_of("eval", "every_steps")
+    save_every = made.steps_of("checkpoint", "every_steps")
+    check_resume(workdir, made)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sharding.use(made.mesh))
+        init, train_step, eval_step, abstract = experiment.jitted(made)
+        saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
+        stack.callback(saver.close)
+        state = saver.restore_latest(abstract)
+        resumed = state is not None
+        if state is None:
+            state = fresh_state(made, init)
+        first = int(state.step)
+        write_files(workdir, made, first)
+        writers = metrics.open_writers(
+            workdir,
+            resume_step=first if resumed else None,
+            num_steps=num_steps,
+            wandb_project=cfg["train"].wandb_project,
+            config=made.config.to_dict(),
+        )
+        stack.callback(writers.close)
+        announce(writers.say, made, first, resumed)
+        log = Log(made, writers)
+        profile = Profile(workdir, first, cfg["train"].profile_steps)
+        stop = stack.enter_context(stop_signals())
+        scores = saved_scores(workdir, first) if resumed else {}
+        batches = place_ahead(made, first)
+
+        for now in range(first, num_steps + 1):
+            last, fresh = now == num_steps, now > first or not resumed
+            evaluating = fresh and (last or now % eval_every == 0)
+            saving = fresh and (last or stop.asked or (now % save_every == 0 and now > 0))
+            if evaluating or saving or stop.asked:
+                log.catch_up()
+                check_health(state, workdir)
+            if evaluating:
+                scores = score(made, eval_step, state)
+                writers.write(now, scores)
+            if saving:
+                writers.sync()
+                saver.save(now, state, scores if evaluating else {})
+            if evaluating or saving:
+                log.restart_clock(now)
+            if stop.asked and not last:
+                saver.wait()
+                raise Interrupted(f"stopped at step {now}, which is saved")
+            if last:
+                break
+            batch = next(batches)
+            with profile.step(now):
+                state, sums = train_step(state, batch)
+            if log.one_late(now + 1, sums):
+                check_health(state, workdir)
+        saver.wait()
+        say_sample(writers.say, made, state)
+    return {**log.latest, **scores}
+
+
+def fresh_state(made: experiment.Experiment, init: Callable[[], step.TrainState]) -> step.TrainState:
+    """Return the state of step 0, with the parameters of `train.init_from` where that is given."""
+    state = init()
+    if source := made.cfg["train"].init_from:
+        params = checkpoint.init_from(source, state.params)
+        ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+        state = state.replace(params=params, ema=ema)
+    return state
+
+
+def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:
+    """Yield the batch of each step, on its devices."""
+    cfg = made.cfg["data"]
+    ahead = pipeline.prefetch(
+        made.batches, first, made.num_steps, threads=cfg.prefetch_threads, buffer=cfg.prefetch_batches
+    )
+    for _, batch in ahead:
+        yield sharding.place_batch(made.mesh, batch)
+
+
+def score(made: experiment.Experiment, eval_step: Callable, state: step.TrainState) -> dict[str, float]:
+    """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average."""
+    scores = experiment.score(made, eval_step, state.averaged())
+    named = {f"eval/{name}": value for name, value in scores.items()}
+    if state.ema:
+        raw = experiment.score(made, eval_step, state.params)
+        named |= {f"eval_raw/{name}": value for name, value in raw.items()}
+    return named
+
+
+def saved_scores(workdir: Path, at: int) -> dict[str, float]:
+    """Return the scores that were saved with the checkpoint of step `at`."""
+    manifest = checkpoint.read_manifest(workdir / "checkpoints", at) or {}
+    return dict(manifest.get("metrics", {}))
+
+
+def check_health(state: step.TrainState, workdir: Path) -> None:
+    """Raise Diverged when a step had a loss or gradient that is not finite."""
+    if bool(state.healthy):
+        return
+    good = checkpoint.good_steps(workdir / "checkpoints")
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    raise Diverged(
+        f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, and "
+        f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
+    )
+
+
+class Log:
+    """Rows of training metrics, each read one step late, so that the device never waits for the host."""
+
+    def __init__(self, made: experiment.Experiment, writers: metrics.Writers):
+        self.latest: dict[str, float] = {}
+        self._made, self._writers = made, writers
+        self._every = made.cfg["train"].log_every_steps
+        self._flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
+        self._peak = hardware.peak_flops() * made.mesh.size
+        self._waiting: tuple[int, Any] | None = None
+        self._since: tuple[int, float] | None = None  # step and time that rates are counted from
+
+    def one_late(self, now: int, sums: Any) -> bool:
+        """Take the metrics of step `now`; write the row of the step before, and return whether one was due."""
+        written = self.catch_up()
+        self._waiting = (now, sums)
+        return written
+
+    def catch_up(self) -> bool:
+        """Write the row that waits, if one is due."""
+        if self._waiting is None:
+            return False
+        (now, sums), self._waiting = self._waiting, None
+        jax.block_until_ready(sums)
+        due = now % self._every == 0 or now in (1, self._made.num_steps)
+        if due:
+            means = metrics.summarize(jax.device_get(sums))
+            row = {f"train/{name}": value for name, value in means.items()}
+            row["train/learning_rate"] = float(self._made.schedule(now - 1))
+            self.latest = {**row, **self._rates(now)}
+            self._writers.write(now, self.latest)
+        if self._since is None:  # the first step compiles: it is no measure of speed
+            self.restart_clock(now)
+        return due
+
+    def restart_clock(self, now: int) -> None:
+        """Count rates from here: what came before was not training."""
+        self._since = (now, time.perf_counter())
+
+    def _rates(self, now: int) -> dict[str, float]:
+        if self._since is None or self._since[0] >= now:
+            return {}
+        (then, start), self._since = self._since, (now, time.perf_counter())
+        rate = (now - then) * self._made.tokens_per_step / (time.perf_counter() - start)
+        return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak}
+
+
+class Profile:
+    """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
+
+    def __init__(self, workdir: Path, first: int, count: int):
+        self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
+
+    @contextlib.contextmanager
+    def step(self, now: int) -> Iterator[None]:
+        """Wrap one step."""
+        if self._steps and now == self._steps.start:
+            jax.profiler.start_trace(str(self._folder))
+        yield
+        if self._steps and now == self._steps.stop - 1:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+
+
+class Stop:
+    """Whether a signal has asked to stop."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing."""
+    stop, old = Stop(), {}
+
+    def ask(number, frame):
+        stop.asked = True
+
+    with contextlib.suppress(ValueError):  # only a main thread can: elsewhere signals are its caller's
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def check_resume(workdir: Path, made: experiment.Experiment) -> None:
+    """Refuse to resume where the new config would silently make another run.
+
+    Raises:
+      ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
+    """
+    if not checkpoint.good_steps(workdir / "checkpoints"):
+        return
+    old = checkpoint.read_config(workdir)
+    changes = config_lib.difference(old, made.config)
+    refused = [
+        f"{key} {before!r} -> {after!r}"
+        for key, before, after in changes
+        if key.startswith(FIXED) and key not in FREE
+    ]
+    data = json.loads((workdir / "data.json").read_text())
+    if data["fingerprint"] != made.corpus.fingerprint:
+        keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
+        refused.append(f"the data's content, tokenizer or split ({', '.join(keys) or 'same settings'})")
+    if refused:
+        raise ConfigError(
+            f"workdir={workdir} holds a run of another config: {'; '.join(refused)}; "
+            "choose another --workdir, or set these back"
+        )
+    for key, before, after in changes:
+        if key.startswith(LISTED) or key in FREE:
+            print(f"resuming with {key}: {before!r} -> {after!r}")
+
+
+def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
+    """Write config.json, data.json and the tokenizer; a config that differs is kept as config.<step>.json."""
+    if jax.process_index() > 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, text = workdir / "config.json", config_lib.to_json(made.config)
+    if path.exists() and path.read_text() != text:
+        checkpoint.write_whole(workdir / f"config.{first}.json", path.read_text())
+    checkpoint.write_whole(path, text)
+    described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
+    checkpoint.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
+    made.corpus.tokenizer.save(workdir / "tokenizer")
+
+
+def announce(say: Callable[[str], None], made: experiment.Experiment, first: int, resumed: bool) -> None:
+    """Say what is about to be trained, on what, and one batch in words."""
+    devices = jax.devices()
+    mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.shape.items())
+    count = step.count_parameters(made.shapes)
+    say(f"model:   {made.cfg['model'].name}, {count:,} parameters")
+    say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {mesh}")
+    say(f"data:    {made.corpus.report}")
+    epochs = made.num_steps / made.batches.steps_per_epoch
+    say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")
+    if resumed:
+        say(f"resumed: at step {first}")
+    say(experiment.describe_batch(made))
+
+
+def say_sample(say: Callable[[str], None], made: experiment.Experiment, state: step.TrainState) -> None:
+    """Say a sample of the trained model."""
+    cfg, tokenizer = made.cfg["train"], made.corpus.tokenizer
+    if not cfg.sample_tokens or jax.process_count() > 1:
+        return
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(cfg.sample_prompt).tolist()]
+    params = jax.device_put(state.averaged(), jax.local_devices()[0])
+    with sharding.use(sharding.make_mesh(sharding.Config(), jax.local_devices()[:1])):
+        (tokens,) = generate.generate(
+            made.model,
+            params,
+            [prompt],
+            max_tokens=cfg.sample_tokens,
+            temperature=0.8,
+            top_k=50,
+            seed=made.config.seed,
+            stop_token=tokenizer.end_of_text,
+        )
+    say(f"sample:  {cfg.sample_prompt}{tokenizer.decode(np.array(tokens))}")
