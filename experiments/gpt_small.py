@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({
         "source": "python_source",
         "tokenizer": "sentencepiece",
-        "vocab_size": 32768,
+        "vocab_size": 50257,
         "sentencepiece_model": "bpe",
         "validation_fraction": 0.02,
         "batch_size": 512,

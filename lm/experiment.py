@@ -216,36 +216,51 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         accumulate=made.cfg["train"].accumulate_steps,
         ema_decay=made.cfg["optim"].ema_decay,
     )
-    eval_step = functools.partial(step.eval_step, model=made.model, objective=made.objective)
     return (
         jax.jit(init, out_shardings=placed),
         jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
-        jax.jit(eval_step),
+        jit_eval_step(made.model, made.objective),
         abstract,
     )
 
 
-def score(made: Experiment, eval_step: Callable, params: Any) -> dict[str, float]:
-    """Return loss, perplexity, bits per byte and accuracy of `params` on the validation split."""
-    cfg, shards = made.cfg["eval"], sharding.batch_shards(made.mesh)
-    size = cfg.batch_size or made.cfg["data"].batch_size
+def score(
+    model: nn.Module,
+    eval_step: Callable,
+    params: Any,
+    text: corpus.Corpus,
+    task: Any,
+    cfg: Mapping[str, Any],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Return loss, perplexity, bits per byte and accuracy of `params` on the validation split of `text`.
+
+    `cfg` has the frozen sections `data` and `eval`; `eval_step` is jitted, as by `jit_eval_step`.
+    """
+    shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
+    size = cfg["eval"].batch_size or cfg["data"].batch_size
     batches = pipeline.EvalBatches(
-        made.corpus.validation,
-        made.task,
+        text.validation,
+        task,
         batch_size=-(-size // shards) * shards,
-        max_tokens=cfg.max_tokens,
-        streams=cfg.streams if made.stateful else 0,
+        max_tokens=cfg["eval"].max_tokens,
+        streams=cfg["eval"].streams if stateful else 0,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
     )
     carry = {}
-    if made.stateful:
-        carry = {"carry": nn.unbox(made.model.init_carry(cfg.streams))}
-        carry = jax.device_put(carry, sharding.batch_sharding(made.mesh))
-    token_bytes = made.corpus.tokenizer.token_bytes
+    if stateful:
+        carry = {"carry": nn.unbox(model.init_carry(cfg["eval"].streams))}
+        carry = jax.device_put(carry, sharding.batch_sharding(mesh))
+    token_bytes = text.tokenizer.token_bytes
     return evaluate.evaluate(
-        eval_step, params, batches, mesh=made.mesh, token_bytes=token_bytes, carry=carry
+        eval_step, params, batches, mesh=mesh, token_bytes=token_bytes, carry=carry
     )
+
+
+def jit_eval_step(model: nn.Module, objective: step.Objective) -> Callable:
+    """Return the jitted (params, carry, batch, token_bytes) -> (sums, carry)."""
+    return jax.jit(functools.partial(step.eval_step, model=model, objective=objective))
 
 
 def describe(made: Experiment) -> str:

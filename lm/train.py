@@ -100,7 +100,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 writers.sync()
                 saver.save(now, state, scores if evaluating else {})
             if evaluating or saving:
-                log.restart_clock(now)
+                log.pause(now)
             if stop.asked and not last:
                 saver.wait()
                 raise Interrupted(f"stopped at step {now}, which is saved")
@@ -138,12 +138,14 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
 
 def score(made: experiment.Experiment, eval_step: Callable, state: step.TrainState) -> dict[str, float]:
     """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average."""
-    scores = experiment.score(made, eval_step, state.averaged())
-    named = {f"eval/{name}": value for name, value in scores.items()}
-    if state.ema:
-        raw = experiment.score(made, eval_step, state.params)
-        named |= {f"eval_raw/{name}": value for name, value in raw.items()}
-    return named
+    scores = {}
+    for name, params in (("eval", state.averaged()), ("eval_raw", state.params)):
+        if name == "eval" or state.ema:
+            values = experiment.score(
+                made.model, eval_step, params, made.corpus, made.task, made.cfg, made.mesh
+            )
+            scores |= {f"{name}/{key}": value for key, value in values.items()}
+    return scores
 
 
 def saved_scores(workdir: Path, at: int) -> dict[str, float]:
@@ -196,12 +198,13 @@ class Log:
             self.latest = {**row, **self._rates(now)}
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed
-            self.restart_clock(now)
+            self._since = (now, time.perf_counter())
         return due
 
-    def restart_clock(self, now: int) -> None:
+    def pause(self, now: int) -> None:
         """Count rates from here: what came before was not training."""
-        self._since = (now, time.perf_counter())
+        if self._since is not None:
+            self._since = (now, time.perf_counter())
 
     def _rates(self, now: int) -> dict[str, float]:
         if self._since is None or self._since[0] >= now:

@@ -1,0 +1,70 @@
+"""Score a trained model: `python -m tools.evaluate --workdir DIR [--config.data.path=text.txt]`.
+
+Without a path, on the validation split of its own data; with `data.path` or `data.source`, on all of
+that text, in the model's own tokens.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lm import config as config_lib
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the flags, print the scores, return the exit code."""
+    assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Fields of the sections data, eval and mesh are set by --config.SECTION.FIELD=VALUE.",
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--step", default="last", help="checkpoint: a number, last or best")
+    parser.add_argument("--json", metavar="FILE", help="write the scores there too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    args = parser.parse_args(rest)
+    return config_lib.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+
+
+def _run(args: argparse.Namespace, assignments: list[str]) -> int:
+    import jax
+
+    from lm import checkpoint, experiment, hardware, sharding, step, tasks
+    from lm.data import corpus, tokenizers
+
+    given = [assignment.partition("=")[0] for assignment in assignments]
+    for key in given:
+        if not key.startswith(("data.", "eval.", "mesh.")):
+            raise config_lib.ConfigError(
+                f"{key}: a trained model has it fixed; only data, eval and mesh can be set here"
+            )
+    other = {"data.path", "data.source"} & set(given)
+    if other and "data.validation_fraction" not in given:
+        assignments = [*assignments, "data.validation_fraction=1"]
+    hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    config, model, params = checkpoint.load(args.workdir, step=args.step)
+    config = config_lib.complete(
+        config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
+    )
+    cfg = experiment.freeze(config)
+    mesh, task = sharding.make_mesh(cfg["mesh"]), tasks.build(cfg["task"])
+    tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
+    text = corpus.build(cfg["data"], tokenizer=tokenizer)
+    objective = step.Objective(max_scored=task.max_scored, vocab_size=tokenizer.vocab_size)
+    with sharding.use(mesh):
+        axes, shapes = step.parameter_axes(model, model.cfg.max_length)
+        params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
+        eval_step = experiment.jit_eval_step(model, objective)
+        scores = experiment.score(model, eval_step, params, text, task, cfg, mesh)
+    for name, value in scores.items():
+        print(f"{name:<14} {value:,.6g}")
+    if args.json:
+        checkpoint.write_whole(Path(args.json), json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

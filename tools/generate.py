@@ -1,0 +1,77 @@
+"""Continue text with a trained model: `python -m tools.generate --workdir DIR --prompt "Once upon"`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm import config as config_lib
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the flags, print the continuations, return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--step", default="last", help="checkpoint: a number, last or best")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    parser.add_argument("--max_tokens", type=int, default=200, help="new tokens, at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = the most probable token")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the k best; 0 = all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much probability; 1 = all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    args = parser.parse_args(argv)
+    return config_lib.exit_on_user_error(lambda: _run(args), debug=args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lm import checkpoint, generate, hardware
+    from lm.data import corpus, tokenizers
+
+    hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    _, model, params = checkpoint.load(args.workdir, step=args.step)
+    tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
+    prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
+    tokens = [[tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    stream = _Stream(prompts[0], tokenizer) if len(prompts) == 1 else None
+    rows = generate.generate(
+        model,
+        params,
+        tokens,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_token=tokenizer.end_of_text,
+        on_tokens=stream,
+    )
+    if stream:
+        stream.finish()
+        return 0
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        print(f"--- {number} ---\n{prompt}{tokenizer.decode(row)}")
+    return 0
+
+
+class _Stream:
+    """Prints one continuation as it comes; a character whose bytes are not all there yet waits."""
+
+    def __init__(self, prompt: str, tokenizer):
+        self._tokens: list[int] = []
+        self._tokenizer, self._printed = tokenizer, 0
+        print(prompt, end="", flush=True)
+
+    def __call__(self, row: int, new: list[int]) -> None:
+        self._tokens += new
+        text = self._tokenizer.decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        print(text[self._printed :], end="", flush=True)
+        self._printed = len(text)
+
+    def finish(self) -> None:
+        """Print what waited."""
+        print(self._tokenizer.decode(self._tokens)[self._printed :], flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
