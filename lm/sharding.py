@@ -136,20 +136,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Collect the fsdp shards of `kernel` for use; its gradient goes back to the shards.
+    """Collect the fsdp shards of `kernel` for use; its gradient is summed, then split again.
 
     Said aloud, because the partitioner otherwise may split the product instead and move activations.
     """
-    return constrain(kernel, *[_without_fsdp(axis) for axis in axes])
-
-
-def _without_fsdp(axis: str | None) -> str | None:
-    return None if axis and "fsdp" in RULES[axis] else axis
+    whole = [None if axis and "fsdp" in RULES[axis] else axis for axis in axes]
+    return constrain(kernel, *whole)
 
 
 gather.defvjp(
     lambda kernel, axes: (gather(kernel, axes), None),
-    lambda axes, _, gradient: (constrain(gradient, *axes),),
+    lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
 
 
