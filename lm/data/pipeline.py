@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import grain
 import numpy as np
 
 from lm.config import ConfigError
@@ -49,8 +48,8 @@ class Config:
         object.__setattr__(self, "path", parts)
         if sources.resolve(self.source, parts) != "jsonl" and self.field != "text":
             raise ConfigError(
-                f"data.field={self.field}: used only for JSON lines; leave it out, "
-                "or set data.source=jsonl or a data.path that ends in .jsonl"
+                f"data.field={self.field}: used only for JSON lines; set data.field=text, "
+                "or name JSON lines by data.source=jsonl or a data.path that ends in .jsonl"
             )
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
         _one_of("tokenizer", self.tokenizer, tokenizers.NAMES)
@@ -188,6 +187,8 @@ def prefetch(
     batches: Any, start: int, stop: int, *, threads: int, buffer: int
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, batches[step]) from `start` up to `stop`, made ahead by Grain's read threads."""
+    import grain  # here, because it imports jax: seconds that preparing data need not pay
+
     steps = grain.MapDataset.range(start, stop).map(lambda step: (int(step), batches[int(step)]))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
     with contextlib.closing(iter(steps.to_iter_dataset(options))) as iterator:
