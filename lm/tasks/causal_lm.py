@@ -61,23 +61,23 @@ class Task:
             if size:
                 row[: size + 1] = split.tokens[begin : begin + size + 1]
         places = np.arange(self.row_length, dtype=np.int32)
-        real = places < sizes[:, None]
-        inputs = window[:, :-1] * real.astype(np.int32)
-        borders = (window[:, :-1] == split.tokens[0]) & real & self.cfg.isolate_documents
-        segments = np.cumsum(borders, axis=1, dtype=np.int32)
-        segments += ~borders[:, :1]
+        borders = (window[:, :-1] == split.tokens[0]) & self.cfg.isolate_documents
         # The place of the latest border; before the first one, so far to the left of the row as the
         # document began.
         before = begins - self._origins(split, begins, stream_starts)
         latest = np.where(borders, places, -before[:, None].astype(np.int32))
         np.maximum.accumulate(latest, axis=1, out=latest)
-        return {
-            "inputs": inputs,
+        batch = {
+            "inputs": window[:, :-1].astype(np.int32),
             "targets": window[:, 1:].astype(np.int32),
-            "segments": segments * real,
-            "positions": (places - latest) * real,
-            "weights": (real & (places >= (scored - begins)[:, None])).astype(np.float32),
+            "segments": np.cumsum(borders, axis=1, dtype=np.int32) + ~borders[:, :1],
+            "positions": places - latest,
+            "weights": (places >= (scored - begins)[:, None]).astype(np.float32),
         }
+        for row in np.flatnonzero(sizes < self.row_length):
+            for values in batch.values():
+                values[row, sizes[row] :] = 0
+        return batch
 
     def _origins(
         self, split: Any, begins: np.ndarray, stream_starts: np.ndarray | None
