@@ -111,8 +111,11 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _nest(flat: Mapping[str, Any]) -> ConfigDict:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
+        *sections, key = name.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
     # `freeze` checks the types, with better words; a Duration may change from int to str.
     return ConfigDict(nested, type_safe=False)
 
@@ -160,9 +163,8 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
             raise ConfigError(f"{assignment}: no value; write section.field=value")
     flat |= {key: text for key, text in given.items() if key.endswith(".name")}
     fields = _catalogue(schema, flat)
+    _refuse_unknown(given, fields)
     for key, text in given.items():
-        if key not in fields:
-            raise _unknown(key, fields)
         flat[key] = _typed(key, text, fields[key], read=_from_text)
     for key in given:
         if unused := _unused(key, flat, schema):
@@ -170,11 +172,13 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
     return _nest(flat)
 
 
-def _unknown(key: str, names: Mapping[str, Field]) -> ConfigError:
-    """Word the error of a key that no dataclass holds; the same field elsewhere is nearest."""
-    namesakes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    (nearest,) = difflib.get_close_matches(key, namesakes or list(names), n=1, cutoff=0.0)
-    return ConfigError(f"{key}: no such field; did you mean {nearest}?")
+def _refuse_unknown(keys: Iterable[str], names: Mapping[str, Field]) -> None:
+    """Raise ConfigError for a key that no dataclass holds; the same field elsewhere is nearest."""
+    for key in keys:
+        if key not in names:
+            namesakes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+            (nearest,) = difflib.get_close_matches(key, namesakes or list(names), n=1, cutoff=0.0)
+            raise ConfigError(f"{key}: no such field; did you mean {nearest}?")
 
 
 def _unused(key: str, flat: Mapping[str, Any], schema: Schema) -> str:
@@ -272,14 +276,13 @@ def to_steps(
     try:
         amount, unit = _parse_duration(value)
     except ValueError:
-        raise ConfigError(
-            f"{field}={value!r}: not a duration; write 100, '1e6 tokens', '2 epochs' or '10%'"
-        ) from None
+        kinds = "100, '1e6 tokens', '2 epochs' or '10%'"
+        raise ConfigError(f"{field}={value!r}: expected duration, such as {kinds}") from None
     if unit == "%" and num_steps is None:
         raise ConfigError(f"{field}={value!r}: nothing to take a percentage of; write steps")
     percent = (num_steps or 0) / 100
     size = {"step": 1, "token": 1 / tokens_per_step, "epoch": steps_per_epoch, "%": percent}
-    # Rounded before the ceiling: 3 epochs of 10/3 steps are 10 steps, not 11.
+    # Rounded before the ceiling: 19 epochs of 21/19 steps are 21 steps, not 22.
     return math.ceil(round(float(amount) * size[unit], 6))
 
 
@@ -303,9 +306,7 @@ def freeze(cls: type[T], section: Mapping[str, Any], *, where: str) -> T:
 
 
 def _checked(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
-    for key in flat:
-        if key not in fields:
-            raise _unknown(key, fields)
+    _refuse_unknown(flat, fields)
     return {
         name: _typed(name, flat.get(name, field.default), field, read=_from_value)
         for name, field in fields.items()
@@ -347,9 +348,7 @@ def _plain(value: Any) -> Any:
 
 def describe(cls: type) -> list[Field]:
     """Return the fields of a dataclass in order, with their trailing comments."""
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= _comments(base)
+    comments = {k: v for base in reversed(cls.__mro__[:-1]) for k, v in _comments(base).items()}
     types = typing.get_type_hints(cls)
     return [
         Field(field.name, types[field.name], field.default, comments.get(field.name, ""))

@@ -53,7 +53,7 @@ def run(
         if codes[name] == 0:
             _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
-        rows.sort(key=lambda row: row.get(metric, math.inf))
+        rows.sort(key=lambda row: math.inf if row.get(metric) is None else row[metric])
         _save(Path(workdir), rows)
         if codes[name] == INTERRUPTED:
             print(f"interrupted; the same command goes on with {name}")
@@ -98,11 +98,11 @@ def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: It
 
 
 def _result(workdir: Path, name: str, point: Point, code: int) -> dict[str, Any]:
-    """Return a row: the point, how it ended, and the last value of each metric."""
+    """Return a row: the point, how it ended, and each metric's last value, None if not finite."""
     row: dict[str, Any] = {"name": name, "exit_code": code, **point}
     record = workdir / name / "metrics.jsonl"
     for values in metrics.read_rows(record) if record.exists() else []:
-        row |= {key: value for key, value in values.items() if math.isfinite(value)}
+        row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
     return row
 
 
@@ -132,8 +132,9 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     cells = [["point", "ended", "step", metric, "train/loss"]]
     for row in rows:
         ended = "finished" if row["exit_code"] == 0 else f"exit code {row['exit_code']}"
-        losses = [f"{row[key]:.4f}" if key in row else "-" for key in (metric, "train/loss")]
-        cells.append([row["name"], ended, str(row.get("step", "-")), *losses])
+        losses = [row.get(key) for key in (metric, "train/loss")]
+        numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
+        cells.append([row["name"], ended, str(row.get("step", "-")), *numbers])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -101,6 +101,19 @@ def test_a_failed_point_stops_no_other_and_is_tried_again(place):
     assert ran(place) == flags(0.1, 0.2)
 
 
+def test_a_loss_that_is_not_finite_is_last_and_no_number(place, capsys):
+    (place / "out" / "make_0.3").write_text(
+        "file = open(folder / 'metrics.jsonl', 'a')\n"
+        'print(\'{"step": 6, "eval/loss": null}\', file=file)'
+    )
+    assert run(place) == 0
+    text = (place / "out" / "sweep.json").read_text()
+    rows = json.loads(text, parse_constant=pytest.fail)
+    assert [row["optim.peak_lr"] for row in rows] == [0.2, 0.1, 0.3]
+    assert rows[-1]["eval/loss"] is None
+    assert "peak_lr=0.3  finished  6     -          2.0000" in capsys.readouterr().out
+
+
 def test_finished_points_are_skipped_until_their_config_changes(place):
     run(place)
     ran(place)
