@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,7 +243,8 @@ def restore(folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct])
     """
     manifest = read_manifest(folder, step) or {}
     stored = _shapes(manifest["arrays"])
-    sources = {name: _sources(name, leaf, stored) for name, leaf in wanted.items()}
+    depth = _num_layers(wanted)
+    sources = {name: _sources(name, leaf, stored, depth) for name, leaf in wanted.items()}
     reading = {}
     for name, leaf in wanted.items():
         for source, shape, sharding in sources[name]:
@@ -265,8 +266,25 @@ def restore(folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct])
     return {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
 
 
-def _sources(name, leaf, stored) -> list[tuple[str, tuple[int, ...], Any]]:
-    """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer."""
+def _num_layers(names: Iterable[str]) -> int:
+    """Return how many unrolled layers the parts of these names speak of."""
+    return 1 + max((_layer_of(name)[1] for name in names), default=-1)
+
+
+def _layer_of(name: str) -> tuple[int, int]:
+    """Return (which part of a dotted name is an unrolled layer, its number), or (-1, -1)."""
+    for place, part in enumerate(name.split(".")):
+        number = part.removeprefix(UNROLLED.format(""))
+        if number != part and number.isdecimal():
+            return place, int(number)
+    return -1, -1
+
+
+def _sources(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...], Any]]:
+    """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer.
+
+    `depth` is the number of layers where they are unrolled.
+    """
     shape, sharding = tuple(leaf.shape), leaf.sharding
     parts = name.split(".")
     spec = sharding.spec if isinstance(sharding, NamedSharding) else None
@@ -276,13 +294,12 @@ def _sources(name, leaf, stored) -> list[tuple[str, tuple[int, ...], Any]]:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
         layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(shape[0])]
         return [(".".join(layer), shape[1:], sharding) for layer in layers]
-    layer = next((i for i, part in enumerate(parts) if part.startswith(UNROLLED.format(""))), None)
-    if name not in stored and layer is not None:
-        source = ".".join([*parts[:layer], SCANNED, *parts[layer + 1 :]])
+    at, number = _layer_of(name)
+    if name not in stored and number >= 0:
+        source = ".".join([*parts[:at], SCANNED, *parts[at + 1 :]])
         if spec is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *spec))
-        depth = stored.get(source, (0,))[:1]
-        return [(source, (*depth, *shape), sharding)]
+        return [(source, (depth, *shape), sharding)]
     return [(name, shape, sharding)]
 
 
@@ -293,8 +310,7 @@ def _assemble(name, leaf, sources, arrays) -> jax.Array:
     if SCANNED in name.split("."):
         stacked = jnp.stack([arrays[source] for source, _, _ in sources])
         return jax.device_put(stacked, leaf.sharding)
-    index = next(int(part[6:]) for part in name.split(".") if part.startswith(UNROLLED.format("")))
-    return jax.device_put(arrays[sources[0][0]][index], leaf.sharding)
+    return jax.device_put(arrays[sources[0][0]][_layer_of(name)[1]], leaf.sharding)
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:
@@ -383,7 +399,11 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in flatten({part: params}).items()
     }
-    names = {name: [source for source, _, _ in _sources(name, leaf, _shapes(stored))] for name, leaf in wanted.items()}
+    depth, shapes = _num_layers(wanted), _shapes(stored)
+    names = {
+        name: [source for source, _, _ in _sources(name, leaf, shapes, depth)]
+        for name, leaf in wanted.items()
+    }
     missing = sorted(name for name in wanted if not set(names[name]) <= set(stored))
     used = {source for name in wanted if name not in missing for source in names[name]}
     extra = sorted(name for name in stored if name.startswith(f"{part}.") and name not in used)

@@ -16,3 +16,54 @@ os.environ.setdefault("LM_CACHE_DIR", tempfile.mkdtemp(prefix="lm-test-cache-"))
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+WORDS = "the cat sat on a mat and the dog ran to the far red house by the sea while rain fell".split()
+
+
+def pytest_configure(config):
+    """Compile what tests compile for speed of compiling, once for all of them."""
+    from lm import hardware
+
+    hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text of 30,000 characters, English enough to learn from."""
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, 8)) + "." for _ in range(800)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(lines)[:30_000])
+    return path
+
+
+@pytest.fixture
+def tiny(text_file):
+    """Return a function from overrides to the config of a run that takes seconds."""
+
+    def make(**overrides) -> ConfigDict:
+        config = ConfigDict({
+            "data": {"path": (str(text_file),), "tokenizer": "byte", "batch_size": 8},
+            "task": {"length": 16},
+            "model": {"name": "gpt", "num_layers": 2, "model_dim": 32, "num_heads": 2},
+            "optim": {"name": "adamw", "peak_lr": 1e-2, "warmup": 2},
+            "train": {"num_steps": 6, "log_every_steps": 1, "sample_tokens": 0},
+            "eval": {"every_steps": 3, "max_tokens": 512},
+            "checkpoint": {"every_steps": 2, "keep": 3},
+            "seed": 0,
+        })  # fmt: skip
+        for name, value in overrides.items():
+            section, _, field = name.partition("__")
+            if field:
+                config[section][field] = value
+            else:
+                config[section] = value
+        return config
+
+    return make

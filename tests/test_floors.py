@@ -1,0 +1,129 @@
+"""The architecture: imports inside `lm` go down only, and each room keeps to its outside libraries."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "lm.main": 5,
+    "tools": 5,
+    "lm.train": 4,
+    "lm.experiment": 4,
+    "lm.evaluate": 3,
+    "lm.generate": 3,
+    "lm.checkpoint": 3,
+    "lm.step": 2,
+    "lm.models": 2,
+    "lm.nn": 1,
+    "lm.optim": 1,
+    "lm.losses": 1,
+    "lm.tasks": 1,
+    "lm.data": 1,
+    "lm.config": 0,
+    "lm.sweep": 0,
+    "lm.metrics": 0,
+    "lm.sharding": 0,
+    "lm.hardware": 0,
+}
+# Files of one floor that may import each other: those of one package, and these.
+NEIGHBOURS = {("lm.train", "lm.experiment"), ("lm.sharding", "lm.config"), ("lm.metrics", "lm.config")}
+NO_DEVICE = {"jax", "flax", "optax", "orbax"}
+FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "registry.py"}
+
+
+def sources(folder="lm"):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module):
+    """The longest known prefix of a module's name."""
+    parts = module.split(".")
+    for size in range(len(parts), 0, -1):
+        if ".".join(parts[:size]) in FLOORS:
+            return ".".join(parts[:size])
+    return None
+
+
+def imports(path):
+    """Yield (line, module) of every import, at any depth of the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [name if room(name) != room(node.module) else node.module for name in names]
+            yield from ((node.lineno, name) for name in known)
+
+
+@pytest.mark.parametrize("path", sources() + sources("tools"), ids=module_of)
+def test_imports_go_down(path):
+    here = room(module_of(path))
+    if module_of(path) == "lm":
+        assert not list(imports(path)), "lm/__init__.py imports nothing"
+        return
+    assert here is not None, f"{path}: a room without a floor; give it one in this test"
+    for line, module in imports(path):
+        there = room(module)
+        if there is None or there == here:
+            continue
+        allowed = FLOORS[there] < FLOORS[here] or (here, there) in NEIGHBOURS
+        assert allowed, f"{path}:{line}: {here} (floor {FLOORS[here]}) imports {there}"
+
+
+def test_models_never_import_each_other_or_data():
+    for path in sources("lm/models"):
+        for line, module in imports(path):
+            inside = module.startswith(("lm.models.", "lm.data"))
+            assert not inside or path.name == "__init__.py", f"{path}:{line}: imports {module}"
+
+
+@pytest.mark.parametrize("path", sources("lm/data") + sources("lm/tasks"), ids=module_of)
+def test_workers_never_touch_a_device(path):
+    for line, module in imports(path):
+        assert module.split(".")[0] not in NO_DEVICE, f"{path}:{line}: imports {module}"
+
+
+def test_experiments_load_without_jax():
+    allowed = {"ml_collections", "lm.sweep"}
+    for path in sources("experiments"):
+        for line, module in imports(path):
+            names = {module, ".".join(module.split(".")[:1]), ".".join(module.split(".")[:2])}
+            assert names & allowed, f"{path}:{line}: imports {module}"
+
+
+def test_config_and_sweep_need_little():
+    import sys
+
+    for name in ("config", "sweep"):
+        for line, module in imports(ROOT / "lm" / f"{name}.py"):
+            top = module.split(".")[0]
+            known = top in sys.stdlib_module_names or top in ("ml_collections", "lm")
+            assert known, f"lm/{name}.py:{line}: imports {module}"
+
+
+def test_only_sharding_names_mesh_axes():
+    for path in sources():
+        if path.name == "sharding.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor")
+            assert not named, f"{path}:{node.lineno}: a mesh axis by name"
+
+
+def test_files_and_functions_fit_in_the_head():
+    for path in sources() + sources("tools"):
+        text = path.read_text()
+        assert path.name not in FORBIDDEN_NAMES, f"{path}: a name that says nothing"
+        assert text.count("\n") <= 400, f"{path}: {text.count(chr(10))} lines; is it two rooms?"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                limit = 90 if (path.name, node.name) == ("train.py", "run") else 60
+                assert lines <= limit, f"{path}:{node.lineno} {node.name}: {lines} lines"

@@ -1,0 +1,178 @@
+"""The command line: what a user types wrong costs one clear line and exit code 2."""
+
+import errno
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm import checkpoint, main, train
+
+ROOT = Path(__file__).parent.parent
+
+EXPERIMENT = '''
+"""A run of seconds."""
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({
+        "data": {"tokenizer": "byte", "batch_size": 8},
+        "task": {"length": 16},
+        "model": {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
+        "optim": {"name": "adamw", "peak_lr": 1e-2},
+        "train": {"num_steps": 2, "sample_tokens": 0},
+        "eval": {"max_tokens": 256},
+    })
+'''
+
+
+@pytest.fixture
+def experiment(tmp_path, text_file):
+    """Return a function that runs the experiment with more flags, in `tmp_path`/run."""
+    path = tmp_path / "small.py"
+    path.write_text(EXPERIMENT)
+
+    def call(*flags, text=text_file):
+        data = [] if text is None else [f"--config.data.path={text}"]
+        return main.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *data, *flags])
+
+    return call
+
+
+def one_line(capsys):
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "\n" not in said, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.optim.peak_lrr=1"], ["optim.peak_lrr", "did you mean optim.peak_lr?"]),
+        (["--config.model.layers=1"], ["model.layers", "did you mean model."]),
+        (["--config.train.num_steps=soon"], ["train.num_steps", "'soon'"]),
+        (["--config.model.num_layers=2.5"], ["model.num_layers", "2.5"]),
+        (["--config.model.name=gtp"], ["model.name", "gtp", "gpt"]),
+        (["--config.task.name=causal"], ["task.name", "causal_lm"]),
+        (["--config.optim.momentum=0.5"], ["optim.momentum", "optim.name"]),
+        (["--config.model.rope_base=5", "--config.model.positions=learned"], ["model.rope_base", "positions"]),
+        (["--config.data.path=missing.txt"], ["missing.txt"]),
+        (["--config.data.batch_size=12"], ["data.batch_size=12", "multiple of 8"]),
+        (["--config.train.accumulate_steps=3"], ["data.batch_size=8", "multiple of 24"]),
+        (["--config.mesh.data=3"], ["mesh", "8 device"]),
+        (["--config.mesh.data=1", "--config.mesh.tensor=8"], ["mesh.tensor=8", "heads"]),
+        (["--config.model.max_length=8"], ["task.length", "model.max_length"]),
+        (["--config.model.num_heads=3"], ["model.num_heads=3", "model.model_dim=32"]),
+        (["--config.model.dropout=1.5"], ["model.dropout=1.5"]),
+        (["--config.data.order=stream"], ["data.order", "carry", "gpt"]),
+        (["--config.data.validation_fraction=0"], ["validation"]),
+        (["--config.data.validation_fraction=2"], ["data.validation_fraction=2"]),
+        (["--config.train.init_from=nowhere"], ["nowhere"]),
+        (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(experiment, capsys, flags, words):
+    assert experiment(*flags) == 2
+    said = one_line(capsys)
+    for word in words:
+        assert word in said, said
+
+
+def test_a_missing_or_broken_experiment(tmp_path, capsys):
+    assert main.main(["--config", str(tmp_path / "no.py")]) == 2
+    assert "no.py" in one_line(capsys)
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return 1 / 0\n")
+    assert main.main(["--config", str(broken)]) == 2
+    assert "broken.py:2" in one_line(capsys)
+    assert main.main([]) == 2
+    assert "--config" in one_line(capsys)
+
+
+def test_debug_shows_the_traceback(experiment):
+    with pytest.raises(ValueError, match="num_steps"):
+        experiment("--config.train.num_steps=soon", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "words"),
+    [
+        ("empty.txt", b"", [], "empty"),
+        ("bad.txt", b"fine \xff\xfe fine" * 99, ["--config.data.on_invalid=refuse"], "UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', [], "broken.jsonl:2"),
+        ("field.jsonl", b'{"body": "a"}\n' * 3, [], "text"),
+        ("cut.txt.gz", gzip.compress(b"hello " * 9999)[:-20], [], "cut.txt.gz"),
+    ],
+)
+def test_bad_data_is_named(experiment, tmp_path, capsys, name, content, flags, words):
+    (tmp_path / name).write_bytes(content)
+    assert experiment(*flags, text=tmp_path / name) == 2
+    assert words in one_line(capsys)
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(experiment, tmp_path, capsys):
+    (tmp_path / "bad.txt").write_bytes(b"fine \xff fine, and on it goes. " * 99)
+    assert experiment(text=tmp_path / "bad.txt") == 0
+    assert "'replaced': 99" in capsys.readouterr().out
+
+
+def test_a_foreign_checkpoint_is_moved_aside_not_loaded(experiment, tmp_path, capsys):
+    foreign = tmp_path / "run" / "checkpoints" / "7"
+    foreign.mkdir(parents=True)
+    (foreign / "model.bin").write_bytes(b"something else")
+    assert experiment() == 0
+    assert "checkpoint 7 is not used" in capsys.readouterr().out
+    assert (foreign.with_name("7.aside0") / "model.bin").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(experiment, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    assert experiment() == 2
+    assert "No space left" in one_line(capsys)
+
+
+def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
+    def diverge(*args):
+        raise train.Diverged("step 3: loss or gradient is not finite")
+
+    monkeypatch.setattr(train, "run", diverge)
+    assert experiment() == 3
+    assert "step 3" in one_line(capsys)
+
+
+def test_dry_run_trains_nothing(experiment, tmp_path, capsys):
+    assert experiment("--dry_run", "--config.mesh.data=2", "--config.mesh.fsdp=4") == 0
+    said = capsys.readouterr().out
+    for word in ('"peak_lr": 0.01', "layers/block_0/attention/qkv/kernel", "embed heads qkv kv", "FLOPs a token"):
+        assert word in said
+    # (32, 2, 3, 16) float32 over 4 devices of fsdp.
+    assert "3,072" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_every_field(capsys):
+    assert main.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("data.batch_size", "optim.peak_lr", "checkpoint.keep", "mesh.fsdp", "--workdir", "--dry_run"):
+        assert word in said
+
+
+def test_the_end_says_where_everything_lies(experiment, tmp_path, capsys):
+    assert experiment() == 0
+    said = capsys.readouterr().out
+    assert f"workdir: {tmp_path / 'run'}" in said
+    assert f"python -m tools.generate --workdir {tmp_path / 'run'}" in said
+
+
+def test_a_typing_mistake_is_told_before_jax_is_imported(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, lm.main\nlm.main.main([])\nassert 'jax' not in sys.modules"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

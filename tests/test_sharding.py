@@ -1,0 +1,95 @@
+"""The mesh and the table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import models, sharding, step
+from lm.config import ConfigError
+from lm.models import gpt
+
+LENGTH = 16
+
+
+def tiny_gpt(**options):
+    defaults = {"num_layers": 1, "model_dim": 64, "num_heads": 8}
+    cfg = gpt.Config(**{**defaults, **options})
+    return models.build(models.resolve(cfg, vocab_size=99, max_length=LENGTH, packed=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((3, 1, 1), "does not fill 8 device"),
+        ((-1, -1, 1), "only one size may be -1"),
+        ((16, 1, 1), "does not fill"),
+        ((-1, 3, 1), "does not fill"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        sharding.make_mesh(sharding.Config(*sizes))
+
+
+def test_size_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=0"):
+        sharding.Config(tensor=0)
+
+
+def test_minus_one_is_the_rest():
+    mesh = sharding.make_mesh(sharding.Config(-1, 2, 2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+def test_bytes_per_device_fall_as_they_should(sizes):
+    model, mesh = tiny_gpt(), sharding.make_mesh(sharding.Config(*sizes))
+    _, fsdp, tensor = sizes
+    axes, shapes = step.parameter_axes(model, LENGTH)
+    with sharding.use(mesh):
+        placed = sharding.shardings(mesh, axes, shapes)
+        params = jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=placed
+        )()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = sharding.path_name(path)
+        # Every kernel and table of this model has one `embed` axis and one that tensor splits.
+        ways = fsdp * tensor if leaf.ndim > 1 else 1
+        (share,) = {shard.data.nbytes for shard in leaf.addressable_shards}
+        assert share * ways == leaf.nbytes, name
+
+
+def test_a_parameter_that_cannot_be_split_is_named():
+    model, mesh = tiny_gpt(num_heads=2), sharding.make_mesh(sharding.Config(1, 1, 8))
+    axes, shapes = step.parameter_axes(model, LENGTH)
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*attention/qkv/kernel has 2 `heads`"):
+        sharding.shardings(mesh, axes, shapes)
+
+
+def test_every_axis_that_a_model_names_is_in_the_table():
+    for options in ({}, {"positions": "learned", "tied": False, "bias": True, "scan": True}):
+        axes, shapes = step.parameter_axes(tiny_gpt(**options), LENGTH)
+        named = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        for names, leaf in zip(named, jax.tree.leaves(shapes), strict=True):
+            assert len(names) == leaf.ndim
+            assert set(names) <= set(sharding.RULES)
+
+
+def test_constrain_splits_what_divides_and_leaves_the_rest():
+    mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
+    axes = ("act_batch", "act_length", "act_heads")
+    with sharding.use(mesh):
+        split = jax.jit(lambda x: sharding.constrain(x, *axes))(jnp.zeros((8, 3, 6)))
+        odd = jax.jit(lambda x: sharding.constrain(x, *axes))(jnp.zeros((8, 3, 5)))
+    assert split.sharding.shard_shape(split.shape) == (2, 3, 3)
+    assert odd.sharding.shard_shape(odd.shape)[2] == 5
+    assert sharding.constrain(np.ones(3), "act_batch") is not None  # no mesh in use: no-op
+
+
+def test_place_batch_splits_rows_over_data_and_fsdp():
+    mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
+    rows = np.arange(32, dtype=np.int32).reshape(8, 4)
+    placed = sharding.place_batch(mesh, {"inputs": rows})["inputs"]
+    np.testing.assert_array_equal(placed, rows)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 4)

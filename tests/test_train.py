@@ -1,0 +1,296 @@
+"""The loop: what it writes, that it resumes bit for bit, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import checkpoint, train
+from lm.config import ConfigError
+from lm.metrics import read_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows_of(workdir):
+    """Rows of a run without the times that differ from run to run."""
+    timed = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(workdir / "metrics.jsonl")]
+
+
+def arrays_of(workdir, step):
+    """All arrays of a checkpoint, restored by name alone."""
+    folder = workdir / "checkpoints"
+    manifest = checkpoint.read_manifest(folder, step)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device)
+        for name, (shape, dtype) in manifest["arrays"].items()
+    }
+    return jax.device_get(checkpoint.restore(folder.absolute(), step, wanted))
+
+
+def assert_same_run(left, right, step):
+    assert rows_of(left) == rows_of(right)
+    a, b = arrays_of(left, step), arrays_of(right, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+class StopAfter:
+    """Stands in for the signals: asks to stop once `step` batches were taken."""
+
+    def __init__(self, monkeypatch, step):
+        taken = 0
+        original = train.place_ahead
+
+        def counting(made, first):
+            nonlocal taken
+            for batch in original(made, first):
+                taken += 1
+                if taken == step:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+        monkeypatch.setattr(train, "place_ahead", counting)
+
+
+def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
+    final = train.run(tiny(train__sample_tokens=8), tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
+    last = [row for row in rows if "eval/loss" in row][-1]
+    for name in ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"):
+        assert final[name] == last[name]
+    for name in ("train/grad_norm", "train/learning_rate", "tokens_per_second", "mfu"):
+        assert name in rows[-2]
+    assert last["eval/loss"] < rows[0]["eval/loss"] < np.log(384)
+    assert checkpoint.good_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["vocab_size"] == 257 and config["model"]["max_length"] == 16
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    said = capsys.readouterr().out
+    assert "sample:" in said and "inputs" in said, "one decoded batch at the start"
+
+
+def test_load_gives_config_model_and_params(tiny, tmp_path):
+    train.run(tiny(), tmp_path)
+    config, model, params = checkpoint.load(tmp_path)
+    assert config.task.length == 16
+    tokens = np.zeros((1, 4), np.int32)
+    batch = {"inputs": tokens, "segments": tokens + 1, "positions": tokens}
+    logits = model.apply({"params": params}, model.apply({"params": params}, batch), method="logits")
+    assert logits.shape == (1, 4, 384) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at):
+    config = tiny(optim__ema_decay=0.9)
+    train.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, stop_at)
+        with pytest.raises(train.Interrupted, match=f"stopped at step {stop_at}"):
+            train.run(config, tmp_path / "cut")
+    train.run(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
+
+
+def test_a_stateful_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    config = tiny(
+        model={"name": "rnn", "cell": "lstm", "num_layers": 1, "model_dim": 32},
+        data__order="stream",
+        eval__streams=8,
+        train__accumulate_steps=1,
+    )
+    train.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(train.Interrupted):
+            train.run(config, tmp_path / "cut")
+    train.run(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
+    assert any("carry" in name for name in arrays_of(tmp_path / "cut", 6))
+
+
+def test_a_killed_run_loses_only_what_was_not_saved(tiny, tmp_path):
+    """Rows after the last good checkpoint are moved aside and made again, the same."""
+    config = tiny()
+    train.run(config, tmp_path / "whole")
+    train.run(config, tmp_path / "cut")
+    for step in (4, 6):
+        (tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json").unlink()
+    train.run(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
+    moved = read_rows(tmp_path / "cut" / "metrics.1.jsonl")
+    assert {row["step"] for row in moved} == {3, 4, 5, 6}
+
+
+def test_resumes_on_another_mesh(tiny, tmp_path):
+    config = tiny()
+    train.run(config, tmp_path / "whole")
+    for step in (4, 6):
+        (tmp_path / "whole" / "checkpoints" / str(step) / "manifest.json").unlink()
+    before = rows_of(tmp_path / "whole")
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    train.run(config, tmp_path / "whole")
+    after = rows_of(tmp_path / "whole")
+    assert [row["step"] for row in after] == [row["step"] for row in before]
+    for old, new in zip(before, after, strict=True):
+        for key in ("train/loss", "eval/loss"):
+            if key in old:
+                np.testing.assert_allclose(new[key], old[key], rtol=1e-4)
+
+
+def test_a_finished_run_repeats_nothing(tiny, tmp_path):
+    config = tiny()
+    final = train.run(config, tmp_path)
+    rows = rows_of(tmp_path)
+    again = train.run(config, tmp_path)
+    assert rows_of(tmp_path) == rows
+    assert again["eval/loss"] == final["eval/loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"model__model_dim": 64}, "model.model_dim 32 -> 64"),
+        ({"task__length": 8}, "task.length 16 -> 8"),
+        ({"data__batch_size": 16}, "data.batch_size 8 -> 16"),
+        ({"data__validation_fraction": 0.2}, "data's content, tokenizer or split"),
+        ({"data__tokenizer": "char"}, "tokenizer"),
+    ],
+)
+def test_a_workdir_of_another_config_is_refused(tiny, tmp_path_factory, finished, changes, words):
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        train.run(tiny(**changes), finished)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_file):
+    """The workdir of a run of `tiny` that has ended; nobody writes to it."""
+    from ml_collections import ConfigDict
+
+    workdir = tmp_path_factory.mktemp("finished")
+    config = ConfigDict({
+        "data": {"path": (str(text_file),), "tokenizer": "byte", "batch_size": 8},
+        "task": {"length": 16},
+        "model": {"name": "gpt", "num_layers": 2, "model_dim": 32, "num_heads": 2},
+        "optim": {"name": "adamw", "peak_lr": 1e-2, "warmup": 2},
+        "train": {"num_steps": 2, "log_every_steps": 1, "sample_tokens": 0},
+        "eval": {"every_steps": 3, "max_tokens": 512},
+        "seed": 0,
+    })  # fmt: skip
+    train.run(config, workdir)
+    return workdir
+
+
+def test_changes_of_optim_are_listed_and_the_old_config_kept(tiny, tmp_path, capsys):
+    train.run(tiny(train__num_steps=2), tmp_path)
+    train.run(tiny(train__num_steps=4, optim__peak_lr=5e-3), tmp_path)
+    said = capsys.readouterr().out
+    assert "optim.peak_lr: 0.01 -> 0.005" in said and "train.num_steps: 2 -> 4" in said
+    assert json.loads((tmp_path / "config.2.json").read_text())["optim"]["peak_lr"] == 1e-2
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 5e-3
+
+
+def test_layers_scanned_or_unrolled_resume_each_other(tiny, tmp_path):
+    config = tiny()
+    train.run(tiny(train__num_steps=4), tmp_path)
+    config.model.scan = True
+    train.run(config, tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path)][-1] == 6
+
+
+def test_init_from_starts_at_the_parameters_of_another_run(tiny, tmp_path):
+    final = train.run(tiny(), tmp_path / "first")
+    train.run(tiny(train__init_from=str(tmp_path / "first"), seed=1), tmp_path / "second")
+    first_row = rows_of(tmp_path / "second")[0]
+    assert first_row["step"] == 0
+    np.testing.assert_allclose(first_row["eval/loss"], final["eval/loss"], rtol=1e-6)
+
+
+def test_divergence_stops_before_the_update(tiny, tmp_path, monkeypatch):
+    original = train.place_ahead
+
+    def poisoned(made, first):
+        for index, batch in enumerate(original(made, first)):
+            yield {**batch, "weights": batch["weights"] * (np.nan if index == 4 else 1)}
+
+    monkeypatch.setattr(train, "place_ahead", poisoned)
+    with pytest.raises(train.Diverged, match=r"step 5: .*last good checkpoint is 4"):
+        train.run(tiny(), tmp_path)
+    assert checkpoint.good_steps(tmp_path / "checkpoints") == [2, 4]
+
+
+def test_durations_in_epochs_and_tokens(tiny, tmp_path):
+    from lm import experiment
+
+    made = experiment.build(tiny(train__num_steps="2 epochs", eval__every_steps="1280 tokens"))
+    assert made.num_steps == int(np.ceil(2 * made.batches.steps_per_epoch))
+    assert made.steps_of("eval", "every_steps") == 10
+
+
+def test_losses_after_three_steps_are_golden(tiny, tmp_path):
+    """To re-baseline after a change that is meant to change numbers: put the printed row here."""
+    train.run(tiny(train__num_steps=3, data__tokenizer="byte"), tmp_path)
+    losses = [row["train/loss"] for row in rows_of(tmp_path) if "train/loss" in row]
+    np.testing.assert_allclose(losses, GOLDEN, rtol=2e-5, err_msg=f"got {losses}")
+
+
+GOLDEN = [0.0, 0.0, 0.0]
+
+SCRIPT = """
+import sys
+from lm.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launch(text_file, workdir, *flags):
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable, "-m", "lm.main", "--config", str(ROOT / "experiments" / "shakespeare_char.py"),
+        "--workdir", str(workdir), f"--config.data.path={text_file}", "--config.train.num_steps=400",
+        "--config.model.num_layers=1", "--config.model.model_dim=32", "--config.model.num_heads=2",
+        "--config.eval.every_steps=100", "--config.eval.max_tokens=512",
+        "--config.checkpoint.every_steps=20", "--config.train.log_every_steps=1",
+        "--config.train.sample_tokens=0", *flags,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if checkpoint.good_steps(workdir / "checkpoints")[-1:] >= [step]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never saved step {step}: {process.communicate()[0]}")
+
+
+@pytest.mark.slow
+def test_real_kills_change_nothing(text_file, tmp_path):
+    """SIGKILL twice and Ctrl-C once, as real processes: the same rows and the same arrays."""
+    whole = launch(text_file, tmp_path / "whole")
+    assert whole.wait(timeout=300) == 0, whole.communicate()[0]
+    for step, number in ((20, signal.SIGKILL), (100, signal.SIGKILL), (180, signal.SIGINT)):
+        process = launch(text_file, tmp_path / "cut")
+        wait_for_step(tmp_path / "cut", step, process)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[0]
+        if number == signal.SIGINT:
+            assert process.returncode == 75, said
+            assert "to resume: python -m lm.main --config" in said
+    last = launch(text_file, tmp_path / "cut")
+    assert last.wait(timeout=300) == 0, last.communicate()[0]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 400)
