@@ -77,6 +77,7 @@ def test_names_are_what_tells_runs_apart(tmp_path):
 
 def test_smoothing_keeps_constants_and_does_not_lag():
     assert plot.smoothed(np.full(9, 3.0), 0.9) == pytest.approx(np.full(9, 3.0))
+    assert plot.smoothed(np.array([0.0, 1.0, 0.0]), 0.5)[1] == 1 / (0.5 + 1 + 0.5)
     line = np.arange(101.0)
     assert plot.smoothed(line, 0.8)[50] == pytest.approx(50.0)
     noise = np.random.default_rng(0).normal(size=1000)
