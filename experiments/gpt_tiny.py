@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
         "model_dim": 192,
         "num_heads": 3,
     })  # fmt: skip
-    config.optim = ConfigDict({"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "2%"})
+    config.optim = ConfigDict(
+        {"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "2%"}
+    )
     config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 10})
     config.eval = ConfigDict({"every_steps": 250})
     config.checkpoint = ConfigDict({"every_steps": 250})

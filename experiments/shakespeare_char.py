@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
         "model_dim": 128,
         "num_heads": 4,
     })  # fmt: skip
-    config.optim = ConfigDict({"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "5%"})
+    config.optim = ConfigDict(
+        {"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "5%"}
+    )
     config.train = ConfigDict({"num_steps": 2000, "log_every_steps": 20})
     config.eval = ConfigDict({"every_steps": 500, "batch_size": 128})
     config.checkpoint = ConfigDict({"every_steps": 500})

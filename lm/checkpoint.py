@@ -7,9 +7,6 @@ not good: it is moved aside with a word, never deleted, and the newest good one 
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -24,13 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import models
+from lm import manifests, models
 from lm.config import ConfigError, Duration
 from lm.nn.transformer import SCANNED, UNROLLED
 from lm.step import parameter_axes
-
-MANIFEST = "manifest.json"
-FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +61,17 @@ class Checkpointer:
         """Start to save `state`; returns when its arrays are copied. Raises what the last save raised."""
         self.wait()
         target = self.folder / str(step)
-        move_aside(target)
+        manifests.move_aside(target)
         target.mkdir(parents=True)
         arrays = flatten(state)
         self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
-        manifest = {"format": FORMAT, "step": step, "metrics": dict(metrics), "arrays": described}
+        manifest = {
+            "format": manifests.FORMAT,
+            "step": step,
+            "metrics": dict(metrics),
+            "arrays": described,
+        }
         self._thread = threading.Thread(target=self._finish, args=(target, manifest), daemon=True)
         self._thread.start()
 
@@ -80,7 +79,7 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                write_manifest(target, manifest)
+                manifests.write(target, manifest)
                 self._retire()
         except BaseException as error:  # handed to the training loop by `wait`
             self._error = error
@@ -103,13 +102,16 @@ class Checkpointer:
 
     def _retire(self) -> None:
         """Delete all but the newest `keep` and the best checkpoint."""
-        steps = good_steps(self.folder)
+        steps = manifests.good_steps(self.folder)
         kept = set(steps[-self.cfg.keep :])
-        if self.cfg.keep_best and (best := best_step(self.folder, self.cfg.best_metric)) is not None:
+        if (
+            self.cfg.keep_best
+            and (best := manifests.best_step(self.folder, self.cfg.best_metric)) is not None
+        ):
             kept.add(best)
         for step in set(steps) - kept:
             # Without its manifest it is no checkpoint, so a kill on the way leaves nothing that looks good.
-            (self.folder / str(step) / MANIFEST).unlink()
+            (self.folder / str(step) / manifests.MANIFEST).unlink()
             shutil.rmtree(self.folder / str(step))
 
     def restore_latest(self, abstract: Any, say: Callable[[str], None] = print) -> Any | None:
@@ -117,9 +119,9 @@ class Checkpointer:
 
         What is damaged or unfinished is moved aside and said.
         """
-        for step, problem in sorted(problems(self.folder).items(), reverse=True):
+        for step, problem in sorted(manifests.problems(self.folder).items(), reverse=True):
             if problem:
-                aside = move_aside(self.folder / str(step))
+                aside = manifests.move_aside(self.folder / str(step))
                 say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
                 continue
             return unflatten(abstract, restore(self.folder, step, flatten(abstract)))
@@ -137,103 +139,9 @@ def unflatten(tree: Any, flat: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in flatten(tree)])
 
 
-def write_manifest(target: Path, manifest: dict[str, Any]) -> None:
-    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced."""
-    files = sorted(path for path in target.rglob("*") if path.is_file())
-    manifest["files"] = {
-        str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
-    }
-    for path in files:
-        sync(path)
-    write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent whatever happens."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Rename a checkpoint's folder out of the way, losing nothing; None when there is none."""
-    if not folder.exists():
-        return None
-    number = 0
-    while (aside := folder.with_name(f"{folder.name}.aside{number}")).exists():
-        number += 1
-    return folder.rename(aside)
-
-
-def read_manifest(folder: Path, step: int) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint; None where there is none that makes sense."""
-    try:
-        manifest = json.loads((folder / str(step) / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("step") == step else None
-
-
-def all_steps(folder: Path) -> list[int]:
-    """Return every step that has a folder, good or not, ascending."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
-
-
-def good_steps(folder: Path) -> list[int]:
-    """Return the steps whose checkpoints were finished, ascending (their files are not read)."""
-    return [step for step in all_steps(folder) if read_manifest(folder, step) is not None]
-
-
-def best_step(folder: Path, metric: str) -> int | None:
-    """Return the finished step with the lowest `metric`; None when none has it."""
-    values = {
-        step: value
-        for step in good_steps(folder)
-        if (value := (read_manifest(folder, step) or {})["metrics"].get(metric)) is not None
-    }
-    return min(values, key=values.__getitem__) if values else None
-
-
-def problems(folder: Path) -> dict[int, str]:
-    """Return for every step what is wrong with its checkpoint, "" for nothing; reads every file."""
-    return {step: problem(folder, step) for step in all_steps(folder)}
-
-
-def problem(folder: Path, step: int) -> str:
-    """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
-    manifest = read_manifest(folder, step)
-    if manifest is None:
-        return f"it has no readable {MANIFEST}, so its saving never finished"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, and this version reads {FORMAT}"
-    for name, (size, digest) in manifest["files"].items():
-        path = folder / str(step) / name
-        if not path.is_file():
-            return f"file {name} is missing"
-        if path.stat().st_size != size or hash_file(path) != digest:
-            return f"file {name} is not what was written"
-    return ""
-
-
-def restore(folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def restore(
+    folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """Return the arrays named in `wanted`, on its shardings.
 
     Layers that were stored scanned are read into unrolled ones, and back.
@@ -241,7 +149,7 @@ def restore(folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct])
     Raises:
       ConfigError: an array is missing or has another shape.
     """
-    manifest = read_manifest(folder, step) or {}
+    manifest = manifests.read(folder, step) or {}
     stored = _shapes(manifest["arrays"])
     depth = _num_layers(wanted)
     sources = {name: _sources(name, leaf, stored, depth) for name, leaf in wanted.items()}
@@ -320,11 +228,13 @@ def find_step(workdir: str | Path, step: int | str = "last") -> int:
       ConfigError: there is none.
     """
     folder = Path(workdir) / "checkpoints"
-    steps = good_steps(folder)
+    steps = manifests.good_steps(folder)
     if not steps:
-        raise ConfigError(f"workdir={workdir}: no finished checkpoint in {folder}; train there first")
+        raise ConfigError(
+            f"workdir={workdir}: no finished checkpoint in {folder}; train there first"
+        )
     if step == "best":
-        best = best_step(folder, read_config(workdir).checkpoint.best_metric)
+        best = manifests.best_step(folder, read_config(workdir).checkpoint.best_metric)
         step = steps[-1] if best is None else best
     elif step == "last":
         step = steps[-1]
@@ -356,7 +266,7 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
     config = read_config(workdir)
     step = find_step(workdir, step)
     folder = Path(workdir).absolute() / "checkpoints"
-    if bad := problem(folder, step):
+    if bad := manifests.problem(folder, step):
         raise ConfigError(f"checkpoint {folder / str(step)}: {bad}; choose another with --step")
     cls = models.config_class(config.model.name)
     model = models.build(config_lib.freeze(cls, config.model, where="model"))
@@ -370,7 +280,7 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
 
 def restore_params(folder: Path, step: int, abstract: Any) -> Any:
     """Return the parameters of a checkpoint (averaged, where that was kept) like `abstract`."""
-    stored = (read_manifest(folder, step) or {})["arrays"]
+    stored = (manifests.read(folder, step) or {})["arrays"]
     part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
     wanted = flatten({part: abstract})
     return unflatten({part: abstract}, restore(folder, step, wanted))[part]
@@ -387,13 +297,13 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
       ConfigError: no checkpoint there, no name in common, or a shape that differs.
     """
     path = Path(source).absolute()
-    if path.name.isdecimal() and (path / MANIFEST).is_file():
+    if path.name.isdecimal() and (path / manifests.MANIFEST).is_file():
         folder, step = path.parent, int(path.name)
     else:
         folder, step = path / "checkpoints", find_step(path)
-    if bad := problem(folder, step):
+    if bad := manifests.problem(folder, step):
         raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
-    stored = (read_manifest(folder, step) or {})["arrays"]
+    stored = (manifests.read(folder, step) or {})["arrays"]
     part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -408,10 +318,17 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
     used = {source for name in wanted if name not in missing for source in names[name]}
     extra = sorted(name for name in stored if name.startswith(f"{part}.") and name not in used)
     if len(missing) == len(wanted):
-        raise ConfigError(f"train.init_from={source}: no parameter of that model has a name of this one's")
-    found = restore(folder, step, {name: leaf for name, leaf in wanted.items() if name not in missing})
+        raise ConfigError(
+            f"train.init_from={source}: no parameter of that model has a name of this one's"
+        )
+    found = restore(
+        folder, step, {name: leaf for name, leaf in wanted.items() if name not in missing}
+    )
     say(f"init_from {source} step {step}: {len(found)} parameters taken")
-    for title, names_of in (("not there, so fresh", missing), ("there, but not in this model", extra)):
+    for title, names_of in (
+        ("not there, so fresh", missing),
+        ("there, but not in this model", extra),
+    ):
         if names_of:
             say(f"init_from: {title}: {', '.join(names_of)}")
     return unflatten({part: params}, {**flatten({part: params}), **found})[part]

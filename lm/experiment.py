@@ -205,7 +205,9 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
     abstract = jax.eval_shape(init)
     placed = step.state_shardings(made.mesh, abstract, made.axes)
     abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, placed
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        placed,
     )
     train_step = functools.partial(
         step.train_step,

@@ -61,10 +61,15 @@ def generate(
     context: tuple[Any, ...] | None = None
     starts: list[int] = []
     while not all(done):
-        fresh = [context_start(length, len(prompt), limit) for length, prompt in zip(lengths, prompts, strict=True)]
+        fresh = [
+            context_start(length, len(prompt), limit)
+            for length, prompt in zip(lengths, prompts, strict=True)
+        ]
         if context is None or fresh != starts:
             starts = fresh
-            context = decoder.read(params, [row[start:] for row, start in zip(rows, starts, strict=True)])
+            context = decoder.read(
+                params, [row[start:] for row, start in zip(rows, starts, strict=True)]
+            )
         counts = [length - len(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
         *context, tokens = decoder.write(params, *context, jnp.asarray(counts))
         used = [length - start for length, start in zip(lengths, starts, strict=True)]
@@ -78,7 +83,10 @@ def generate(
                 done[b] = len(kept) < len(fits) or counts[b] + room >= max_tokens
                 if on_tokens is not None and kept:
                     on_tokens(b, kept)
-    return [_finish(row[len(prompt) :], max_tokens, stop_token) for row, prompt in zip(rows, prompts, strict=True)]
+    return [
+        _finish(row[len(prompt) :], max_tokens, stop_token)
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def context_start(length: int, prompt_length: int, limit: int) -> int:
@@ -202,7 +210,9 @@ def sample(
         logits_BV = jnp.where(before < top_p, logits_BV, FILTERED)
 
     def draw(row, count, logits_V):
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), count), logits_V)
+        return jax.random.categorical(
+            jax.random.fold_in(jax.random.fold_in(key, row), count), logits_V
+        )
 
     choice_B = jax.vmap(draw)(jnp.arange(logits_BV.shape[0]), counts_B, logits_BV)
     return jnp.take_along_axis(ids_BV, choice_B[:, None], axis=1)[:, 0].astype(jnp.int32)

@@ -9,24 +9,39 @@ from lm import config as config_lib
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the flags, run the experiment, return the exit code: 0 done, 2 a mistake, 3 diverged, 75 resumable."""
+    """Run an experiment; return the exit code: 0 done, 2 a mistake, 3 diverged, 75 resumable."""
     assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--config", metavar="FILE", help="experiment file; fields: --config.SECTION.FIELD=VALUE")
-    parser.add_argument("--workdir", metavar="DIR", help="resumed where it holds a checkpoint; default runs/<experiment>/<time>")
-    parser.add_argument("--dry_run", action="store_true", help="print config, parameters and a batch; train nothing")
+    parser.add_argument(
+        "--config", metavar="FILE", help="experiment file; fields: --config.SECTION.FIELD=VALUE"
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="resumed where it holds a checkpoint; default runs/<experiment>/<time>",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print config, parameters and a batch; train nothing"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
-    parser.add_argument("--help", "-h", action="store_true", help="show this, and every field of the config")
+    parser.add_argument(
+        "--help", "-h", action="store_true", help="show this, and every field of the config"
+    )
     args = parser.parse_args(rest)
     return config_lib.exit_on_user_error(lambda: _run(args, assignments, parser), debug=args.debug)
 
 
 def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.ArgumentParser) -> int:
     if not args.config and not args.help:
-        raise config_lib.ConfigError("--config: missing; give an experiment file, such as experiments/gpt_tiny.py")
-    from lm import experiment, train  # here, so that a typing mistake is told without waiting for jax
+        raise config_lib.ConfigError(
+            "--config: missing; give an experiment file, such as experiments/gpt_tiny.py"
+        )
+    from lm import (
+        experiment,
+        train,
+    )  # here, so that a typing mistake is told without waiting for jax
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)
@@ -48,7 +63,9 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         print(f"error: {divergence}", file=sys.stderr)
         return 3
     except OSError as error:
-        raise config_lib.ConfigError(f"workdir={workdir}: {error}; the last good checkpoint is kept") from error
+        raise config_lib.ConfigError(
+            f"workdir={workdir}: {error}; the last good checkpoint is kept"
+        ) from error
     print(f"workdir: {workdir}")
     print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
     print(f"         python -m tools.plot --workdir {workdir}")

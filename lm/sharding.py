@@ -33,7 +33,9 @@ class Config:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
             if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{field.name}={size}: use a positive size, or -1 = the rest")
+                raise ConfigError(
+                    f"mesh.{field.name}={size}: use a positive size, or -1 = the rest"
+                )
 
 
 RULES: dict[str, tuple[str, ...]] = {

@@ -65,7 +65,12 @@ class Objective:
 def example_batch(batch_size: int, row_length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and types of a batch [B, L]."""
     shape = (batch_size, row_length)
-    names = {"inputs": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
+    names = {
+        "inputs": jnp.int32,
+        "targets": jnp.int32,
+        "segments": jnp.int32,
+        "positions": jnp.int32,
+    }
     return {
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, dtype in {**names, "weights": jnp.float32}.items()
@@ -171,7 +176,11 @@ def train_step(
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), state.ema, params) if state.ema else {}
+    ema = (
+        jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), state.ema, params)
+        if state.ema
+        else {}
+    )
     new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry)
     kept = state.replace(healthy=healthy)
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
@@ -202,7 +211,11 @@ def _gradients(state, batch, model, objective, rng, accumulate):
         return jax.tree.map(jnp.add, grads, new), (carry, sums)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    parts = (split_rows(batch, accumulate), split_rows(state.carry, accumulate), jnp.arange(accumulate))
+    parts = (
+        split_rows(batch, accumulate),
+        split_rows(state.carry, accumulate),
+        jnp.arange(accumulate),
+    )
     grads, (carry, sums) = jax.lax.scan(body, zeros, parts)
     return grads, join_rows(carry), jax.tree.map(lambda x: x.sum(0), sums)
 
@@ -211,7 +224,11 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
     """Return (sum of the objective, (new carry, sown losses, metric sums)) over a batch."""
     stateful = "carry" in variables
     x_BLD, new = model.apply(
-        variables, batch, train=train, rngs=rngs, mutable=["losses", "carry"] if stateful else ["losses"]
+        variables,
+        batch,
+        train=train,
+        rngs=rngs,
+        mutable=["losses", "carry"] if stateful else ["losses"],
     )
     objective_sum, sums = losses.cross_entropy(
         lambda params, x: model.apply({"params": params}, x, method="logits"),
@@ -253,7 +270,13 @@ def join_rows(tree: Any) -> Any:
 
 
 def eval_step(
-    params: Any, carry: Any, batch: Batch, token_bytes: jax.Array, *, model: nn.Module, objective: Objective
+    params: Any,
+    carry: Any,
+    batch: Batch,
+    token_bytes: jax.Array,
+    *,
+    model: nn.Module,
+    objective: Objective,
 ) -> tuple[Metrics, Any]:
     """Return the sums of one batch (loss, accuracy, bytes) and the new carry ({} when there is none)."""
     _, (carry, _, sums) = forward(model, {"params": params, **carry}, batch, objective, train=False)

@@ -7,7 +7,6 @@ that resumes at s repeats neither the evaluation nor the save of s.
 
 import contextlib
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import checkpoint, experiment, generate, hardware, metrics, models, sharding, step
+from lm import (
+    checkpoint,
+    experiment,
+    generate,
+    hardware,
+    manifests,
+    metrics,
+    models,
+    sharding,
+    step,
+)
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
@@ -116,7 +125,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     return {**log.latest, **scores}
 
 
-def fresh_state(made: experiment.Experiment, init: Callable[[], step.TrainState]) -> step.TrainState:
+def fresh_state(
+    made: experiment.Experiment, init: Callable[[], step.TrainState]
+) -> step.TrainState:
     """Return the state of step 0, with the parameters of `train.init_from` where that is given."""
     state = init()
     if source := made.cfg["train"].init_from:
@@ -130,13 +141,19 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
     """Yield the batch of each step, on its devices."""
     cfg = made.cfg["data"]
     ahead = pipeline.prefetch(
-        made.batches, first, made.num_steps, threads=cfg.prefetch_threads, buffer=cfg.prefetch_batches
+        made.batches,
+        first,
+        made.num_steps,
+        threads=cfg.prefetch_threads,
+        buffer=cfg.prefetch_batches,
     )
     for _, batch in ahead:
         yield sharding.place_batch(made.mesh, batch)
 
 
-def score(made: experiment.Experiment, eval_step: Callable, state: step.TrainState) -> dict[str, float]:
+def score(
+    made: experiment.Experiment, eval_step: Callable, state: step.TrainState
+) -> dict[str, float]:
     """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average."""
     scores = {}
     for name, params in (("eval", state.averaged()), ("eval_raw", state.params)):
@@ -150,7 +167,7 @@ def score(made: experiment.Experiment, eval_step: Callable, state: step.TrainSta
 
 def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     """Return the scores that were saved with the checkpoint of step `at`."""
-    manifest = checkpoint.read_manifest(workdir / "checkpoints", at) or {}
+    manifest = manifests.read(workdir / "checkpoints", at) or {}
     return dict(manifest.get("metrics", {}))
 
 
@@ -158,7 +175,7 @@ def check_health(state: step.TrainState, workdir: Path) -> None:
     """Raise Diverged when a step had a loss or gradient that is not finite."""
     if bool(state.healthy):
         return
-    good = checkpoint.good_steps(workdir / "checkpoints")
+    good = manifests.good_steps(workdir / "checkpoints")
     kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     raise Diverged(
         f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, and "
@@ -179,7 +196,7 @@ class Log:
         self._since: tuple[int, float] | None = None  # step and time that rates are counted from
 
     def one_late(self, now: int, sums: Any) -> bool:
-        """Take the metrics of step `now`; write the row of the step before, and return whether one was due."""
+        """Take the metrics of step `now`; write the row before it; return whether one was due."""
         written = self.catch_up()
         self._waiting = (now, sums)
         return written
@@ -245,7 +262,9 @@ def stop_signals() -> Iterator[Stop]:
     def ask(number, frame):
         stop.asked = True
 
-    with contextlib.suppress(ValueError):  # only a main thread can: elsewhere signals are its caller's
+    with contextlib.suppress(
+        ValueError
+    ):  # only a main thread can: elsewhere signals are its caller's
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -260,7 +279,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     Raises:
       ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
     """
-    if not checkpoint.good_steps(workdir / "checkpoints"):
+    if not manifests.good_steps(workdir / "checkpoints"):
         return
     old = checkpoint.read_config(workdir)
     changes = config_lib.difference(old, made.config)
@@ -272,7 +291,9 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     data = json.loads((workdir / "data.json").read_text())
     if data["fingerprint"] != made.corpus.fingerprint:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
-        refused.append(f"the data's content, tokenizer or split ({', '.join(keys) or 'same settings'})")
+        refused.append(
+            f"the data's content, tokenizer or split ({', '.join(keys) or 'same settings'})"
+        )
     if refused:
         raise ConfigError(
             f"workdir={workdir} holds a run of another config: {'; '.join(refused)}; "
@@ -290,14 +311,16 @@ def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", config_lib.to_json(made.config)
     if path.exists() and path.read_text() != text:
-        checkpoint.write_whole(workdir / f"config.{first}.json", path.read_text())
-    checkpoint.write_whole(path, text)
+        manifests.write_whole(workdir / f"config.{first}.json", path.read_text())
+    manifests.write_whole(path, text)
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
-    checkpoint.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
+    manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
     made.corpus.tokenizer.save(workdir / "tokenizer")
 
 
-def announce(say: Callable[[str], None], made: experiment.Experiment, first: int, resumed: bool) -> None:
+def announce(
+    say: Callable[[str], None], made: experiment.Experiment, first: int, resumed: bool
+) -> None:
     """Say what is about to be trained, on what, and one batch in words."""
     devices = jax.devices()
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.shape.items())
@@ -312,7 +335,9 @@ def announce(say: Callable[[str], None], made: experiment.Experiment, first: int
     say(experiment.describe_batch(made))
 
 
-def say_sample(say: Callable[[str], None], made: experiment.Experiment, state: step.TrainState) -> None:
+def say_sample(
+    say: Callable[[str], None], made: experiment.Experiment, state: step.TrainState
+) -> None:
     """Say a sample of the trained model."""
     cfg, tokenizer = made.cfg["train"], made.corpus.tokenizer
     if not cfg.sample_tokens or jax.process_count() > 1:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import checkpoint, sharding
+from lm import checkpoint, manifests, sharding
 from lm.config import ConfigError
 
 
@@ -37,7 +37,10 @@ def save_all(saver, losses):
 
 
 def test_what_is_saved_comes_back_bit_for_bit(saver):
-    tree = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32), "n": jnp.int32(3)}
+    tree = {
+        "x": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32),
+        "n": jnp.int32(3),
+    }
     saver.save(3, tree, {})
     saver.wait()
     jax.tree.map(np.testing.assert_array_equal, saver.restore_latest(placed(tree)), tree)
@@ -49,15 +52,15 @@ def test_nothing_saved_is_none(saver):
 
 def test_the_newest_and_the_best_are_kept(saver):
     save_all(saver, {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 4.0})
-    assert checkpoint.good_steps(saver.folder) == [2, 4, 5]
-    assert checkpoint.best_step(saver.folder, "eval/loss") == 2
+    assert manifests.good_steps(saver.folder) == [2, 4, 5]
+    assert manifests.best_step(saver.folder, "eval/loss") == 2
 
 
 def test_the_best_is_not_kept_when_not_wanted(tmp_path):
     saver = checkpoint.Checkpointer(tmp_path, checkpoint.Config(keep=1, keep_best=False))
     save_all(saver, {1: 1.0, 2: 2.0})
     saver.close()
-    assert checkpoint.good_steps(saver.folder) == [2]
+    assert manifests.good_steps(saver.folder) == [2]
 
 
 def test_keeping_none_is_refused():
@@ -66,14 +69,18 @@ def test_keeping_none_is_refused():
 
 
 def damage_flip(folder):
-    file = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file = max(
+        (p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
 def damage_truncate(folder):
-    file = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file = max(
+        (p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     file.write_bytes(file.read_bytes()[:-1])
 
 
@@ -96,7 +103,14 @@ def damage_other_step(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_flip, damage_truncate, damage_missing_file, damage_unfinished, damage_manifest, damage_other_step],
+    [
+        damage_flip,
+        damage_truncate,
+        damage_missing_file,
+        damage_unfinished,
+        damage_manifest,
+        damage_other_step,
+    ],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_used(saver, damage):
     save_all(saver, {1: None, 2: None})
@@ -106,18 +120,18 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_used(saver, dama
     assert float(restored["params"]["a"][0, 0]) == 1.0
     assert len(said) == 1 and said[0].startswith("checkpoint 2 is not used")
     assert (saver.folder / "2.aside0").is_dir(), "nothing is deleted"
-    assert checkpoint.good_steps(saver.folder) == [1]
+    assert manifests.good_steps(saver.folder) == [1]
 
 
 def test_a_failed_save_is_told_at_the_next_call(saver, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(manifests, "write", full)
     saver.save(1, state(), {})
     with pytest.raises(OSError, match="No space left"):
         saver.wait()
-    assert checkpoint.good_steps(saver.folder) == []
+    assert manifests.good_steps(saver.folder) == []
 
 
 def test_a_shape_that_differs_is_named(saver):
@@ -131,7 +145,10 @@ def layered(num_layers, *, scanned):
     rng = np.random.default_rng(1)
     kernels = jnp.asarray(rng.normal(size=(num_layers, 4, 8)), jnp.float32)
     if scanned:
-        return {"params": {"blocks": {"kernel": kernels}, "norm": jnp.ones(3)}, "mu": {"blocks": {"kernel": -kernels}}}
+        return {
+            "params": {"blocks": {"kernel": kernels}, "norm": jnp.ones(3)},
+            "mu": {"blocks": {"kernel": -kernels}},
+        }
     blocks = {f"block_{i}": {"kernel": kernels[i]} for i in range(num_layers)}
     return {"params": {**blocks, "norm": jnp.ones(3)}, "mu": jax.tree.map(jnp.negative, blocks)}
 
@@ -159,7 +176,9 @@ def test_restores_onto_another_mesh(saver):
     saver.save(1, {"x": jax.device_put(values, NamedSharding(one, PartitionSpec("fsdp")))}, {})
     saver.wait()
     target = NamedSharding(other, PartitionSpec("tensor", "data"))
-    restored = saver.restore_latest({"x": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=target)})
+    restored = saver.restore_latest(
+        {"x": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=target)}
+    )
     np.testing.assert_array_equal(restored["x"], values)
     assert restored["x"].sharding == target
 
@@ -186,10 +205,10 @@ def test_init_from_refuses_a_stranger(saver):
 
 def test_write_whole_leaves_the_old_file_when_it_cannot(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_whole(path, "old")
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError("full")))
+    manifests.write_whole(path, "old")
+    monkeypatch.setattr(manifests, "sync", lambda path: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError):
-        checkpoint.write_whole(path, "new")
+        manifests.write_whole(path, "new")
     assert path.read_text() == "old"
 
 
@@ -198,5 +217,9 @@ def test_manifest_holds_what_it_promises(saver):
     manifest = json.loads((saver.folder / "4" / "manifest.json").read_text())
     assert manifest["metrics"] == {"eval/loss": 2.5}
     assert manifest["arrays"]["params.a"] == [[4, 2], "float32"]
-    on_disk = {str(p.relative_to(saver.folder / "4")) for p in (saver.folder / "4").rglob("*") if p.is_file()}
+    on_disk = {
+        str(p.relative_to(saver.folder / "4"))
+        for p in (saver.folder / "4").rglob("*")
+        if p.is_file()
+    }
     assert set(manifest["files"]) == on_disk - {"manifest.json"}

@@ -26,9 +26,14 @@ FLOORS = {
     "lm.metrics": 0,
     "lm.sharding": 0,
     "lm.hardware": 0,
+    "lm.manifests": 0,
 }
 # Files of one floor that may import each other: those of one package, and these.
-NEIGHBOURS = {("lm.train", "lm.experiment"), ("lm.sharding", "lm.config"), ("lm.metrics", "lm.config")}
+NEIGHBOURS = {
+    ("lm.train", "lm.experiment"),
+    ("lm.sharding", "lm.config"),
+    ("lm.metrics", "lm.config"),
+}
 NO_DEVICE = {"jax", "flax", "optax", "orbax"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "registry.py"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import checkpoint, main, train
+from lm import main, manifests, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,11 +128,13 @@ def test_a_foreign_checkpoint_is_moved_aside_not_loaded(experiment, tmp_path, ca
     assert (foreign.with_name("7.aside0") / "model.bin").exists()
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(experiment, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(
+    experiment, capsys, monkeypatch
+):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(manifests, "write", full)
     assert experiment() == 2
     assert "No space left" in one_line(capsys)
 
@@ -149,7 +151,12 @@ def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
 def test_dry_run_trains_nothing(experiment, tmp_path, capsys):
     assert experiment("--dry_run", "--config.mesh.data=2", "--config.mesh.fsdp=4") == 0
     said = capsys.readouterr().out
-    for word in ('"peak_lr": 0.01', "layers/block_0/attention/qkv/kernel", "embed heads qkv kv", "FLOPs a token"):
+    for word in (
+        '"peak_lr": 0.01',
+        "layers/block_0/attention/qkv/kernel",
+        "embed heads qkv kv",
+        "FLOPs a token",
+    ):
         assert word in said
     # (32, 2, 3, 16) float32 over 4 devices of fsdp.
     assert "3,072" in said
@@ -159,7 +166,14 @@ def test_dry_run_trains_nothing(experiment, tmp_path, capsys):
 def test_help_lists_every_field(capsys):
     assert main.main(["--help"]) == 0
     said = capsys.readouterr().out
-    for word in ("data.batch_size", "optim.peak_lr", "checkpoint.keep", "mesh.fsdp", "--workdir", "--dry_run"):
+    for word in (
+        "data.batch_size",
+        "optim.peak_lr",
+        "checkpoint.keep",
+        "mesh.fsdp",
+        "--workdir",
+        "--dry_run",
+    ):
         assert word in said
 
 

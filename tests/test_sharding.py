@@ -50,7 +50,8 @@ def test_bytes_per_device_fall_as_they_should(sizes):
     with sharding.use(mesh):
         placed = sharding.shardings(mesh, axes, shapes)
         params = jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=placed
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            out_shardings=placed,
         )()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = sharding.path_name(path)

@@ -33,7 +33,10 @@ def make_batch(seed=0, ragged=True):
 
 
 def make_model(name, **options):
-    sizes = {"gpt": {"num_layers": 3, "model_dim": 64, "num_heads": 8}, "rnn": {"num_layers": 3, "model_dim": 64}}
+    sizes = {
+        "gpt": {"num_layers": 3, "model_dim": 64, "num_heads": 8},
+        "rnn": {"num_layers": 3, "model_dim": 64},
+    }
     cfg = {"gpt": gpt, "rnn": rnn}[name].Config(**{**sizes[name], **options})
     return models.build(models.resolve(cfg, vocab_size=VOCAB, max_length=LENGTH, packed=True))
 
@@ -99,7 +102,9 @@ def test_every_mesh_equals_one_device(name, sizes):
 
 
 def test_a_mixed_mesh_equals_one_device():
-    rows, state = train(make_model("gpt", num_layers=1), sharding.make_mesh(sharding.Config(2, 2, 2)), num_steps=2)
+    rows, state = train(
+        make_model("gpt", num_layers=1), sharding.make_mesh(sharding.Config(2, 2, 2)), num_steps=2
+    )
     expected, expected_state = train(make_model("gpt", num_layers=1), one_device(), num_steps=2)
     np.testing.assert_allclose(rows, expected, rtol=1e-5)
     errors = relative_errors(state.params, expected_state.params)
@@ -118,7 +123,10 @@ def collectives(mesh, name="gpt", **options):
 
 
 def shape_sizes(shape):
-    return [int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\[([\d,]*)\]", shape)]
+    return [
+        int(np.prod([int(d) for d in dims.split(",") if d]))
+        for dims in re.findall(r"\[([\d,]*)\]", shape)
+    ]
 
 
 def test_data_parallel_only_sums_gradients():
@@ -151,7 +159,11 @@ def test_accumulation_equals_one_big_batch(name):
     np.testing.assert_allclose(parts, rows, rtol=1e-5)
     assert max(relative_errors(state_of_parts.params, state.params).values()) < 1e-5
     if stateful:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state_of_parts.carry, state.carry)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            state_of_parts.carry,
+            state.carry,
+        )
 
 
 def test_split_rows_is_strided_and_joins_back():
@@ -240,4 +252,6 @@ def test_eval_step_counts_bytes():
     objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
     sums, carry = step.eval_step(params, {}, batch, token_bytes, model=model, objective=objective)
     assert carry == {}
-    assert float(sums["bytes"][0]) == float((token_bytes[batch["targets"]] * batch["weights"]).sum())
+    assert float(sums["bytes"][0]) == float(
+        (token_bytes[batch["targets"]] * batch["weights"]).sum()
+    )

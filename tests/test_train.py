@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, train
+from lm import checkpoint, manifests, train
 from lm.config import ConfigError
 from lm.metrics import read_rows
 
@@ -22,13 +22,16 @@ ROOT = Path(__file__).parent.parent
 def rows_of(workdir):
     """Rows of a run without the times that differ from run to run."""
     timed = ("tokens_per_second", "mfu")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in timed}
+        for row in read_rows(workdir / "metrics.jsonl")
+    ]
 
 
 def arrays_of(workdir, step):
     """All arrays of a checkpoint, restored by name alone."""
     folder = workdir / "checkpoints"
-    manifest = checkpoint.read_manifest(folder, step)
+    manifest = manifests.read(folder, step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device)
@@ -74,7 +77,7 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
     for name in ("train/grad_norm", "train/learning_rate", "tokens_per_second", "mfu"):
         assert name in rows[-2]
     assert last["eval/loss"] < rows[0]["eval/loss"] < np.log(384)
-    assert checkpoint.good_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6]
+    assert manifests.good_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["model"]["vocab_size"] == 257 and config["model"]["max_length"] == 16
     assert any((tmp_path / "run" / "tensorboard").iterdir())
@@ -88,7 +91,9 @@ def test_load_gives_config_model_and_params(tiny, tmp_path):
     assert config.task.length == 16
     tokens = np.zeros((1, 4), np.int32)
     batch = {"inputs": tokens, "segments": tokens + 1, "positions": tokens}
-    logits = model.apply({"params": params}, model.apply({"params": params}, batch), method="logits")
+    logits = model.apply(
+        {"params": params}, model.apply({"params": params}, batch), method="logits"
+    )
     assert logits.shape == (1, 4, 384) and np.isfinite(logits).all()
 
 
@@ -229,7 +234,7 @@ def test_divergence_stops_before_the_update(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "place_ahead", poisoned)
     with pytest.raises(train.Diverged, match=r"step 5: .*last good checkpoint is 4"):
         train.run(tiny(), tmp_path)
-    assert checkpoint.good_steps(tmp_path / "checkpoints") == [2, 4]
+    assert manifests.good_steps(tmp_path / "checkpoints") == [2, 4]
 
 
 def test_durations_in_epochs_and_tokens(tiny, tmp_path):
@@ -266,13 +271,15 @@ def launch(text_file, workdir, *flags):
         "--config.checkpoint.every_steps=20", "--config.train.log_every_steps=1",
         "--config.train.sample_tokens=0", *flags,
     ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_step(workdir, step, process):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if checkpoint.good_steps(workdir / "checkpoints")[-1:] >= [step]:
+        if manifests.good_steps(workdir / "checkpoints")[-1:] >= [step]:
             return
         time.sleep(0.02)
     raise AssertionError(f"never saved step {step}: {process.communicate()[0]}")

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     import jax
 
-    from lm import checkpoint, experiment, hardware, sharding, step, tasks
+    from lm import checkpoint, experiment, hardware, manifests, sharding, step, tasks
     from lm.data import corpus, tokenizers
 
     given = [assignment.partition("=")[0] for assignment in assignments]
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     for name, value in scores.items():
         print(f"{name:<14} {value:,.6g}")
     if args.json:
-        checkpoint.write_whole(Path(args.json), json.dumps(scores, indent=2) + "\n")
+        manifests.write_whole(Path(args.json), json.dumps(scores, indent=2) + "\n")
     return 0
 
 

@@ -12,11 +12,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--step", default="last", help="checkpoint: a number, last or best")
-    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", help="text to continue; may be given several times"
+    )
     parser.add_argument("--max_tokens", type=int, default=200, help="new tokens, at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = the most probable token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 = the most probable token"
+    )
     parser.add_argument("--top_k", type=int, default=50, help="sample from the k best; 0 = all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much probability; 1 = all")
+    parser.add_argument(
+        "--top_p", type=float, default=0.95, help="sample from this much probability; 1 = all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")

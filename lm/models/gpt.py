@@ -47,7 +47,9 @@ class Config:
     dropout: float = 0.0  # probability, on embeddings and residual branches
     logit_softcap: float = 0.0  # logits = cap tanh(logits / cap); 0 = off
     window: int = 0  # positions a query sees, itself included; 0 = all
-    residual_init: str = "scaled"  # of the residual projections: scaled (GPT-2, 1/sqrt(2 layers)) or zero
+    residual_init: str = (
+        "scaled"  # of the residual projections: scaled (GPT-2, 1/sqrt(2 layers)) or zero
+    )
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
     mask: str = ""  # causal or segments (documents of a row apart); "" = as the task packs
@@ -83,12 +85,18 @@ class Config:
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
             )
         if self.positions == "rotary" and self.sizes["head_dim"] % 2:
-            raise ConfigError(f"model.head_dim={self.sizes['head_dim']}: rotary positions need it even")
+            raise ConfigError(
+                f"model.head_dim={self.sizes['head_dim']}: rotary positions need it even"
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
         """The derived sizes: num_kv_heads, head_dim, mlp_dim."""
-        wide = -(-8 * self.model_dim // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.model_dim
+        wide = (
+            -(-8 * self.model_dim // (3 * 64)) * 64
+            if self.activation == "swiglu"
+            else 4 * self.model_dim
+        )
         return {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.model_dim // self.num_heads,
@@ -164,7 +172,7 @@ def residual_init(cfg: Config):
 
 
 class Model(nn.Module):
-    """h_0 = embed(tokens) [+ positions]; h_n = block_n(h_{n-1}); features = norm(h_N); logits = features E^T."""
+    """h_0 = embed(tokens) [+ positions]; h_n = block_n(h_{n-1}); logits = norm(h_N) E^T."""
 
     cfg: Config
     decode_length: int = 0

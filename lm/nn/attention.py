@@ -112,7 +112,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, *, mask, positions_BL, decode: bool = False) -> jax.Array:
         """Return [B, L, D]; `mask` is bool [1 or B, L, L], unused by a decoding step of one token."""
-        G, R, K, D = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, x_BLD.shape[-1]
+        G, R, K, D = (
+            self.num_kv_heads,
+            self.num_heads // self.num_kv_heads,
+            self.head_dim,
+            x_BLD.shape[-1],
+        )
         qkv = Linear(
             (D, G, R + 2, K), ("embed", "heads", "qkv", "kv"), self.dtype, self.kernel_init,
             bias=self.bias, name="qkv",
@@ -155,11 +160,18 @@ class Attention(nn.Module):
         def zeros():
             return nn.with_logical_partitioning(jnp.zeros, axes)(shape, self.dtype)
 
-        cached_key, cached_value = self.variable("cache", "key", zeros), self.variable("cache", "value", zeros)
+        cached_key, cached_value = (
+            self.variable("cache", "key", zeros),
+            self.variable("cache", "value", zeros),
+        )
         if L > 1:
             start = (0, 0, 0, 0)
-            cached_key.value = jax.lax.dynamic_update_slice(jnp.zeros_like(cached_key.value), key, start)
-            cached_value.value = jax.lax.dynamic_update_slice(jnp.zeros_like(cached_value.value), value, start)
+            cached_key.value = jax.lax.dynamic_update_slice(
+                jnp.zeros_like(cached_key.value), key, start
+            )
+            cached_value.value = jax.lax.dynamic_update_slice(
+                jnp.zeros_like(cached_value.value), value, start
+            )
             return key, value, mask
         slots = positions_BL[:, 0]
 

@@ -32,11 +32,22 @@ class MLP(nn.Module):
         D, F = x_BLD.shape[-1], self.mlp_dim
         act = ACTIVATIONS[self.activation]
         if self.activation == "swiglu":
-            h = Linear((D, 2, F), ("embed", "gate", "mlp"), self.dtype, self.kernel_init, bias=self.bias, name="up")(x_BLD)
+            h = Linear(
+                (D, 2, F),
+                ("embed", "gate", "mlp"),
+                self.dtype,
+                self.kernel_init,
+                bias=self.bias,
+                name="up",
+            )(x_BLD)
             h = sharding.constrain(h, "act_batch", "act_length", None, "act_mlp")
             h_BLF = act(h[:, :, 0]) * h[:, :, 1]
         else:
-            h_BLF = Linear((D, F), ("embed", "mlp"), self.dtype, self.kernel_init, bias=self.bias, name="up")(x_BLD)
+            h_BLF = Linear(
+                (D, F), ("embed", "mlp"), self.dtype, self.kernel_init, bias=self.bias, name="up"
+            )(x_BLD)
             h_BLF = act(sharding.constrain(h_BLF, "act_batch", "act_length", "act_mlp"))
-        y_BLD = Linear((F, D), ("mlp", "embed"), self.dtype, self.out_init, bias=self.bias, name="down")(h_BLF)
+        y_BLD = Linear(
+            (F, D), ("mlp", "embed"), self.dtype, self.out_init, bias=self.bias, name="down"
+        )(h_BLF)
         return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")

@@ -1,0 +1,111 @@
+"""The part of a checkpoint that says it is whole: its manifest. Files and folders only, no arrays.
+
+A checkpoint is the folder `<workdir>/checkpoints/<step>/`. Its `manifest.json` is written last: size and
+SHA-256 of every file, shape and type of every array, the metrics. Without one that matches, it is not
+good. Nothing here deletes: what is not good is moved aside.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def write(target: Path, manifest: dict[str, Any]) -> None:
+    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced."""
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    manifest["files"] = {
+        str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
+    }
+    for path in files:
+        sync(path)
+    write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent whatever happens."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a checkpoint's folder out of the way, losing nothing; None when there is none."""
+    if not folder.exists():
+        return None
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.aside{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def read(folder: Path, step: int) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None where there is none that makes sense."""
+    try:
+        manifest = json.loads((folder / str(step) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("step") == step else None
+
+
+def all_steps(folder: Path) -> list[int]:
+    """Return every step that has a folder, good or not, ascending."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def good_steps(folder: Path) -> list[int]:
+    """Return the steps whose checkpoints were finished, ascending (their files are not read)."""
+    return [step for step in all_steps(folder) if read(folder, step) is not None]
+
+
+def best_step(folder: Path, metric: str) -> int | None:
+    """Return the finished step with the lowest `metric`; None when none has it."""
+    values = {
+        step: value
+        for step in good_steps(folder)
+        if (value := (read(folder, step) or {})["metrics"].get(metric)) is not None
+    }
+    return min(values, key=values.__getitem__) if values else None
+
+
+def problems(folder: Path) -> dict[int, str]:
+    """Return for every step what is wrong with its checkpoint, "" for nothing; reads every file."""
+    return {step: problem(folder, step) for step in all_steps(folder)}
+
+
+def problem(folder: Path, step: int) -> str:
+    """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
+    manifest = read(folder, step)
+    if manifest is None:
+        return f"it has no readable {MANIFEST}, so its saving never finished"
+    if manifest.get("format") != FORMAT:
+        return f"its format is {manifest.get('format')}, and this version reads {FORMAT}"
+    for name, (size, digest) in manifest["files"].items():
+        path = folder / str(step) / name
+        if not path.is_file():
+            return f"file {name} is missing"
+        if path.stat().st_size != size or hash_file(path) != digest:
+            return f"file {name} is not what was written"
+    return ""
