@@ -18,9 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
 from lm.config import ConfigError
@@ -138,6 +135,8 @@ def move_events_aside(folder: str | Path, *, after: int) -> list[Path]:
 
 def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (step, bytes) of each whole record: length u64, its crc u32, event, its crc u32."""
+    from tensorboardX.proto.event_pb2 import Event
+
     start = 0
     while start + 12 <= len(data):
         (size,) = struct.unpack_from("<Q", data, start)
@@ -179,6 +178,12 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path, *, first_step: int = 0, flush_seconds: float = 10.0):
+        # Imported here: it imports torch where there is one, 5 s that who reads rows need not wait.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._Event, self._scalar = Event, scalar
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         unique = f".{os.getpid()}.{sum(1 for _ in folder.iterdir())}"
@@ -189,11 +194,11 @@ class TensorBoard:
         self._write(first_step, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._events.write_event(self._Event(step=step, wall_time=time.time(), **content))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._write(step, summary=scalar(name, float(value)))
+            self._write(step, summary=self._scalar(name, float(value)))
         if time.monotonic() - self._flushed > self._flush_seconds:
             self.sync()
 

@@ -244,6 +244,12 @@ def test_progress_without_a_peak_leaves_mfu_out():
     assert metrics._progress_words({"train/loss": 1.0}) == "loss 1.0000"
 
 
+def test_reading_rows_does_not_import_torch():
+    code = "import sys, lm.metrics; print({'torch', 'tensorboardX', 'jax'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
+
+
 def test_rows_cost_little(tmp_path):
     writers = open_quiet(tmp_path, resume_step=None)
     values = {f"train/{n}": 0.1 for n in range(10)}
