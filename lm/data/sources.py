@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import sysconfig
 import warnings
@@ -182,10 +183,13 @@ def _library() -> Path:
 def _library_files() -> list[Path]:
     """Return the standard library's files without its tests, in an order of names alone."""
     root = _library()
-    names = {PurePosixPath(file.relative_to(root).as_posix()) for file in root.rglob("*.py")}
-    # _sysconfigdata is this machine's build settings: no text, and different everywhere.
-    kept = (n for n in names if not _EXCLUDED & set(n.parts) and "_sysconfigdata" not in n.name)
-    return [root / name for name in sorted(kept)]
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - _EXCLUDED
+        # _sysconfigdata is this machine's build settings: no text, and different everywhere.
+        python = (f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))
+        names += [PurePosixPath(Path(folder, file).relative_to(root).as_posix()) for file in python]
+    return [root / name for name in sorted(names)]
 
 
 def _module(file: Path) -> str:
@@ -255,8 +259,6 @@ def _expand(path: Sequence[str]) -> Iterator[Path]:
                 raise ConfigError(f"data.path={item}: a folder; name its files, as in {item}/*")
             if not file.exists():
                 raise ConfigError(f"data.path={item}: no such file; check the path")
-            if not file.stat().st_size:
-                raise ConfigError(f"data.path: {file} is empty; name a file that holds text")
             yield file
 
 
