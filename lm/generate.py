@@ -53,40 +53,32 @@ def generate(
     _check(prompts, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
     rows = [list(map(int, prompt)) for prompt in prompts]
-    lengths = [len(row) for row in rows]
-    done = [max_tokens == 0] * len(rows)
-    longest = max(lengths) + max_tokens
-    slots = _bucket(longest, limit)
-    decoder = Decoder(model.clone(decode_length=slots), temperature, top_k, top_p, seed)
-    context: tuple[Any, ...] | None = None
+    prompted = [len(row) for row in rows]
+    new: list[list[int]] = [[] for _ in rows]
+    slots = _bucket(max(prompted) + max_tokens, limit)
+    decoder = _decoder(model.clone(decode_length=slots), temperature, top_k, top_p, seed)
+    context: tuple[Any, ...] = ()
     starts: list[int] = []
-    while not all(done):
-        fresh = [
-            context_start(length, len(prompt), limit)
-            for length, prompt in zip(lengths, prompts, strict=True)
-        ]
-        if context is None or fresh != starts:
+    open_rows = set(range(len(rows))) if max_tokens else set()
+    while open_rows:
+        fresh = [context_start(len(r), n, limit) for r, n in zip(rows, prompted, strict=True)]
+        if fresh != starts:
             starts = fresh
-            context = decoder.read(
-                params, [row[start:] for row, start in zip(rows, starts, strict=True)]
-            )
-        counts = [length - len(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
+            context = decoder.read(params, [r[at:] for r, at in zip(rows, starts, strict=True)])
+        counts = [len(row) - n for row, n in zip(rows, prompted, strict=True)]
         *context, tokens = decoder.write(params, *context, jnp.asarray(counts))
-        used = [length - start for length, start in zip(lengths, starts, strict=True)]
-        room = min((limit or longest + CHUNK) - max(used), CHUNK)
-        for b, new in enumerate(np.asarray(tokens).tolist()):
-            rows[b] += new[:room]
-            lengths[b] += room
-            if not done[b]:
-                fits = new[: min(room, max_tokens - counts[b])]
-                kept = fits[: fits.index(stop_token)] if stop_token in fits else fits
-                done[b] = len(kept) < len(fits) or counts[b] + room >= max_tokens
-                if on_tokens is not None and kept:
-                    on_tokens(b, kept)
-    return [
-        _finish(row[len(prompt) :], max_tokens, stop_token)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
+        used = max(len(row) - at for row, at in zip(rows, starts, strict=True))
+        room = min(limit - used, CHUNK) if limit else CHUNK
+        for b, made in enumerate(np.asarray(tokens)[:, :room].tolist()):
+            rows[b] += made
+            if b in open_rows:
+                so_far = rows[b][prompted[b] :]
+                before, new[b] = len(new[b]), _cut(so_far, max_tokens, stop_token)
+                if len(new[b]) < len(so_far) or len(new[b]) == max_tokens:
+                    open_rows.remove(b)
+                if on_tokens is not None:
+                    on_tokens(b, new[b][before:])
+    return new
 
 
 def context_start(length: int, prompt_length: int, limit: int) -> int:
@@ -104,7 +96,7 @@ def context_start(length: int, prompt_length: int, limit: int) -> int:
     return start
 
 
-def _finish(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int]:
+def _cut(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int]:
     tokens = tokens[:max_tokens]
     return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
 
@@ -127,6 +119,12 @@ def _bucket(length: int, limit: int) -> int:
     """Return the power of two that holds `length`, so that few shapes are compiled."""
     power = 1 << max(4, (length - 1).bit_length())
     return min(power, limit) if limit else power
+
+
+@functools.lru_cache(maxsize=8)
+def _decoder(*settings: Any) -> "Decoder":
+    """Return the decoder of a model and a way of sampling: compiled once, however often it is used."""
+    return Decoder(*settings)
 
 
 class Decoder:

@@ -23,9 +23,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-WORDS = (
-    ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "the", "far", "red", "house", "by", "the", "sea", "while", "rain", "fell"]
-)
+WORDS = "the cat sat on a mat and the dog ran to the far red house by the sea while".split()
 
 
 def pytest_configure(config):
