@@ -6,7 +6,7 @@ from flax import linen as nn
 
 
 class Norm(nn.Module):
-    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467).
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), which never has a bias.
 
     layernorm: y = (x - mean) / sqrt(var + epsilon) * scale [+ bias]
     rmsnorm:   y = x / sqrt(mean(x^2) + epsilon) * scale
@@ -29,7 +29,7 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         shape = (1,) * (x.ndim - 1) + width
         y = y * scale.reshape(shape)
-        if self.bias:
+        if self.bias and self.kind == "layernorm":
             bias = self.param(
                 "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), width
             )
