@@ -65,6 +65,13 @@ def test_long_text_is_encoded_in_parts_without_loss(tokenizer, cut, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_parts_are_bounded_and_cut_before_newlines_where_they_can_be(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_CHUNK", 10)
+    text = "abcdef\nghijkl\nm" + 15 * "n"
+    assert tokenizers._chunks(text) == ["abcdef", "\nghijkl", "\nm" + 8 * "n", 7 * "n"]
+    assert tokenizers._chunks("a\u2581\u2581") == ["a", "\u2581", "\u2581"]
+
+
 def test_many_texts_at_once_are_each_encoded_alone(tokenizer):
     texts = [*PROSE, "", " \u2581", "\n    x"]
     for ids, text in zip(tokenizer.encode_all(texts), texts, strict=True):
