@@ -1,0 +1,193 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lm.nn.attention import Attention, attend, causal_mask, flash_attend, rotary_angles, rotate
+
+B, L, D, H, K = 2, 9, 12, 4, 6
+BASE = 100.0
+INIT = nn.initializers.normal(1.0)
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
+POSITIONS = np.tile(np.arange(L), (B, 1)) + np.array([[0], [5]])
+
+
+def make(num_kv_heads=H, **options):
+    """Return the layer and parameters of which none stands at 0 or 1."""
+    layer = Attention(H, num_kv_heads, K, jnp.dtype("float32"), INIT, INIT, **options)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs(), **context())["params"]
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32)
+    return layer, jax.tree.map(draw, nn.unbox(shapes))
+
+
+def inputs():
+    return np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+
+
+def context(window=0, segments=None):
+    return {
+        "mask": causal_mask(L, window=window, segments_BL=segments),
+        "positions_BL": jnp.asarray(POSITIONS),
+    }
+
+
+@functools.cache
+def compiled(layer):
+    return jax.jit(layer.apply)
+
+
+def run(layer, params, x, **options):
+    return compiled(layer)({"params": params}, x, **options)
+
+
+def reference(x, params, *, rope=False, window=L, segments=None):
+    """Attention head by head, query by query."""
+    kernel, out = params["qkv"]["kernel"], params["out"]["kernel"]
+    num_groups, repeats = kernel.shape[1], kernel.shape[2] - 2
+    bias = params["qkv"].get("bias", np.zeros(kernel.shape[1:]))
+    y = np.zeros(x.shape) + params["out"].get("bias", 0.0)
+    for b, h in np.ndindex(len(x), num_groups * repeats):
+        g, r = divmod(h, repeats)
+        q, k, v = (x[b] @ kernel[:, g, i] + bias[g, i] for i in (r, repeats, repeats + 1))
+        if "query_norm" in params:
+            q, k = (
+                a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-5) * params[f"{name}_norm"]["scale"]
+                for a, name in ((q, "query"), (k, "key"))
+            )
+        if rope:
+            q, k = rotated(q, POSITIONS[b]), rotated(k, POSITIONS[b])
+        for i in range(L):
+            seen = [j for j in range(max(0, i - window + 1), i + 1)]
+            if segments is not None:
+                seen = [j for j in seen if segments[b, j] == segments[b, i]]
+            scores = np.exp(k[seen] @ q[i] / np.sqrt(K))
+            y[b, i] += scores @ v[seen] / scores.sum() @ out[h]
+    return y
+
+
+def rotated(x, positions):
+    """Each pair (i, i + K/2) as a complex number, turned."""
+    z = x[:, : K // 2] + 1j * x[:, K // 2 :]
+    z = z * np.exp(1j * positions[:, None] * BASE ** (-2 * np.arange(K // 2) / K))
+    return np.concatenate([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2, "bias": True},
+        {"num_kv_heads": 1, "rope_base": BASE, "qk_norm": True},
+        {"window": 3, "segments": SEGMENTS},
+    ],
+    ids=["heads", "groups-bias", "rotary-norm", "window-segments"],
+)
+def test_equals_numpy(options):
+    options = dict(options)
+    segments, window = options.pop("segments", None), options.get("window", 0)
+    layer, params = make(**options)
+    x = inputs()
+    y = run(layer, params, x, **context(window, segments))
+    expected = reference(
+        x, params, rope="rope_base" in options, window=window or L, segments=segments
+    )
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
+    options = {"rope_base": BASE, "qk_norm": True}
+    grouped, params = make(num_kv_heads=2, **options)
+    full, _ = make(num_kv_heads=H, **options)
+    kernel = params["qkv"]["kernel"]  # [D, 2, 2 queries + key + value, K]
+    heads = [kernel[:, g, [r, 2, 3]] for g in range(2) for r in range(2)]
+    repeated = {**params, "qkv": {"kernel": np.stack(heads, axis=1)}}
+    x = inputs()
+    expected = run(full, repeated, x, **context())
+    np.testing.assert_allclose(run(grouped, params, x, **context()), expected, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, K)).astype(np.float32)
+
+    @jax.jit
+    def turned(x_K, positions_L):
+        angles = rotary_angles(positions_L[None], K, BASE)
+        return rotate(jnp.tile(x_K, (1, 1, len(positions_L), 1)), angles)[0, 0]
+
+    positions = np.arange(40)
+    scores = np.asarray(turned(query, positions)) @ np.asarray(turned(key, positions)).T
+    moved = np.asarray(turned(query, positions + 900)) @ np.asarray(turned(key, positions + 900)).T
+    np.testing.assert_allclose(moved, scores, atol=2e-3)  # angles of 900 are exact to 1e-4
+    for distance in range(-39, 40):
+        np.testing.assert_allclose(np.diff(np.diagonal(scores, distance)), 0, atol=1e-5)
+    np.testing.assert_allclose(scores[0, 0], query @ key, atol=1e-6)
+    by_distance = [*scores[0, :0:-1], *scores[:, 0]]
+    assert np.abs(np.diff(sorted(by_distance))).min() > 1e-5, "every distance has its own score"
+
+
+def test_rotary_wavelengths_run_from_two_pi_to_the_base():
+    angles = rotary_angles(jnp.array([[0, 1, 10]]), K, BASE)
+    assert angles.dtype == jnp.float32 and angles.shape == (1, 3, K // 2)
+    slowest = BASE ** (-(K - 2) / K)
+    np.testing.assert_allclose(angles[0, :, 0], [0, 1, 10])
+    np.testing.assert_allclose(angles[0, :, -1], np.array([0, 1, 10]) * slowest, rtol=1e-5)
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant():
+    layer, params = make(qk_norm=True)
+    x, kernel = inputs(), params["qkv"]["kernel"]
+    factor = np.array([9.0, 5.0, 1.0], np.float32)[:, None]  # query, key, value
+    larger = {**params, "qkv": {"kernel": kernel * factor}}
+    y = run(layer, params, x, **context())
+    np.testing.assert_allclose(run(layer, larger, x, **context()), y, atol=1e-3)
+    plain, without = make()
+    larger = {**without, "qkv": {"kernel": without["qkv"]["kernel"] * factor}}
+    before = run(plain, without, x, **context())
+    assert np.abs(run(plain, larger, x, **context()) - before).max() > 0.1
+
+
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "segments"])
+def test_the_mask_is_what_it_says(window, segments):
+    mask = np.asarray(causal_mask(L, window=window, segments_BL=segments))
+    assert mask.shape == (1 if segments is None else B, L, L)
+    for b, i, j in np.ndindex(*mask.shape):
+        seen = j <= i and (not window or i - j < window)
+        same = segments is None or segments[b, i] == segments[b, j]
+        assert mask[b, i, j] == (seen and same), (b, i, j)
+
+
+def test_a_query_with_nothing_to_see_gives_numbers_and_gradients():
+    query, key = jnp.ones((1, 1, 2, 3, K)), jnp.ones((1, 1, 3, K))
+    loss = lambda query: attend(query, key, key, jnp.zeros((1, 3, 3), bool)).sum()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(query)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_the_softmax_of_bfloat16_is_of_float32_scores():
+    """Scores of about 40 would be rounded to quarters in bfloat16."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    query, key, value = 40 * draw(1, 1, 2, 8, 64), draw(1, 1, 8, 64), draw(1, 1, 8, 64)
+    out = jax.jit(attend)(query, key, value, np.ones((1, 8, 8), bool))
+    assert out.dtype == jnp.bfloat16
+    q, k, v = (np.asarray(x, np.float64)[0, 0] for x in (query, key, value))
+    scores = np.exp(q @ k.T / 8 - (q @ k.T / 8).max(-1, keepdims=True))
+    exact = scores / scores.sum(-1, keepdims=True) @ v
+    np.testing.assert_allclose(np.asarray(out, np.float32)[0, 0], exact, atol=2e-2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel runs on a GPU")
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_fused_kernel_equals_the_plain_one(window):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    query, key, value = draw(2, 2, 3, 64, 32), draw(2, 2, 64, 32), draw(2, 2, 64, 32)
+    fused = jax.jit(functools.partial(flash_attend, window=window))(query, key, value)
+    plain = jax.jit(attend)(query, key, value, causal_mask(64, window=window))
+    np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=2e-2)

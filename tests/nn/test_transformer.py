@@ -1,0 +1,128 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lm import sharding
+from lm.nn.transformer import SCANNED, UNROLLED, Stack
+
+B, L, D, N = 2, 6, 8, 3
+
+
+class Block(nn.Module):
+    """Two products with weights, one without (as attention's), and dropout."""
+
+    rate: float
+    train: bool
+    decode: bool
+
+    @nn.compact
+    def __call__(self, x, scale):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.5), ("embed", "mlp"))
+        h = x @ self.param("up", init, (D, D))
+        scores = jnp.einsum("bld,bsd->bls", h, h)
+        h = jnp.tanh(jnp.einsum("bls,bsd->bld", jax.nn.softmax(scores), h))
+        h = nn.Dropout(self.rate, deterministic=not self.train)(h * scale)
+        return x + h @ self.param("down", init, (D, D))
+
+
+def stack(rate=0.0, **options):
+    return Stack(Block, {"rate": rate}, N, **options)
+
+
+def inputs():
+    x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+    return x, np.full((1, 1, 1), 0.7, np.float32)
+
+
+@functools.cache
+def unrolled_params():
+    init = functools.partial(stack().init, train=False, decode=False)
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(1), *inputs()))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
+
+
+def restack(params):
+    layers = [params[UNROLLED.format(layer)] for layer in range(N)]
+    return {SCANNED: jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+
+
+def loss(module, params, rng=None):
+    options = {"rngs": {"dropout": rng}} if rng is not None else {}
+    y = module.apply({"params": params}, *inputs(), train=rng is not None, decode=False, **options)
+    return jnp.square(y).sum()
+
+
+@functools.cache
+def plain_gradient():
+    return jax.jit(jax.value_and_grad(functools.partial(loss, stack())))(unrolled_params())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scan": True}, {"remat": "dots"}, {"remat": "full"}, {"scan": True, "remat": "full"}],
+    ids=str,
+)
+def test_scanned_and_rematerialised_layers_equal_the_plain_loop(options):
+    params = unrolled_params()
+    given = restack(params) if options.get("scan") else params
+    value, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, stack(**options))))(given)
+    expected, expected_gradient = plain_gradient()
+    if options.get("scan"):
+        expected_gradient = restack(expected_gradient)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradient,
+        expected_gradient,
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_rematerialising_saves_less_for_the_gradient(scan):
+    params = restack(unrolled_params()) if scan else unrolled_params()
+
+    def saved_bytes(remat):
+        residuals = jax.eval_shape(
+            lambda params: jax.vjp(functools.partial(loss, stack(scan=scan, remat=remat)), params)[
+                1
+            ],
+            params,
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    none, dots, full = map(saved_bytes, ("none", "dots", "full"))
+    width = B * L * D * 4  # one activation
+    assert none > dots > full
+    assert none - dots >= N * 2 * B * L * L * 4, "dots drops the products without weights"
+    assert full <= sum(leaf.size * 4 for leaf in jax.tree.leaves(params)) + (N + 3) * width
+
+
+def test_dropout_differs_by_layer_and_a_rematerialised_pass_repeats_it():
+    """The gradient is of the mask that the value was made with: a finite difference agrees."""
+    module, params = stack(rate=0.5, scan=True, remat="full"), restack(unrolled_params())
+    function = jax.jit(jax.value_and_grad(functools.partial(loss, module)))
+    first, other = jax.random.key(3), jax.random.key(4)
+    value, gradient = function(params, first)
+    assert function(params, other)[0] != value
+    move = jax.tree.map(lambda g: 2e-3 * g / np.linalg.norm(g), gradient)
+    ahead, _ = function(jax.tree.map(np.add, params, move), first)
+    behind, _ = function(jax.tree.map(np.subtract, params, move), first)
+    slope = sum(
+        float((g * m).sum()) for g, m in zip(*map(jax.tree.leaves, (gradient, move)), strict=True)
+    )
+    assert float(ahead - behind) / 2 == pytest.approx(slope, rel=2e-2)
+
+
+def test_scanned_layers_start_apart_and_name_their_axis():
+    init = functools.partial(stack(scan=True).init, train=False, decode=False)
+    boxed = jax.jit(init)(jax.random.key(1), *inputs())["params"]
+    assert sharding.logical_axes(boxed)[SCANNED]["up"] == ("layers", "embed", "mlp")
+    params = nn.unbox(boxed)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, restack(unrolled_params()))
+    up = params[SCANNED]["up"]
+    assert not np.allclose(up[0], up[1]) and not np.allclose(up[1], up[2])
