@@ -155,6 +155,11 @@ def restore(
     sources = {name: _sources(name, leaf, stored, depth) for name, leaf in wanted.items()}
     reading = {}
     for name, leaf in wanted.items():
+        if SCANNED in name.split(".") and len(sources[name]) not in (1, leaf.shape[0]):
+            raise ConfigError(
+                f"checkpoint {folder / str(step)}: it has {len(sources[name])} layers, but {name} of "
+                f"this config needs {leaf.shape[0]}; use the config it was trained with"
+            )
         for source, shape, sharding in sources[name]:
             if stored.get(source) != shape:
                 raise ConfigError(
@@ -200,7 +205,9 @@ def _sources(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...],
         at = parts.index(SCANNED)
         if spec is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
-        layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(shape[0])]
+        # As many as are stored: one that is not there, or one too many, is then refused by name.
+        count = max(shape[0], _num_layers(stored))
+        layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(count)]
         return [(".".join(layer), shape[1:], sharding) for layer in layers]
     at, number = _layer_of(name)
     if name not in stored and number >= 0:

@@ -31,6 +31,7 @@ def pytest_configure(config):
     from lm import hardware
 
     hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
