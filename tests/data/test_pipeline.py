@@ -185,6 +185,9 @@ def test_evaluation_scores_the_same_tokens_for_every_batch_size(batch_size, cont
     evaluation = pipeline.EvalBatches(split, task, batch_size=batch_size)
     assert all(batch["inputs"].shape == (batch_size, 4 + context) for batch in evaluation)
     np.testing.assert_array_equal(scored(evaluation), split.tokens[1:])
+    # What fills the last batch holds nothing, not even context.
+    rows = [row for batch in evaluation for row in batch["segments"].any(axis=1)]
+    assert rows == [True] * 31 + [False] * (len(rows) - 31)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 5, 31, 40])
