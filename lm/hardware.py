@@ -1,5 +1,6 @@
 """What the devices can do, and compiled programs kept between runs."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -47,10 +48,13 @@ def peak_flops(measure: bool = True) -> float:
     return measure_matmul_flops() / jax.local_device_count() if measure else float("nan")
 
 
-def measure_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
-    """Return the FLOP/s of a float32 matrix product [size, size], the best of `repeats`."""
+@functools.cache
+def measure_matmul_flops(
+    size: int = 2048, repeats: int = 5, dtype: jax.typing.DTypeLike = jnp.float32
+) -> float:
+    """Return the FLOP/s of a matrix product [size, size], the best of `repeats`."""
     keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (size, size), jnp.float32) for key in keys)
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
     multiply = jax.jit(jnp.matmul)
     multiply(a, b).block_until_ready()
     times = []

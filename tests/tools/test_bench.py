@@ -1,0 +1,160 @@
+"""Turns are taken in order, ratios are of rounds, and mistakes end with one line and exit code 2."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from lm.data import pipeline
+from lm.tasks import causal_lm
+from tools import bench, bench_ours, bench_pipe
+
+EXPERIMENT = "experiments/gpt2.py"
+TINY = {
+    "model.num_layers": 1,
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.vocab_size": 65,
+    "task.length": 32,
+    "data.batch_size": 2,
+    "train.accumulate_steps": 1,
+}
+
+
+def flags(**more):
+    return [f"--config.{key}={value}" for key, value in {**TINY, **more}.items()]
+
+
+def test_turns_alternate_and_the_first_round_does_not_count():
+    taken = []
+    turns = {name: lambda name=name: taken.append(name) or len(taken) for name in "ab"}
+    assert bench.take_turns(turns, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert taken == list("ababab")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3.0], (3, 3, 3)), ([1.0, 2.0, 3.0, 4.0, 100.0], (3, 2, 4)), ([2.0, 1.0], (1.5, 1.25, 1.75))],
+)
+def test_spread_is_median_and_quartiles(values, expected):
+    assert bench.spread(values) == pytest.approx(expected)
+
+
+def test_the_ratio_is_the_median_over_rounds_against_the_fastest_mode():
+    report = {
+        "steps_per_turn": 1,
+        "decode": False,
+        # A slow second round is slow for all: separate medians would say 3 / 2.
+        "seconds": {"ours": [1.0, 10.0, 2.0], "slow": [9.0, 90.0, 9.0], "fast": [2.0, 20.0, 3.0]},
+        "peer": {
+            "name": "other",
+            "torch": "1",
+            "parameters": 2,
+            "peak_bytes": 3,
+            "modes": {"slow": 1.0, "fast": 2.0},
+        },
+    }
+    lines = bench._comparison(report)
+    assert lines[-2].split() == ["by", "round", "2.00", "2.00", "1.50"]
+    assert lines[-1].split()[:2] == ["ratio", "2"]
+    assert lines[-1].endswith("its fastest, fast")
+
+
+def test_bare_steps_follow_as_many_of_the_loop(monkeypatch):
+    clock, steps = [0.0], []
+    monkeypatch.setattr(bench_ours, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def step(state, batch):
+        clock[0] += 1.0
+        steps.append(state)
+        return state + 1, {}
+
+    turns = bench_ours.Turns(2)
+    wrapped, state = turns.wrap(step), 0
+    for _ in range(7):
+        state, _ = wrapped(state, None)
+        clock[0] += 0.5  # what the loop adds
+    assert turns.seconds == [[3.0, 2.0], [3.0, 2.0]]  # the first two calls only warm up
+    assert steps == list(range(7 + 3 * 2))  # every state is used once, as it is donated
+
+
+def test_synthetic_data_is_a_stream_as_of_a_corpus():
+    made = bench_ours.synthetic_corpus(300, 20_000)
+    for split in (made.train, made.validation):
+        assert split.tokens[0] == split.tokens[-1] == made.tokenizer.end_of_text
+        assert np.array_equal(np.flatnonzero(split.tokens == 0)[:-1], split.starts)
+        assert split.tokens.max() == 299
+    batches = pipeline.Batches(
+        made.train, causal_lm.Task(causal_lm.Config()), batch_size=4, seed=0, order="shuffle"
+    )
+    assert batches[0]["weights"].sum() == 4 * 256
+
+
+@pytest.fixture
+def side(tmp_path):
+    (tmp_path / "echo.py").write_text(
+        "from tools import bench_pipe\n"
+        "class Echo:\n"
+        "    def give(self, *, value):\n"
+        "        print('noise')\n"
+        "        return value\n"
+        "    def fail(self):\n"
+        "        raise ValueError('no good')\n"
+        "    def leave(self):\n"
+        "        raise SystemExit(3)\n"
+        "bench_pipe.serve(Echo())\n"
+    )
+    with bench_pipe.Side("echo", PYTHONPATH=str(tmp_path)) as side:
+        yield side
+
+
+def test_calls_cross_the_pipe(side):
+    assert side.call("give", value={"a": [1, 2.5, None]}) == {"a": [1, 2.5, None]}
+    with pytest.raises(bench_pipe.SideError, match="ValueError: no good"):
+        side.call("fail")
+    assert side.call("give", value="still there") == "still there"
+    with pytest.raises(bench_pipe.SideError, match="exit code 3"):
+        side.call("leave")
+    with pytest.raises(bench_pipe.SideError, match="exit code 3"):
+        side.call("give", value=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rounds", "0"], ["--rounds=0", "use 1 or more"]),
+        (["--decode", "--steps", "17"], ["--steps=17", "32 positions"]),
+        (["--peer", "transformers", *flags(**{"optim.name": "lion"})], ["optim.name=adamw"]),
+        (["--peer", "transformers", "--config.model.name=rnn"], ["model.name='rnn'"]),
+        (["--config.model.layers=2"], ["did you mean", "num_layers"]),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
+    plain = tmp_path / "experiment.py"
+    plain.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'task': ConfigDict({'length': 32})})\n"
+    )
+    assert bench.main(["--config", str(plain), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_tiny_model_is_measured(decode, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    arguments = ["--rounds", "2", "--json", str(out), *(["--decode", "--steps", "8"] * decode)]
+    assert bench.main(["--config", EXPERIMENT, *flags(), *arguments]) == 0
+    words, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert len(report["seconds"]["ours"]) == 2
+    assert min(report["seconds"]["ours"]) > 0
+    assert "peak memory" in words
+    if decode:
+        assert "% of weights' bytes" in words
+    else:
+        assert len(report["loop"]) == 2
+        assert "MFU_half" in words
