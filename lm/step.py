@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import struct
 from jax.sharding import Mesh
 
 from lm import losses, sharding
@@ -18,7 +17,8 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a run is at a step, but for its config.
 
@@ -182,7 +182,7 @@ def train_step(
         else {}
     )
     new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry)
-    kept = state.replace(healthy=healthy)
+    kept = dataclasses.replace(state, healthy=healthy)
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
     return new, {**sums, "grad_norm": (grad_norm, one), "tokens": (weight, one)}

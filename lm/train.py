@@ -6,6 +6,7 @@ that resumes at s repeats neither the evaluation nor the save of s.
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -133,7 +134,7 @@ def fresh_state(
     if source := made.cfg["train"].init_from:
         params = checkpoint.init_from(source, state.params)
         ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-        state = state.replace(params=params, ema=ema)
+        state = dataclasses.replace(state, params=params, ema=ema)
     return state
 
 
@@ -155,7 +156,7 @@ def score(
     made: experiment.Experiment, eval_step: Callable, state: step.TrainState
 ) -> dict[str, float]:
     """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average."""
-    scores = {}
+    scores: dict[str, float] = {}
     for name, params in (("eval", state.averaged()), ("eval_raw", state.params)):
         if name == "eval" or state.ema:
             values = experiment.score(
