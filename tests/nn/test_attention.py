@@ -19,13 +19,18 @@ def make(num_kv_heads=H, **options):
     """Return the layer and parameters of which none stands at 0 or 1."""
     layer = Attention(H, num_kv_heads, K, jnp.dtype("float32"), INIT, INIT, **options)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs(), **context())["params"]
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32)
-    return layer, jax.tree.map(draw, nn.unbox(shapes))
+    draw = normal(0)
+    return layer, jax.tree.map(lambda leaf: 0.4 * draw(*leaf.shape), nn.unbox(shapes))
+
+
+def normal(seed, dtype=jnp.float32):
+    """Return a function from a shape to normal numbers."""
+    rng = np.random.default_rng(seed)
+    return lambda *shape: rng.normal(size=shape).astype(dtype)
 
 
 def inputs():
-    return np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
+    return normal(1)(B, L, D)
 
 
 def context(window=0, segments=None):
@@ -61,7 +66,7 @@ def reference(x, params, *, rope=False, window=L, segments=None):
         if rope:
             q, k = rotated(q, POSITIONS[b]), rotated(k, POSITIONS[b])
         for i in range(L):
-            seen = [j for j in range(max(0, i - window + 1), i + 1)]
+            seen = list(range(max(0, i - window + 1), i + 1))
             if segments is not None:
                 seen = [j for j in seen if segments[b, j] == segments[b, i]]
             scores = np.exp(k[seen] @ q[i] / np.sqrt(K))
@@ -111,8 +116,7 @@ def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    rng = np.random.default_rng(0)
-    query, key = rng.normal(size=(2, K)).astype(np.float32)
+    query, key = normal(0)(2, K)
 
     @jax.jit
     def turned(x_K, positions_L):
@@ -164,16 +168,22 @@ def test_the_mask_is_what_it_says(window, segments):
 
 def test_a_query_with_nothing_to_see_gives_numbers_and_gradients():
     query, key = jnp.ones((1, 1, 2, 3, K)), jnp.ones((1, 1, 3, K))
-    loss = lambda query: attend(query, key, key, jnp.zeros((1, 3, 3), bool)).sum()
+
+    def loss(query):
+        return attend(query, key, key, jnp.zeros((1, 3, 3), bool)).sum()
+
     value, gradient = jax.jit(jax.value_and_grad(loss))(query)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_the_softmax_of_bfloat16_is_of_float32_scores():
     """Scores of about 40 would be rounded to quarters in bfloat16."""
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-    query, key, value = 40 * draw(1, 1, 2, 8, 64), draw(1, 1, 8, 64), draw(1, 1, 8, 64)
+    draw = normal(0, jnp.bfloat16)
+    query, key, value = (
+        (40 * draw(1, 1, 2, 8, 64)).astype(jnp.bfloat16),
+        draw(1, 1, 8, 64),
+        draw(1, 1, 8, 64),
+    )
     out = jax.jit(attend)(query, key, value, np.ones((1, 8, 8), bool))
     assert out.dtype == jnp.bfloat16
     q, k, v = (np.asarray(x, np.float64)[0, 0] for x in (query, key, value))
@@ -185,8 +195,7 @@ def test_the_softmax_of_bfloat16_is_of_float32_scores():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel runs on a GPU")
 @pytest.mark.parametrize("window", [0, 5])
 def test_the_fused_kernel_equals_the_plain_one(window):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    draw = normal(0, jnp.bfloat16)
     query, key, value = draw(2, 2, 3, 64, 32), draw(2, 2, 64, 32), draw(2, 2, 64, 32)
     fused = jax.jit(functools.partial(flash_attend, window=window))(query, key, value)
     plain = jax.jit(attend)(query, key, value, causal_mask(64, window=window))

@@ -102,7 +102,26 @@ def test_rematerialising_saves_less_for_the_gradient(scan):
     assert full <= sum(leaf.size * 4 for leaf in jax.tree.leaves(params)) + (N + 3) * width
 
 
-def test_dropout_differs_by_layer_and_a_rematerialised_pass_repeats_it():
+class Dropping(nn.Module):
+    """Dropout alone."""
+
+    train: bool
+    decode: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=not self.train)(x)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_is_another_in_every_layer(scan):
+    module = Stack(Dropping, {}, N, scan=scan)
+    apply = jax.jit(functools.partial(module.apply, train=True, decode=False))
+    y = apply({}, np.ones((4, 64, 64), np.float32), rngs={"dropout": jax.random.key(0)})
+    assert (y != 0).mean() == pytest.approx(0.5**N, abs=0.02)
+
+
+def test_a_rematerialised_pass_repeats_its_dropout():
     """The gradient is of the mask that the value was made with: a finite difference agrees."""
     module, params = stack(rate=0.5, scan=True, remat="full"), restack(unrolled_params())
     function = jax.jit(jax.value_and_grad(functools.partial(loss, module)))
