@@ -70,9 +70,14 @@ class Config:
         _choose(self, "mask", ("", "causal", "segments"))
         _choose(self, "kernel", ("", "xla", "cudnn"))
         _choose(self, "dtype", ("", "float32", "bfloat16"))
-        for field in ("num_layers", "model_dim", "num_heads"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use a positive number")
+        positive = ("num_layers", "model_dim", "num_heads")
+        derived = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")
+        for field in (*positive, *derived, "window", "logit_softcap"):
+            least = 1 if field in positive else 0
+            if getattr(self, field) < least:
+                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
+        if self.rope_base <= 0:
+            raise ConfigError(f"model.rope_base={self.rope_base}: use a positive number")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
         if not self.head_dim and self.model_dim % self.num_heads:
