@@ -152,9 +152,10 @@ def _terms(
             real_11V = (jnp.arange(logits_BcV.shape[-1]) < vocab_size)[None, None]
             share_Bc1 = weights_Bc[..., None] * (label_smoothing / vocab_size)
             d_BcV -= jnp.where(real_11V, share_Bc1, 0.0)
-        row_B1, column_1c = jnp.ogrid[: targets_Bc.shape[0], : targets_Bc.shape[1]]
         wanted_Bc = weights_Bc * (1 - label_smoothing)
-        return d_BcV.at[row_B1, column_1c, targets_Bc].add(-wanted_Bc)
+        # vmap makes B and c batch axes of the scatter, which the partitioner leaves where they are.
+        subtract = jax.vmap(jax.vmap(lambda d_V, target, wanted: d_V.at[target].add(-wanted)))
+        return subtract(d_BcV, targets_Bc, wanted_Bc)
 
     return objective, jnp.stack([loss, correct, penalty, weights_Bc.sum()]), gradient
 

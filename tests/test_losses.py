@@ -1,13 +1,13 @@
 """The chunked loss against plain formulas, in value, gradient, memory and sharding."""
 
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from lm import losses, sharding
@@ -121,6 +121,7 @@ def test_finite_differences_agree_in_float64():
         def in_float64(params, x):
             return x @ params["kernel"] + params["bias"][None, None]
 
+        @jax.jit
         def function(kernel, bias, x):
             return objective(
                 in_float64, params | {"kernel": kernel, "bias": bias}, x, targets, weights,
@@ -176,12 +177,14 @@ def test_gradient_scales_with_what_follows():
     params, x, targets, weights = make()
 
     def mean(function):
-        return jax.grad(lambda x: function(tied, params, x, targets, weights) / weights.sum())(x)
+        loss = lambda x: function(tied, params, x, targets, weights) / weights.sum()  # noqa: E731
+        return jax.jit(jax.grad(loss))(x)
 
     assert_close(mean(lambda *args: objective(*args, chunk=5)), mean(plain))
 
 
 def temporaries(function, *args):
+    """Return the bytes that the compiled function needs besides arguments and results."""
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -198,25 +201,96 @@ def test_unused_parameters_cost_nothing():
     assert large - small < 2**20 < 2048 * 2048 * 4
 
 
-def test_sharded_is_one_device_and_never_gathers_logits():
-    params, x, targets, weights = make()
-    function = jax.value_and_grad(
-        lambda p, x, t, w: objective(tied, p, x, t, w, chunk=4, z_loss=0.1), argnums=(0, 1)
-    )
-    expected = jax.jit(function)(params, x, targets, weights)
-    for sizes in ({"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        mesh = sharding.make_mesh(sharding.Config(**sizes))
-        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        head = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
-        whole = NamedSharding(mesh, PartitionSpec())
-        spread = {
-            k: jax.device_put(v, head if k == "embedding" else whole) for k, v in params.items()
-        }
-        batch = [jax.device_put(a, rows) for a in (x, targets, weights)]
-        with sharding.use(mesh):
-            compiled = jax.jit(function).lower(spread, *batch).compile()
-            assert_close(compiled(spread, *batch), expected, 1e-6)
-        gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", compiled.as_text())
-        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in gathers]
-        # A chunk's logits on one device hold B / shards * chunk * V values.
-        assert all(size <= PADDED * D for size in sizes), gathers
+MESHES = [(4, 1, 1), (1, 4, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("data, fsdp, tensor", MESHES)
+def test_sharded_is_one_device_and_never_gathers_logits(data, fsdp, tensor):
+    params, *batch = make()
+    chunk = 4
+
+    def head(params, x):
+        table = sharding.gather(params["embedding"], ("vocab", "embed"))
+        return tied(params | {"embedding": table}, x)
+
+    def loss(params, x, targets, weights):
+        return objective(head, params, x, targets, weights, chunk=chunk, z_loss=0.1)
+
+    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    expected = function(params, *batch)
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = sharding.make_mesh(sharding.Config(data, fsdp, tensor), devices)
+    axes = {"embedding": ("vocab", "embed"), "kernel": (), "bias": (), "elsewhere": ()}
+    params = jax.device_put(params, sharding.shardings(mesh, axes, params))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with sharding.use(mesh):
+        compiled = function.lower(params, *batch).compile()
+    assert_close(compiled(params, *batch), expected, 1e-6)
+    gathers = [
+        tuple(int(size) for size in dims.split(","))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    ]
+    # The table once where it is split by fsdp, and where the vocabulary is split each shard's best.
+    rows = B // (data * fsdp)
+    allowed = {(PADDED // tensor, D)} if fsdp > 1 else set()
+    allowed |= {(rows, chunk, tensor)} if tensor > 1 else set()
+    assert {tuple(sorted(dims)) for dims in gathers} <= {tuple(sorted(dims)) for dims in allowed}
+
+
+FULL = {"B": 8, "L": 1024, "D": 768, "V": 50304}
+
+
+def full_size(layout, chunk):
+    """Return (abstract arguments, plain and chunked value_and_grad) at the size of GPT-2 small."""
+    B, L, D, V = FULL.values()
+    shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+    head = shape(V, D) if layout == "vd" else shape(D, V)
+    arguments = head, shape(B, L, D), shape(B, L, dtype=jnp.int32), shape(B, L)
+
+    def logits(w, x):
+        return jnp.einsum(f"bld,{layout}->blv", x, w)
+
+    def full(w, x, t, weights):
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits(w, x), t)
+        return jnp.sum(loss * weights)
+
+    def ours(w, x, t, weights):
+        options = {"max_scored": L, "chunk": chunk}
+        return losses.cross_entropy(logits, w, x, t, weights, **options)[0]
+
+    return arguments, *(jax.jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (full, ours))
+
+
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_temporary_memory_is_a_fifth_of_full_logits(layout):
+    arguments, full, ours = full_size(layout, chunk=0)
+    assert temporaries(ours, *arguments) <= 0.2 * temporaries(full, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_time_is_little_more_than_that_of_the_matrix_products(layout):
+    """At most 0.6 of full logits, or, where products are slow, 1.2 of the three that any way needs."""
+    shapes, full, ours = full_size(layout, chunk=0)
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in shapes[:2])
+    targets = jnp.asarray(rng.integers(0, FULL["V"], shapes[2].shape), jnp.int32)
+    part = x[:1]
+
+    @jax.jit
+    def product(w, x):
+        return jnp.einsum(f"bld,{layout}->blv", x, w)
+
+    def products(w, x, *_):
+        for _ in range(3 * FULL["B"]):
+            product(w, part).block_until_ready()
+
+    seconds = {"full": [], "ours": [], "products": []}
+    for _ in range(3):
+        for name, function in (("full", full), ("ours", ours), ("products", products)):
+            start = time.perf_counter()
+            jax.block_until_ready(function(w, x, targets, jnp.ones(targets.shape)))
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    print({name: f"{value:.1f} s" for name, value in median.items()})
+    assert median["ours"] <= max(0.6 * median["full"], 1.2 * median["products"])
