@@ -45,7 +45,12 @@ class Config:
         _choose(self, "cell", tuple(CELLS))
         _choose(self, "mask", ("", "causal", "segments"))
         _choose(self, "dtype", ("", "float32", "bfloat16"))
-        for field, least in (("num_layers", 1), ("model_dim", 1), ("embed_dim", 0), ("num_heads", 0)):
+        for field, least in (
+            ("num_layers", 1),
+            ("model_dim", 1),
+            ("embed_dim", 0),
+            ("num_heads", 0),
+        ):
             if getattr(self, field) < least:
                 raise ConfigError(f"model.{field}={getattr(self, field)}: use at least {least}")
         if not 0 <= self.dropout < 1:
@@ -130,7 +135,10 @@ class Model(nn.Module):
             apart = cfg.mask == "segments" and not decode
             mask = causal_mask(tokens_BL.shape[1], segments_BL=segments_BL if apart else None)
             y_BLD = self.attention(
-                self.attention_norm(x_BLD), mask=mask, positions_BL=batch["positions"], decode=decode
+                self.attention_norm(x_BLD),
+                mask=mask,
+                positions_BL=batch["positions"],
+                decode=decode,
             )
             x_BLD = x_BLD + y_BLD
         if cfg.tied and cfg.model_dim != cfg.sizes["embed_dim"]:

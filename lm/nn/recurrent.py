@@ -190,9 +190,13 @@ class Layer(nn.Module):
         """Return h [L, H, B] and the last state, from `x` [L, D, B] and a state of arrays [H, B]."""
         cell, H, D = CELLS[self.cell], self.hidden_dim, x_LDB.shape[1]
         kernel_DGH = self._kernel("kernel", glorot_gates, (D, cell.num_gates, H), "embed")
-        recurrent_DGH = self._kernel("recurrent", orthogonal_gates, (H, cell.num_gates, H), "hidden_in")
+        recurrent_DGH = self._kernel(
+            "recurrent", orthogonal_gates, (H, cell.num_gates, H), "hidden_in"
+        )
         bias_KH = self.param(
-            "bias", nn.with_logical_partitioning(self._bias_init, ("gates", "hidden")), (cell.num_slots, H)
+            "bias",
+            nn.with_logical_partitioning(self._bias_init, ("gates", "hidden")),
+            (cell.num_slots, H),
         )
         x_LGHB = jnp.einsum("ldb,dgh->lghb", x_LDB.astype(self.dtype), kernel_DGH)
         apart = cell.num_slots - cell.num_gates
@@ -229,7 +233,14 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD, *, segments_BL, positions_BL, train: bool = False, memory: str, fresh: bool = False
+        self,
+        x_BLD,
+        *,
+        segments_BL,
+        positions_BL,
+        train: bool = False,
+        memory: str,
+        fresh: bool = False,
     ) -> jax.Array:
         """Return features [B, L, H]; position 0 resets the state and padding (segment 0) holds it.
 

@@ -35,7 +35,9 @@ def init(cfg):
     make = jax.jit(functools.partial(rnn.Model(cfg).init, method=both))
     leaves, tree = jax.tree.flatten(nn.unbox(make(jax.random.key(1), batch_of()))["params"])
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype("f") for x in leaves])
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * rng.normal(size=x.shape).astype("f") for x in leaves]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "decode", "mutable"))
@@ -85,7 +87,8 @@ def test_init_carry_is_what_init_leaves_with_axes_on_every_leaf():
 
 
 @pytest.mark.parametrize(
-    ("cell", "fields"), [("rnn", {}), ("gru", {}), ("lstm", {}), ("lstm", {"num_heads": 2, "mask": "segments"})]
+    ("cell", "fields"),
+    [("rnn", {}), ("gru", {}), ("lstm", {}), ("lstm", {"num_heads": 2, "mask": "segments"})],
 )
 def test_packed_rows_equal_rows_apart(cell, fields):
     model, batch = build(cell, **fields), batch_of(1)
@@ -124,7 +127,9 @@ def test_dropout_acts_in_training_only():
     params = init(model.cfg)
 
     def run(key, train):
-        return apply(model, {"params": params}, batch, {"dropout": jax.random.key(key)}, train=train)
+        return apply(
+            model, {"params": params}, batch, {"dropout": jax.random.key(key)}, train=train
+        )
 
     np.testing.assert_array_equal(run(0, False), run(1, False))
     assert not np.allclose(run(0, True), run(1, True))
@@ -151,7 +156,9 @@ def test_decoding_step_by_step_equals_the_full_forward(cell, num_heads):
             "segments": jnp.ones_like(at),
             "positions": at,
         }
-        feature, cache = apply(model, {"params": params, **cache}, token, decode=True, mutable="cache")
+        feature, cache = apply(
+            model, {"params": params, **cache}, token, decode=True, mutable="cache"
+        )
         expected = jnp.take_along_axis(whole, at[:, :, None], 1)
         np.testing.assert_allclose(feature, expected, atol=1e-5)
 
@@ -167,7 +174,12 @@ def test_a_prompt_starts_from_zeros_whatever_the_cache_holds():
 
 @pytest.mark.parametrize(
     ("fields", "width"),
-    [({}, 16), ({"embed_dim": 8}, 8), ({"tied": False, "embed_dim": 8}, 16), ({"num_heads": 4}, 16)],
+    [
+        ({}, 16),
+        ({"embed_dim": 8}, 8),
+        ({"tied": False, "embed_dim": 8}, 16),
+        ({"num_heads": 4}, 16),
+    ],
 )
 def test_features_logits_and_axes_of_every_head(fields, width):
     model, batch = build(**fields), batch_of()
@@ -181,17 +193,25 @@ def test_features_logits_and_axes_of_every_head(fields, width):
     assert logits.shape == (B, L, 128) and logits.dtype == jnp.float32
     assert (logits[..., V:] <= -1e9).all() and (jnp.abs(logits[..., :V]) < 100).all()
     assert ("head" in boxed["params"]) == (not model.cfg.tied)
-    axes = jax.tree.leaves(sharding.logical_axes(boxed["params"]), is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.leaves(
+        sharding.logical_axes(boxed["params"]), is_leaf=lambda x: isinstance(x, tuple)
+    )
     assert all(axes) and all(axis in sharding.RULES for names in axes for axis in names)
 
 
 def test_flops_count_every_matrix_product():
     for fields in ({}, {"embed_dim": 24}, {"tied": False}, {"num_heads": 2}, {"cell": "gru"}):
         model = build(**fields)
-        params = init(model.cfg)
-        sizes = {jax.tree_util.keystr(k): v.size for k, v in jax.tree_util.tree_leaves_with_path(params)}
+        make = functools.partial(model.init, method=both)
+        shapes = nn.unbox(jax.eval_shape(make, jax.random.key(0), batch_of()))
+        sizes = {
+            jax.tree_util.keystr(k): v.size
+            for k, v in jax.tree_util.tree_leaves_with_path(shapes["params"])
+        }
         skipped = ("bias", "scale") if model.cfg.tied else ("bias", "scale", "embedding")
-        matrices = sum(size for name, size in sizes.items() if not any(word in name for word in skipped))
+        matrices = sum(
+            size for name, size in sizes.items() if not any(word in name for word in skipped)
+        )
         attention = 12 * 16 * L if model.cfg.num_heads else 0
         assert rnn.flops_per_token(model.cfg, L) == 6 * matrices + attention
 
@@ -206,7 +226,9 @@ def test_a_mesh_of_data_fsdp_and_tensor_equals_one_device(cell, fields):
     weights = jax.random.normal(jax.random.key(7), (B, L, 128)) * (jnp.arange(128) < V)[None, None]
 
     def loss(params, carry, batch):
-        logits, new = model.apply({"params": params, "carry": carry}, batch, method=both, mutable="carry")
+        logits, new = model.apply(
+            {"params": params, "carry": carry}, batch, method=both, mutable="carry"
+        )
         return (jax.nn.log_softmax(logits) * weights).sum(), new["carry"]
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))

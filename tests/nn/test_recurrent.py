@@ -86,7 +86,9 @@ def scalar(run, cell, masks):
     def loss(arrays):
         h, last = run(cell, *arrays, *masks)
         total = (h * random(h.shape, 5).astype(h.dtype)).sum()
-        return total + sum((s * random(s.shape, 6 + i).astype(s.dtype)).sum() for i, s in enumerate(last))
+        return total + sum(
+            (s * random(s.shape, 6 + i).astype(s.dtype)).sum() for i, s in enumerate(last)
+        )
 
     return loss
 
@@ -135,7 +137,9 @@ def apply_layer(name, x_BLD, positions, segments):
 @pytest.mark.parametrize("name", CELLS)
 def test_documents_of_a_packed_row_do_not_meet(name):
     x = random((1, L, D), 3)
-    packed = apply_layer(name, x, jnp.array([[0, 1, 2, 0, 1, 0, 1]]), jnp.array([[1, 1, 1, 2, 2, 3, 3]]))
+    packed = apply_layer(
+        name, x, jnp.array([[0, 1, 2, 0, 1, 0, 1]]), jnp.array([[1, 1, 1, 2, 2, 3, 3]])
+    )
     rows = [x[0, 0:3], x[0, 3:5], x[0, 5:7]]
     alone = apply_layer(
         name,
@@ -195,7 +199,11 @@ def test_input_kernels_start_with_the_variance_of_one_gate():
 @pytest.mark.parametrize("name", CELLS)
 def test_states_are_float32_under_bfloat16(name):
     module = Recurrent(name, 1, H, jnp.dtype("bfloat16"))
-    args = {"segments_BL": jnp.ones((B, L), int), "positions_BL": jnp.ones((B, L), int), "memory": "carry"}
+    args = {
+        "segments_BL": jnp.ones((B, L), int),
+        "positions_BL": jnp.ones((B, L), int),
+        "memory": "carry",
+    }
     x = random((B, L, D), 3)
     variables = jax.jit(lambda: module.init(jax.random.key(0), x, **args))()
     y, new = jax.jit(lambda: module.apply(variables, x, mutable=["carry"], **args))()
