@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm.nn.attention import Attention, attend, causal_mask, flash_attend, rotary_angles, rotate
+from lm.nn.attention import (
+    Attention,
+    attend,
+    causal_attend,
+    causal_mask,
+    flash_attend,
+    rotary_angles,
+    rotate,
+)
 
 B, L, D, H, K = 2, 9, 12, 4, 6
 BASE = 100.0
@@ -200,3 +208,13 @@ def test_the_fused_kernel_equals_the_plain_one(window):
     fused = jax.jit(functools.partial(flash_attend, window=window))(query, key, value)
     plain = jax.jit(attend)(query, key, value, causal_mask(64, window=window))
     np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=2e-2)
+
+
+@pytest.mark.parametrize("length", [127, 256, 387, 1030])
+def test_blocks_of_queries_leave_out_only_what_is_masked(length):
+    draw = normal(3)
+    query, key, value = draw(2, 2, 3, length, 4), draw(2, 2, length, 4), draw(2, 2, length, 4)
+    segments = np.cumsum(draw(2, length) > 1.5, axis=1)
+    for mask in causal_mask(length, window=150), causal_mask(length, segments_BL=segments):
+        blocks = causal_attend(query, key, value, mask)
+        np.testing.assert_allclose(blocks, attend(query, key, value, mask), rtol=2e-5, atol=2e-6)
