@@ -210,11 +210,11 @@ def test_the_fused_kernel_equals_the_plain_one(window):
     np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=2e-2)
 
 
-@pytest.mark.parametrize("length", [127, 256, 387, 1030])
+@pytest.mark.parametrize("length", [127, 256, 390, 514])
 def test_blocks_of_queries_leave_out_only_what_is_masked(length):
     draw = normal(3)
     query, key, value = draw(2, 2, 3, length, 4), draw(2, 2, length, 4), draw(2, 2, length, 4)
     segments = np.cumsum(draw(2, length) > 1.5, axis=1)
     for mask in causal_mask(length, window=150), causal_mask(length, segments_BL=segments):
-        blocks = causal_attend(query, key, value, mask)
-        np.testing.assert_allclose(blocks, attend(query, key, value, mask), rtol=2e-5, atol=2e-6)
+        blocks, whole = (jax.jit(f)(query, key, value, mask) for f in (causal_attend, attend))
+        np.testing.assert_allclose(blocks, whole, rtol=2e-5, atol=2e-6)
