@@ -7,6 +7,7 @@ on; `context_start` is that rule, so that an uncached forward pass can follow it
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,15 +49,16 @@ def generate(
       on_tokens: called with (row, new tokens) as they come.
 
     Raises:
-      ConfigError: an argument out of its range.
+      ConfigError: an argument out of its range, or a token outside the vocabulary.
     """
-    _check(prompts, max_tokens, temperature, top_k, top_p)
+    _check(prompts, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
     rows = [list(map(int, prompt)) for prompt in prompts]
     prompted = [len(row) for row in rows]
     new: list[list[int]] = [[] for _ in rows]
     slots = _bucket(max(prompted) + max_tokens, limit)
-    decoder = _decoder(model.clone(decode_length=slots), temperature, top_k, top_p, seed)
+    decoder = _decoder(model.clone(decode_length=slots), temperature, top_k, top_p)
+    key = jax.random.key(seed)
     context: tuple[Any, ...] = ()
     starts: list[int] = []
     open_rows = set(range(len(rows))) if max_tokens else set()
@@ -66,9 +68,9 @@ def generate(
             starts = fresh
             context = decoder.read(params, [r[at:] for r, at in zip(rows, starts, strict=True)])
         counts = [len(row) - n for row, n in zip(rows, prompted, strict=True)]
-        *context, tokens = decoder.write(params, *context, jnp.asarray(counts))
+        *context, tokens = decoder.write(params, *context, jnp.asarray(counts), key)
         used = max(len(row) - at for row, at in zip(rows, starts, strict=True))
-        room = min(limit - used, CHUNK) if limit else CHUNK
+        room = min(limit - used + 1, CHUNK) if limit else CHUNK  # the last token is not read
         for b, made in enumerate(np.asarray(tokens)[:, :room].tolist()):
             rows[b] += made
             if b in open_rows:
@@ -76,7 +78,7 @@ def generate(
                 before, new[b] = len(new[b]), _cut(so_far, max_tokens, stop_token)
                 if len(new[b]) < len(so_far) or len(new[b]) == max_tokens:
                     open_rows.remove(b)
-                if on_tokens is not None:
+                if on_tokens is not None and new[b][before:]:
                     on_tokens(b, new[b][before:])
     return new
 
@@ -90,8 +92,8 @@ def context_start(length: int, prompt_length: int, limit: int) -> int:
     """
     if not limit:
         return 0
-    start = max(0, prompt_length - max(1, limit // 2)) if prompt_length >= limit else 0
-    while length - start >= limit:
+    start = max(0, prompt_length - max(1, limit // 2)) if prompt_length > limit else 0
+    while length - start > limit:
         start += limit - limit // 2
     return start
 
@@ -101,16 +103,19 @@ def _cut(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int
     return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
 
 
-def _check(prompts, max_tokens, temperature, top_k, top_p) -> None:
+def _check(prompts, vocab_size, max_tokens, temperature, top_k, top_p) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ConfigError("prompt: empty; give at least one token")
+    for token in {int(token) for prompt in prompts for token in prompt}:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"prompt: {token} is no token of the model's {vocab_size}")
     for name, value, fits in (
         ("max_tokens", max_tokens, max_tokens >= 0),
-        ("temperature", temperature, temperature >= 0),
+        ("temperature", temperature, 0 <= temperature < math.inf),
         ("top_k", top_k, top_k >= 0),
     ):
         if not fits:
-            raise ConfigError(f"{name}={value}: use 0 or more")
+            raise ConfigError(f"{name}={value}: use a number, 0 or more")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: use a probability in (0, 1]")
 
@@ -130,11 +135,9 @@ def _decoder(*settings: Any) -> "Decoder":
 class Decoder:
     """The two jitted functions of generation for one model and one way of sampling."""
 
-    def __init__(self, model: nn.Module, temperature: float, top_k: int, top_p: float, seed: int):
+    def __init__(self, model: nn.Module, temperature: float, top_k: int, top_p: float):
         self.model = model
-        self.sample = functools.partial(
-            sample, temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed)
-        )
+        self.sample = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         self._read = jax.jit(self._prefill)
         self.write = jax.jit(self._write, donate_argnums=1)
 
@@ -160,7 +163,7 @@ class Decoder:
     def _logits(self, params, x_B1D):
         return self.model.apply({"params": params}, x_B1D, method="logits")[:, 0]
 
-    def _write(self, params, cache, logits_BV, lengths_B, counts_B):
+    def _write(self, params, cache, logits_BV, lengths_B, counts_B, key):
         """Make `CHUNK` tokens; return the context after them and tokens [B, CHUNK].
 
         `counts_B`: new tokens of each row so far, of which the randomness is a function.
@@ -168,7 +171,7 @@ class Decoder:
 
         def body(carry, index):
             cache, logits_BV, lengths_B = carry
-            tokens_B = self.sample(logits_BV, counts_B + index)
+            tokens_B = self.sample(logits_BV, counts_B + index, key=key)
             batch = {
                 "inputs": tokens_B[:, None],
                 "segments": jnp.ones_like(tokens_B)[:, None],
