@@ -102,7 +102,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             saving = fresh and (last or stop.asked or (now % save_every == 0 and now > 0))
             if evaluating or saving or stop.asked:
                 log.catch_up()
-                check_health(state, workdir)
+                check_health(state, saver)
             if evaluating:
                 scores = score(made, eval_step, state)
                 writers.write(now, scores)
@@ -120,7 +120,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             with profile.step(now):
                 state, sums = train_step(state, batch)
             if log.one_late(now + 1, sums):
-                check_health(state, workdir)
+                check_health(state, saver)
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
@@ -172,11 +172,12 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     return dict(manifest.get("metrics", {}))
 
 
-def check_health(state: step.TrainState, workdir: Path) -> None:
+def check_health(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
     """Raise Diverged when a step had a loss or gradient that is not finite."""
     if bool(state.healthy):
         return
-    good = manifests.good_steps(workdir / "checkpoints")
+    saver.wait()
+    good = manifests.good_steps(saver.folder)
     kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     raise Diverged(
         f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, and "

@@ -58,7 +58,7 @@ def tiny(text_file):
             "eval": {"every_steps": 3, "max_tokens": 512},
             "checkpoint": {"every_steps": 2, "keep": 3},
             "seed": 0,
-        })  # fmt: skip
+        }, type_safe=False)  # fmt: skip
         for name, value in overrides.items():
             section, _, field = name.partition("__")
             if field:
