@@ -199,6 +199,11 @@ def test_unused_parameters_cost_nothing():
     shape = lambda n: params | {"elsewhere": jax.ShapeDtypeStruct((n, n), jnp.float32)}  # noqa: E731
     small, large = (temporaries(jax.grad(loss), shape(n), x) for n in (1, 2048))
     assert large - small < 2**20 < 2048 * 2048 * 4
+    loops = [
+        e for e in jax.make_jaxpr(jax.grad(loss))(params, x).eqns if e.primitive.name == "scan"
+    ]
+    carried = {var.aval.shape for loop in loops for var in loop.outvars}
+    assert params["embedding"].shape in carried and params["elsewhere"].shape not in carried
 
 
 MESHES = [(4, 1, 1), (1, 4, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)]
