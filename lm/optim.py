@@ -124,7 +124,7 @@ def build(
         ratio = cfg.muon_adam_lr_ratio
         rates = jax.tree.map(lambda r, m: r if _is_matrix(m) else r * ratio, rates, matrices)
     parts = [
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        _clip(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         OPTIMIZERS[cfg.name](cfg, params, axes),
         optax.identity() if cfg.name == "adam" else _add_decay(decays),
         _scale_leaves(rates),
@@ -148,6 +148,22 @@ def match(rules: Rules, params: Any, *, field: str) -> Any:
         raise ConfigError(f"{field}: no rule matches parameter {name}; end with ('.*', 1.0)")
 
     return jax.tree.map_with_path(value, params)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Scale all gradients together so that their norm is at most `max_norm`.
+
+    One factor, which XLA fuses into the moments; optax's own selects between two gradients and on a
+    CPU writes the choice out: 2.5 times AdamW's time, and a gradient's memory.
+    """
+
+    def update(updates, _):
+        # The smallest number keeps 0 / 0 away.
+        norm = jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny)
+        factor = jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda u: factor * u, updates)
+
+    return optax.stateless(update)
 
 
 def _add_decay(decays: Any) -> optax.GradientTransformation:

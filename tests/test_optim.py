@@ -224,6 +224,7 @@ def test_muon_orthogonalises_each_matrix_apart_at_adamw_size():
         stack = update.transpose(*batch, *rows, *columns).reshape(-1, *shape)
         singular = np.linalg.svd(stack, compute_uv=False) / (0.2 * max(shape) ** 0.5)
         assert singular.min() > 0.3 and singular.max() < 1.4, (name, singular)
+        np.testing.assert_allclose(np.sqrt((update**2).mean()), 0.2, rtol=0.15, err_msg=name)
     for name, update in updates.items():
         if name not in MATRICES:
             np.testing.assert_allclose(np.abs(update), 0.25, rtol=1e-3, err_msg=name)
