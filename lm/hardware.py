@@ -39,6 +39,11 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def compute_dtype(name: str) -> jnp.dtype:
+    """Return the type of computation: of that name, or for "" bfloat16 unless on a CPU."""
+    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
 def peak_flops(measure: bool = True) -> float:
     """Return FLOP/s of one device: its data sheet's, else measured, else NaN."""
     kind = jax.local_devices()[0].device_kind

@@ -63,8 +63,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
-# Vectors are too small to be worth a collective: leaving one whole is never an error.
-SMALL = 4096
+# Leaving an array of fewer elements whole is never an error: it is not worth a collective.
+SMALL = 1024
 
 
 def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:

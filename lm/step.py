@@ -171,7 +171,7 @@ def train_step(
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     loss_sum, weight = sums["loss"]
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -20,7 +20,10 @@ def placed(tree):
 
 
 def state(value=0.0):
-    return {"params": {"a": jnp.full((4, 2), float(value)), "b": jnp.arange(3.0)}, "count": jnp.int32(7)}
+    return {
+        "params": {"a": jnp.full((4, 2), float(value)), "b": jnp.arange(3.0)},
+        "count": jnp.int32(7),
+    }
 
 
 @pytest.fixture

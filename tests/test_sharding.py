@@ -64,7 +64,7 @@ def test_bytes_per_device_fall_as_they_should(sizes):
 def test_a_parameter_that_cannot_be_split_is_named():
     model, mesh = tiny_gpt(num_heads=2), sharding.make_mesh(sharding.Config(1, 1, 8))
     axes, shapes = step.parameter_axes(model, LENGTH)
-    with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*attention/qkv/kernel has 2 `heads`"):
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*attention/out/kernel has 2 `heads`"):
         sharding.shardings(mesh, axes, shapes)
 
 

@@ -198,7 +198,9 @@ def test_the_average_follows_the_parameters():
         state, _ = jitted(state, sharding.place_batch(mesh, make_batch()))
         state = jax.device_get(state)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), state.ema, expected
+    )
     assert state.averaged() is state.ema
 
 

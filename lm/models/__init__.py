@@ -71,3 +71,11 @@ def build(cfg: Any, *, decode_length: int = 0) -> nn.Module:
 def flops_per_token(cfg: Any, length: int) -> float:
     """Return the training FLOPs a token (forward and backward, attention counted in full)."""
     return family(cfg.name).flops_per_token(cfg, length)
+
+
+def check_option(cfg: Any, field: str, options: tuple[str, ...]) -> None:
+    """Raise ConfigError unless a field of a family's config is one of `options`."""
+    value = getattr(cfg, field)
+    if value not in options:
+        shown = ", ".join(option or '""' for option in options)
+        raise ConfigError(f"model.{field}={value!r}: choose one of {shown}")

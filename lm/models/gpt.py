@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm import sharding
+from lm import hardware, sharding
 from lm.config import ConfigError
+from lm.models import check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, MLP
@@ -62,14 +63,14 @@ class Config:
     }
 
     def __post_init__(self):
-        _choose(self, "positions", ("rotary", "learned"))
-        _choose(self, "norm", ("rmsnorm", "layernorm"))
-        _choose(self, "activation", tuple(ACTIVATIONS))
-        _choose(self, "residual_init", ("scaled", "zero"))
-        _choose(self, "remat", ("none", *REMAT_POLICIES))
-        _choose(self, "mask", ("", "causal", "segments"))
-        _choose(self, "kernel", ("", "xla", "cudnn"))
-        _choose(self, "dtype", ("", "float32", "bfloat16"))
+        check_option(self, "positions", ("rotary", "learned"))
+        check_option(self, "norm", ("rmsnorm", "layernorm"))
+        check_option(self, "activation", tuple(ACTIVATIONS))
+        check_option(self, "residual_init", ("scaled", "zero"))
+        check_option(self, "remat", ("none", *REMAT_POLICIES))
+        check_option(self, "mask", ("", "causal", "segments"))
+        check_option(self, "kernel", ("", "xla", "cudnn"))
+        check_option(self, "dtype", ("", "float32", "bfloat16"))
         positive = ("num_layers", "model_dim", "num_heads")
         derived = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")
         for field in (*positive, *derived, "window", "logit_softcap"):
@@ -109,21 +110,9 @@ class Config:
         }
 
 
-def _choose(cfg: Config, field: str, options: tuple[str, ...]) -> None:
-    value = getattr(cfg, field)
-    if value not in options:
-        shown = ", ".join(option or '""' for option in options)
-        raise ConfigError(f"model.{field}={value!r}: choose one of {shown}")
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """Return the type of computation: of that name, or "" = bfloat16 unless on a CPU."""
-    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-
-
 def attention_kernel(cfg: Config) -> str:
     """Return which attention kernel runs: cuDNN's where type, mask and device allow it."""
-    fits = cfg.mask == "causal" and compute_dtype(cfg.dtype) != jnp.float32
+    fits = cfg.mask == "causal" and hardware.compute_dtype(cfg.dtype) != jnp.float32
     if cfg.kernel == "cudnn" and not (fits and jax.default_backend() == "gpu"):
         raise ConfigError(
             "model.kernel='cudnn' needs a GPU, model.dtype=bfloat16 and model.mask=causal "
@@ -142,7 +131,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, mask, positions_BL) -> jax.Array:
-        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
+        cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         init, out_init = nn.initializers.normal(0.02), residual_init(cfg)
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         y = Norm(cfg.norm, cfg.norm_bias, name="attention_norm")(x_BLD)
@@ -191,7 +180,7 @@ class Model(nn.Module):
         return self.cfg.max_length
 
     def setup(self):
-        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
+        cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         init = nn.initializers.normal(0.02)
         self.embed = Embed(cfg.vocab_size, cfg.model_dim, dtype, init)
         if cfg.positions == "learned":

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm import sharding
+from lm import hardware, sharding
 from lm.config import ConfigError
+from lm.models import check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear
@@ -42,9 +43,9 @@ class Config:
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     def __post_init__(self):
-        _choose(self, "cell", tuple(CELLS))
-        _choose(self, "mask", ("", "causal", "segments"))
-        _choose(self, "dtype", ("", "float32", "bfloat16"))
+        check_option(self, "cell", tuple(CELLS))
+        check_option(self, "mask", ("", "causal", "segments"))
+        check_option(self, "dtype", ("", "float32", "bfloat16"))
         for field, least in (
             ("num_layers", 1),
             ("model_dim", 1),
@@ -67,18 +68,6 @@ class Config:
         return {"embed_dim": self.embed_dim or self.model_dim}
 
 
-def _choose(cfg: Config, field: str, options: tuple[str, ...]) -> None:
-    value = getattr(cfg, field)
-    if value not in options:
-        shown = ", ".join(option or '""' for option in options)
-        raise ConfigError(f"model.{field}={value!r}: choose one of {shown}")
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """Return the type of computation: of that name, or "" = bfloat16 unless on a CPU."""
-    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-
-
 class Model(nn.Module):
     """h = recurrent(embed(tokens)); [h += attention(norm(h));] features = [P] h; logits = features E^T.
 
@@ -98,7 +87,7 @@ class Model(nn.Module):
         return 0
 
     def setup(self):
-        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype)
+        cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         D, E = cfg.model_dim, cfg.sizes["embed_dim"]
         init = nn.initializers.lecun_normal()
         self.embed = Embed(cfg.vocab_size, E, dtype, nn.initializers.normal(E**-0.5))

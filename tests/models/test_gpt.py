@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm import models, sharding, step
+from lm import hardware, models, sharding, step
 from lm.config import ConfigError
 from lm.models import gpt
 from lm.nn.transformer import SCANNED, UNROLLED
@@ -257,7 +257,7 @@ def test_bfloat16_gives_bfloat16_features_and_float32_logits():
     exact, _ = compiled(full)(params_of(full), batch_of())
     assert exact.dtype == jnp.float32
     assert 0 < np.abs(x.astype(jnp.float32) - exact).max() < 0.2
-    assert gpt.compute_dtype("") == jnp.float32  # on a CPU
+    assert hardware.compute_dtype("") == jnp.float32  # on a CPU
 
 
 @pytest.mark.parametrize(
