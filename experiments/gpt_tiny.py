@@ -15,19 +15,19 @@ def get_config() -> ConfigDict:
         "source": "python_docs",
         "tokenizer": "sentencepiece",
         "vocab_size": 2048,
-        "batch_size": 16,
+        "batch_size": 32,
     })  # fmt: skip
     config.task = ConfigDict({"name": "causal_lm", "length": 128})
     config.model = ConfigDict({
         "name": "gpt",
         "num_layers": 4,
-        "model_dim": 192,
-        "num_heads": 3,
+        "model_dim": 128,
+        "num_heads": 4,
     })  # fmt: skip
     config.optim = ConfigDict(
         {"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "2%"}
     )
-    config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 10})
-    config.eval = ConfigDict({"every_steps": 250})
-    config.checkpoint = ConfigDict({"every_steps": 250})
+    config.train = ConfigDict({"num_steps": 300, "log_every_steps": 5})
+    config.eval = ConfigDict({"every_steps": 100})
+    config.checkpoint = ConfigDict({"every_steps": 100})
     return config

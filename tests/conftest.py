@@ -23,9 +23,27 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-WORDS = (
-    "the cat sat on a mat and the dog ran to the far red house by the sea while"  # noqa: SIM905
-).split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "to",
+    "the",
+    "far",
+    "red",
+    "house",
+    "by",
+    "the",
+    "sea",
+    "while",
+]
 
 
 def pytest_configure(config):

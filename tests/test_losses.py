@@ -272,7 +272,7 @@ def test_temporary_memory_is_a_fifth_of_full_logits(layout):
     assert temporaries(ours, *arguments) <= 0.2 * temporaries(full, *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.measure
 @pytest.mark.parametrize("layout", ["vd", "dv"])
 def test_time_is_little_more_than_that_of_the_matrix_products(layout):
     """At most 0.6 of full logits, or, where products are slow, 1.2 of the three that any way needs."""

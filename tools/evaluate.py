@@ -44,6 +44,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     other = {"data.path", "data.source"} & set(given)
     if other and "data.validation_fraction" not in given:
         assignments = [*assignments, "data.validation_fraction=1"]
+    hardware.keep_freed_memory()
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     config = config_lib.complete(

@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace) -> int:
     from lm import checkpoint, generate, hardware
     from lm.data import corpus, tokenizers
 
+    hardware.keep_freed_memory()
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     _, model, params = checkpoint.load(args.workdir, step=args.step)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
