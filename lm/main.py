@@ -62,6 +62,9 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     except train.Diverged as divergence:
         print(f"error: {divergence}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print(f"stopped before step 1; to start again: python -m lm.main --config {args.config}")
+        return 130
     except OSError as error:
         raise config_lib.ConfigError(
             f"workdir={workdir}: {error}; the last good checkpoint is kept"
