@@ -54,7 +54,8 @@ def keep_freed_memory() -> bool:
         return False
     # From malloc.h: one arena, no mmap for large blocks, never trim the heap, grow it by 64 MiB.
     options = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
-    return all([mallopt(option, value) for option, value in options.items()])
+    accepted = [mallopt(option, value) for option, value in options.items()]
+    return all(accepted)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

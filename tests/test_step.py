@@ -252,7 +252,8 @@ def test_eval_step_counts_bytes():
     token_bytes = np.arange(VOCAB, dtype=np.int32)
     params = nn.unbox(step.init_variables(model, jax.random.key(0), LENGTH))["params"]
     objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
-    sums, carry = step.eval_step(params, {}, batch, token_bytes, model=model, objective=objective)
+    evaluate = jax.jit(functools.partial(step.eval_step, model=model, objective=objective))
+    sums, carry = evaluate(params, {}, batch, token_bytes)
     assert carry == {}
     assert float(sums["bytes"][0]) == float(
         (token_bytes[batch["targets"]] * batch["weights"]).sum()

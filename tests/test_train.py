@@ -97,7 +97,7 @@ def test_load_gives_config_model_and_params(tiny, tmp_path):
     assert logits.shape == (1, 4, 384) and np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("stop_at", [1, 4])
 def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at):
     config = tiny(optim__ema_decay=0.9)
     train.run(config, tmp_path / "whole")
