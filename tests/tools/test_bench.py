@@ -143,7 +143,7 @@ def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
     assert all(word in error for word in words), error
 
 
-@pytest.mark.slow
+@pytest.mark.measure
 @pytest.mark.parametrize("decode", [False, True])
 def test_a_tiny_model_is_measured(decode, tmp_path, capsys):
     out = tmp_path / "report.json"
