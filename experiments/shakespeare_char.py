@@ -4,7 +4,8 @@
 nanoGPT publishes a validation loss of 1.88 nats.
 Command: python -m lm.main --config experiments/shakespeare_char.py --config.data.path=input.txt
   where input.txt is the tiny Shakespeare file; without a path it trains on the embedded corpus.
-Hardware: two CPU cores, two minutes.
+Hardware: two CPU cores, about six minutes on a Zen 3 server.
+Result: 1.604 nats a character at step 2,000 (one seed).
 """
 
 from ml_collections import ConfigDict
