@@ -119,8 +119,8 @@ class Checkpointer:
 
         What is damaged or unfinished is moved aside and said.
         """
-        for step, problem in sorted(manifests.problems(self.folder).items(), reverse=True):
-            if problem:
+        for step in reversed(manifests.all_steps(self.folder)):
+            if problem := manifests.problem(self.folder, step):
                 aside = manifests.move_aside(self.folder / str(step))
                 say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
                 continue

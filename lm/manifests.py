@@ -90,11 +90,6 @@ def best_step(folder: Path, metric: str) -> int | None:
     return min(values, key=values.__getitem__) if values else None
 
 
-def problems(folder: Path) -> dict[int, str]:
-    """Return for every step what is wrong with its checkpoint, "" for nothing; reads every file."""
-    return {step: problem(folder, step) for step in all_steps(folder)}
-
-
 def problem(folder: Path, step: int) -> str:
     """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
     manifest = read(folder, step)
