@@ -1,8 +1,6 @@
 """What the devices can do, and compiled programs kept between runs."""
 
-import ctypes
 import functools
-import sys
 import time
 from pathlib import Path
 
@@ -39,23 +37,6 @@ def use_compilation_cache(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep the memory that a step frees for the next one; return whether it listened.
-
-    On a CPU every step otherwise gives its large buffers back to the system and gets them again page
-    by page: a fifth of the time of a small model's step.
-    """
-    if jax.default_backend() != "cpu" or sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is None:
-        return False
-    # From malloc.h: one arena, no mmap for large blocks, never trim the heap, grow it by 64 MiB.
-    options = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
-    accepted = [mallopt(option, value) for option, value in options.items()]
-    return all(accepted)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from lm import config as config_lib
+from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +39,9 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         raise config_lib.ConfigError(
             "--config: missing; give an experiment file, such as experiments/gpt_tiny.py"
         )
-    from lm import (
-        experiment,
-        train,
-    )  # here, so that a typing mistake is told without waiting for jax
+    startup.prepare()
+    # Here, so that a typing mistake is told without waiting for jax.
+    from lm import experiment, train
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)

@@ -62,7 +62,6 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     for notice in config_lib.notices(config, SCHEMA):
         print(f"notice: {notice}")
-    hardware.keep_freed_memory()
     made = experiment.build(config)
     cfg, num_steps = made.cfg, made.num_steps
     if cfg["train"].compilation_cache:

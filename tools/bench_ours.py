@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from lm import startup
+
+startup.prepare()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lm import config as config_lib
+from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
+    startup.prepare()
     import jax
 
     from lm import checkpoint, experiment, hardware, manifests, sharding, step, tasks
@@ -44,7 +46,6 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     other = {"data.path", "data.source"} & set(given)
     if other and "data.validation_fraction" not in given:
         assignments = [*assignments, "data.validation_fraction=1"]
-    hardware.keep_freed_memory()
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     config = config_lib.complete(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from lm import config as config_lib
+from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    startup.prepare()
     from lm import checkpoint, generate, hardware
     from lm.data import corpus, tokenizers
 
-    hardware.keep_freed_memory()
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     _, model, params = checkpoint.load(args.workdir, step=args.step)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")

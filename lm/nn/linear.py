@@ -34,7 +34,7 @@ class Linear(nn.Module):
         kernel = sharding.gather(kernel.astype(self.dtype), self.axes)
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         lead = x.shape[: x.ndim - self.num_inputs]
-        y = x.reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), -1)
+        y = product(x.reshape(*lead, math.prod(inputs)), kernel.reshape(math.prod(inputs), -1))
         y = y.reshape(*lead, *outputs)
         if self.bias:
             axes = self.axes[self.num_inputs :]
@@ -43,3 +43,22 @@ class Linear(nn.Module):
             )
             y = y + bias.astype(self.dtype).reshape((1,) * len(lead) + outputs)
         return y
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel_KN: jax.Array) -> jax.Array:
+    """Return x[..., K] kernel[K, N].
+
+    Both of its gradients are products of what they are given. JAX's own rule makes the kernel's the
+    transpose of (dy^T x), for which XLA on a CPU first transposes dy: a fifth of a small model's step.
+    """
+    return x @ kernel_KN
+
+
+def _product_backward(operands, dy):
+    x, kernel_KN = operands
+    x_MK, dy_MN = (array.reshape(-1, array.shape[-1]) for array in (x, dy))
+    return dy @ kernel_KN.T, x_MK.T @ dy_MN
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)

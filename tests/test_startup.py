@@ -1,0 +1,51 @@
+"""What is settled before jax starts, in real processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lm import startup
+
+FAULTS = """
+import resource, sys
+from lm import startup
+prepared = "prepare" in sys.argv and startup.prepare()
+assert "jax" not in sys.modules and "numpy" not in sys.modules
+import jax, jax.numpy as jnp
+x = jnp.ones((64, 2**18))
+keep = jax.lax.optimization_barrier
+f = jax.jit(lambda x: keep(jnp.exp(x)).sum() + keep(jnp.exp(x[::-1])).sum())
+assert f.lower(x).compile().memory_analysis().temp_size_in_bytes >= 2**26
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(prepared, min(faults() for _ in range(8)))
+"""
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment["XLA_FLAGS"] = ""
+    command = [sys.executable, "-c", FAULTS, *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_step_reuses_the_memory_of_the_one_before():
+    """128 MiB of temporaries are 32,768 pages; glibc by itself keeps blocks of up to 32 MiB."""
+    prepared, faults = run("prepare")
+    if prepared == "False":
+        pytest.skip("another C library")
+    assert int(faults) < 100
+    assert int(run()[1]) > 10_000, "the system's default does it too: delete lm/startup.py"
+
+
+def test_an_installed_accelerator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(startup, "ACCELERATOR_PLUGINS", ("json",))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert startup.prepare() is False
