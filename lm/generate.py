@@ -53,10 +53,8 @@ def generate(
     """
     _check(prompts, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
-    rows = [list(map(int, prompt)) for prompt in prompts]
-    new: list[list[int]] = [[] for _ in rows]
-    if len(rows) < _least_rows():
-        rows.append(rows[0][:])  # a row that nobody reads
+    rows = [list(map(int, prompt)) for prompt in _with_least_rows(prompts)]
+    new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
     slots = _bucket(max(prompted) + max_tokens, limit)
     decoder = _decoder(model.clone(decode_length=slots), temperature, top_k, top_p)
@@ -85,13 +83,14 @@ def generate(
     return new
 
 
-def _least_rows() -> int:
-    """Return the rows that decoding takes at least.
+def _with_least_rows(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return the prompts, and where decoding one is slower than two, a second that nobody reads.
 
-    Two on a CPU from jax 0.11 on: products with a vector make XLA compile the loop as one kernel, which
-    runs in one thread: a third more time a token of GPT-2 small (jax 0.10: a tenth less).
+    On a CPU jax from 0.11 on makes a loop over products with a vector one kernel, which runs in one
+    thread: a third more time a token of GPT-2 small (jax 0.10: a tenth less).
     """
-    return 2 if jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 11) else 1
+    slow = jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 11)
+    return [*prompts, prompts[0]] if slow and len(prompts) == 1 else list(prompts)
 
 
 def context_start(length: int, prompt_length: int, limit: int) -> int:

@@ -85,7 +85,7 @@ def relative_errors(tree, reference):
 
 
 # Scanned, so that three layers compile as one.
-ODD_LAYERS = {"gpt": {"num_layers": 3, "scan": True}}
+ODD_LAYERS = {"gpt": {"num_layers": 3, "scan": True}, "rnn": {"num_layers": 1}}
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def reference(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("name", ["gpt"])
+@pytest.mark.parametrize("name", ["gpt", "rnn"])
 def test_every_mesh_equals_one_device(name, sizes):
     """The vocabulary (99) and the layer count are odd."""
     mesh = sharding.make_mesh(sharding.Config(*sizes))
