@@ -164,7 +164,9 @@ def orthogonal_gates(key: jax.Array, shape: tuple[int, int, int], dtype=jnp.floa
     """Return a kernel [D, G, H], each gate's matrix orthogonal (Saxe et al. 2013, arXiv 1312.6120)."""
     D, G, H = shape
     init = nn.initializers.orthogonal()
-    return jax.vmap(lambda key: init(key, (D, H), dtype), out_axes=1)(jax.random.split(key, G))
+    # Gate by gate: LAPACK's batched factorisation waits for threads of the pool that it runs in, and with
+    # jaxlib 0.10 on several simulated devices they wait for each other for ever.
+    return jnp.stack([init(k, (D, H), dtype) for k in jax.random.split(key, G)], axis=1)
 
 
 def glorot_gates(key: jax.Array, shape: tuple[int, int, int], dtype=jnp.float32) -> jax.Array:
