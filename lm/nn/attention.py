@@ -113,7 +113,7 @@ def _attend_forward(blocks: Blocks, query, key, value, mask):
 
 def _attend_backward(blocks: Blocks, residuals, dout):
     query, key, value, mask, outs, kept = residuals
-    dqueries, dkey_BGKS, dvalue_BGKS = [], 0.0, 0.0
+    dqueries, dkeys, dvalues = [], [], []
     for (start, end, seen), out_BGQK, (exp_BGQS, sum_BGQ1) in zip(blocks, outs, kept, strict=True):
         query_BGQK = _queries(query, start, end)
         dout_BGQK = dout[:, :, :, start:end].reshape(out_BGQK.shape) / sum_BGQ1
@@ -128,9 +128,10 @@ def _attend_backward(blocks: Blocks, residuals, dout):
         dqueries.append(dquery_BGQK * query.shape[-1] ** -0.5)
         rest = ((0, 0), (0, 0), (0, 0), (0, key.shape[2] - seen))
         # Widths before queries: on a CPU both products are then twice as fast.
-        dkey_BGKS += jnp.pad(_transposed(query_BGQK) @ dscores, rest)
-        dvalue_BGKS += jnp.pad(_transposed(dout_BGQK) @ exp_BGQS, rest)
-    return _join(dqueries, query), dkey_BGKS.swapaxes(2, 3), dvalue_BGKS.swapaxes(2, 3), None
+        dkeys.append(jnp.pad(_transposed(query_BGQK) @ dscores, rest))
+        dvalues.append(jnp.pad(_transposed(dout_BGQK) @ exp_BGQS, rest))
+    dkey, dvalue = (functools.reduce(jnp.add, parts).swapaxes(2, 3) for parts in (dkeys, dvalues))
+    return _join(dqueries, query), dkey, dvalue, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

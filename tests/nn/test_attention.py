@@ -218,3 +218,30 @@ def test_blocks_of_queries_leave_out_only_what_is_masked(length):
     for mask in causal_mask(length, window=150), causal_mask(length, segments_BL=segments):
         blocks, whole = (jax.jit(f)(query, key, value, mask) for f in (causal_attend, attend))
         np.testing.assert_allclose(blocks, whole, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [9, 260])
+def test_the_gradient_by_hand_is_that_of_the_formula(length):
+    draw = normal(5)
+    query, key, value = draw(2, 2, 3, length, 4), draw(2, 2, length, 4), draw(2, 2, length, 4)
+    wanted = draw(2, 2, 3, length, 4)
+    segments = np.cumsum(draw(2, length) > 1.2, axis=1)
+    mask = causal_mask(length, window=length // 2, segments_BL=segments)
+    if length < 256:
+        mask = mask.at[0, 3].set(False)  # a query with nothing to see; in blocks it averages others
+
+    def formula(query, key, value):
+        scores = jnp.einsum("bgrlk,bgsk->bgrls", query, key) / 4**0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bgrls,bgsk->bgrlk", weights, value)
+
+    def gradients(function):
+        loss = lambda *operands: (function(*operands) * wanted).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    blocks = lambda *operands: causal_attend(*operands, mask)  # noqa: E731
+    whole = lambda *operands: attend(*operands, mask)  # noqa: E731
+    expected = gradients(formula)
+    for ours in (whole, *([] if length < 256 else [blocks])):
+        for a, b in zip(gradients(ours), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
