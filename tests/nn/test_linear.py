@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from lm import sharding
-from lm.nn.linear import Linear
+from lm.nn.linear import Linear, product
 
 NORMAL = nn.initializers.normal(1.0)
 
@@ -40,3 +40,19 @@ def test_computes_in_its_type_from_float32_parameters():
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))["params"]
     assert set(params) == {"kernel"} and params["kernel"].dtype == jnp.float32
     assert module.apply({"params": params}, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 5)])
+def test_the_gradient_by_hand_is_that_of_the_product(lead):
+    rng = np.random.default_rng(2)
+    x, kernel, dy = (
+        rng.normal(size=s).astype(np.float32) for s in ((*lead, 3), (3, 4), (*lead, 4))
+    )
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda x, k: (function(x, k) * dy).sum(), argnums=(0, 1)))(
+            x, kernel
+        )
+
+    for ours, theirs in zip(gradients(product), gradients(jnp.matmul), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
