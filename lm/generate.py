@@ -1,7 +1,7 @@
 """Continue token sequences with any causal model: greedy, temperature, top-k, top-p.
 
 All shapes are static. A prompt is padded to a power of two and read at once (prefill); then a jitted
-scan makes `CHUNK` tokens a call, sampling on the device, and the host only collects them. When a
+scan makes `tokens_per_call()` tokens a call, sampling on the device, and the host only collects them. When a
 model's positions are used up, the newest half of them is read again as the context and generation goes
 on; `context_start` is that rule, so that an uncached forward pass can follow it token for token.
 """
@@ -18,8 +18,16 @@ from flax import linen as nn
 
 from lm.config import ConfigError
 
-CHUNK = 16  # tokens a call
 FILTERED = -1e30
+
+
+def tokens_per_call() -> int:
+    """Return how many tokens a call makes.
+
+    An accelerator should not wait for the host after each. On a CPU a call costs nothing, and XLA may
+    make a loop over products with a vector one kernel, which runs in one thread (jax 0.12).
+    """
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 def generate(
@@ -53,11 +61,11 @@ def generate(
     """
     _check(prompts, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
-    rows = [list(map(int, prompt)) for prompt in _with_least_rows(prompts)]
+    rows = [list(map(int, prompt)) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
     slots = _bucket(max(prompted) + max_tokens, limit)
-    decoder = _decoder(model.clone(decode_length=slots), temperature, top_k, top_p)
+    decoder = _decoder(model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p)
     key = jax.random.key(seed)
     context: tuple[Any, ...] = ()
     starts: list[int] = []
@@ -70,7 +78,7 @@ def generate(
         counts = [len(row) - n for row, n in zip(rows, prompted, strict=True)]
         *context, tokens = decoder.write(params, *context, jnp.asarray(counts), key)
         used = max(len(row) - at for row, at in zip(rows, starts, strict=True))
-        room = min(limit - used + 1, CHUNK) if limit else CHUNK  # the last token is not read
+        room = limit - used + 1 if limit else decoder.chunk  # the last token is not read
         for b, made in enumerate(np.asarray(tokens)[:, :room].tolist()):
             rows[b] += made
             if b in open_rows:
@@ -81,16 +89,6 @@ def generate(
                 if on_tokens is not None and new[b][before:]:
                     on_tokens(b, new[b][before:])
     return new
-
-
-def _with_least_rows(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Return the prompts, and where decoding one is slower than two, a second that nobody reads.
-
-    On a CPU newer jax makes a loop over products with a vector one kernel, which runs in one thread:
-    with jax 0.12 a third more time a token of GPT-2 small, with 0.10 a tenth less; 0.11 was not tried.
-    """
-    slow = jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 11)
-    return [*prompts, prompts[0]] if slow and len(prompts) == 1 else list(prompts)
 
 
 def context_start(length: int, prompt_length: int, limit: int) -> int:
@@ -145,8 +143,10 @@ def _decoder(*settings: Any) -> "Decoder":
 class Decoder:
     """The two jitted functions of generation for one model and one way of sampling."""
 
-    def __init__(self, model: nn.Module, temperature: float, top_k: int, top_p: float):
-        self.model = model
+    def __init__(
+        self, model: nn.Module, chunk: int, temperature: float, top_k: int, top_p: float
+    ):
+        self.model, self.chunk = model, chunk
         self.sample = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         self._read = jax.jit(self._prefill)
         self.write = jax.jit(self._write, donate_argnums=1)
@@ -174,7 +174,7 @@ class Decoder:
         return self.model.apply({"params": params}, x_B1D, method="logits")[:, 0]
 
     def _write(self, params, cache, logits_BV, lengths_B, counts_B, key):
-        """Make `CHUNK` tokens; return the context after them and tokens [B, CHUNK].
+        """Make `chunk` tokens; return the context after them and tokens [B, chunk].
 
         `counts_B`: new tokens of each row so far, of which the randomness is a function.
         """
@@ -192,7 +192,7 @@ class Decoder:
             )
             return (nn.unbox(new["cache"]), self._logits(params, x_B1D), lengths_B + 1), tokens_B
 
-        carry, tokens = jax.lax.scan(body, (cache, logits_BV, lengths_B), jnp.arange(CHUNK))
+        carry, tokens = jax.lax.scan(body, (cache, logits_BV, lengths_B), jnp.arange(self.chunk))
         return *carry, tokens.swapaxes(0, 1)
 
 

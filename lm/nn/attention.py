@@ -271,8 +271,13 @@ class Attention(nn.Module):
         def write(cache_GSK, new_G1K, slot):
             return jax.lax.dynamic_update_slice(cache_GSK, new_G1K, (0, slot, 0))
 
-        cached_key.value = jax.vmap(write)(cached_key.value, key, slots)
-        cached_value.value = jax.vmap(write)(cached_value.value, value, slots)
+        # Behind the barrier each cache is written in place once, not for each of its readers.
+        cached_key.value, cached_value.value = jax.lax.optimization_barrier(
+            (
+                jax.vmap(write)(cached_key.value, key, slots),
+                jax.vmap(write)(cached_value.value, value, slots),
+            )
+        )
         keys = jnp.arange(self.decode_length)[None, None]
         mask = keys <= positions_BL[:, :, None]
         if self.window:

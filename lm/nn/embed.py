@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn.linear import product
 
 LANES = 128  # vocabularies are padded to a multiple of it: matrix units and meshes divide it
 MASKED_LOGIT = -1e9  # finite, so that 0 * MASKED_LOGIT is 0
@@ -41,9 +42,11 @@ class Embed(nn.Module):
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Return float32 logits [B, L, V] of features against the table itself, padding included."""
         table_VD = sharding.gather(self.embedding.astype(self.dtype), ("vocab", "embed"))
-        return jnp.einsum(
-            "bld,vd->blv", x_BLD.astype(self.dtype), table_VD, preferred_element_type=jnp.float32
-        )
+        x_BLD = x_BLD.astype(self.dtype)
+        if x_BLD.shape[:2] == (1, 1):  # XLA on a CPU is six times as fast with a vector as with a row
+            logits_V = jnp.dot(table_VD, x_BLD[0, 0], preferred_element_type=jnp.float32)
+            return logits_V[None, None]
+        return jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):
@@ -62,9 +65,10 @@ class Head(nn.Module):
             (self.model_dim, pad_vocab(self.vocab_size)),
         )
         kernel_DV = sharding.gather(kernel_DV.astype(self.dtype), ("embed", "vocab"))
-        return jnp.einsum(
-            "bld,dv->blv", x_BLD.astype(self.dtype), kernel_DV, preferred_element_type=jnp.float32
-        )
+        x_BLD = x_BLD.astype(self.dtype)
+        if self.dtype == jnp.float32:
+            return product(x_BLD, kernel_DV)
+        return jnp.einsum("bld,dv->blv", x_BLD, kernel_DV, preferred_element_type=jnp.float32)
 
 
 def finish_logits(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
