@@ -65,7 +65,9 @@ def generate(
     new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
     slots = _bucket(max(prompted) + max_tokens, limit)
-    decoder = _decoder(model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p)
+    decoder = _decoder(
+        model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p
+    )
     key = jax.random.key(seed)
     context: tuple[Any, ...] = ()
     starts: list[int] = []
@@ -143,9 +145,7 @@ def _decoder(*settings: Any) -> "Decoder":
 class Decoder:
     """The two jitted functions of generation for one model and one way of sampling."""
 
-    def __init__(
-        self, model: nn.Module, chunk: int, temperature: float, top_k: int, top_p: float
-    ):
+    def __init__(self, model: nn.Module, chunk: int, temperature: float, top_k: int, top_p: float):
         self.model, self.chunk = model, chunk
         self.sample = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         self._read = jax.jit(self._prefill)

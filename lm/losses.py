@@ -59,7 +59,8 @@ def cross_entropy(
 
     Returns:
       The objective's sum, which alone has a gradient, and float32 sums by name: `loss` (pure
-      cross-entropy), `weight`, `correct` (weight where the target is the argmax), `z_loss`.
+      cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
+      probable a k-th of it), `z_loss`.
     """
     if max_scored < x_BLD.shape[1]:
         x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
@@ -82,7 +83,7 @@ def cross_entropy(
     objective, sums = _sum_over_chunks(
         (head, terms, num_chunks), used, x_BLD, targets_BL, weights_BL
     )
-    return objective, dict(zip(("loss", "correct", "z_loss", "weight"), sums, strict=True))
+    return objective, sums
 
 
 def _gather_scored(
@@ -127,16 +128,16 @@ def _terms(
     vocab_size: int,
     z_loss: float,
     label_smoothing: float,
-) -> tuple[jax.Array, jax.Array, Callable[[], jax.Array]]:
-    """Return a chunk's objective, its [4] sums, and what makes the gradient of the logits."""
-    best_Bc1 = jnp.argmax(logits_BcV, axis=-1, keepdims=True)
-    max_Bc1 = jnp.take_along_axis(logits_BcV, best_Bc1, axis=-1)
+) -> tuple[jax.Array, dict[str, jax.Array], Callable[[], jax.Array]]:
+    """Return a chunk's objective, its sums, and what makes the gradient of the logits."""
+    max_Bc1 = logits_BcV.max(axis=-1, keepdims=True)
     exp_BcV = jnp.exp(logits_BcV - max_Bc1)
     sum_exp_Bc = exp_BcV.sum(axis=-1)
     lse_Bc = jnp.log(sum_exp_Bc) + max_Bc1[..., 0]
     target_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
     loss = jnp.sum(weights_Bc * (lse_Bc - target_Bc))
-    correct = jnp.sum(weights_Bc * (best_Bc1[..., 0] == targets_Bc))
+    best_Bc = (logits_BcV == max_Bc1).sum(axis=-1, dtype=jnp.float32)  # argmax is slow on a CPU
+    correct = jnp.sum(jnp.where(target_Bc == max_Bc1[..., 0], weights_Bc / best_Bc, 0.0))
     penalty = jnp.sum(weights_Bc * (z_loss * lse_Bc**2))
     objective = loss + penalty
     if label_smoothing:
@@ -157,12 +158,13 @@ def _terms(
         subtract = jax.vmap(jax.vmap(lambda d_V, target, wanted: d_V.at[target].add(-wanted)))
         return subtract(d_BcV, targets_Bc, wanted_Bc)
 
-    return objective, jnp.stack([loss, correct, penalty, weights_Bc.sum()]), gradient
+    sums = {"loss": loss, "correct": correct, "z_loss": penalty, "weight": weights_Bc.sum()}
+    return objective, sums, gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL):
-    """Return (objective, [4] sums) over all chunks, from the loss alone."""
+    """Return (objective, sums) over all chunks, from the loss alone."""
     head, terms, num_chunks = plan
 
     def one(inputs):

@@ -185,7 +185,8 @@ def train_step(
     kept = dataclasses.replace(state, healthy=healthy)
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
-    return new, {**sums, "grad_norm": (grad_norm, one), "tokens": (weight, one)}
+    sums |= {"grad_norm": (grad_norm, one), "tokens": (weight, one)}
+    return new, {**sums, "healthy": healthy}
 
 
 def _gradients(state, batch, model, objective, rng, accumulate):

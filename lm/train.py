@@ -66,8 +66,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     cfg, num_steps = made.cfg, made.num_steps
     if cfg["train"].compilation_cache:
         hardware.use_compilation_cache(corpus.cache_folder() / "xla")
-    eval_every = made.steps_of("eval", "every_steps")
-    save_every = made.steps_of("checkpoint", "every_steps")
+    # 0 is never, but for the last step.
+    eval_every = made.steps_of("eval", "every_steps") or num_steps
+    save_every = made.steps_of("checkpoint", "every_steps") or num_steps
     check_resume(workdir, made)
 
     with contextlib.ExitStack() as stack:
@@ -92,6 +93,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
         profile = Profile(workdir, first, cfg["train"].profile_steps)
+        stack.callback(profile.close)
         stop = stack.enter_context(stop_signals())
         scores = saved_scores(workdir, first) if resumed else {}
         batches = place_ahead(made, first)
@@ -102,7 +104,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             saving = fresh and (last or stop.asked or (now % save_every == 0 and now > 0))
             if evaluating or saving or stop.asked:
                 log.catch_up()
-                check_health(state, saver)
+                log.check_health(state, saver)
             if evaluating:
                 scores = score(made, eval_step, state)
                 writers.write(now, scores)
@@ -117,10 +119,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if last:
                 break
             batch = next(batches)
-            with profile.step(now):
-                state, sums = train_step(state, batch)
-            if log.one_late(now + 1, sums):
-                check_health(state, saver)
+            profile.before(now)
+            state, sums = train_step(state, batch)
+            profile.after(now, sums)
+            log.one_late(now + 1, sums)
+            log.check_health(state, saver)
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
@@ -172,19 +175,6 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     return dict(manifest.get("metrics", {}))
 
 
-def check_health(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-    """Raise Diverged when a step had a loss or gradient that is not finite."""
-    if bool(state.healthy):
-        return
-    saver.wait()
-    good = manifests.good_steps(saver.folder)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    raise Diverged(
-        f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, and "
-        f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
-    )
-
-
 class Log:
     """Rows of training metrics, each read one step late, so that the device never waits for the host."""
 
@@ -195,22 +185,21 @@ class Log:
         self._flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
         self._peak = hardware.peak_flops() * made.mesh.size
         self._waiting: tuple[int, Any] | None = None
+        self._healthy = True
         self._since: tuple[int, float] | None = None  # step and time that rates are counted from
 
-    def one_late(self, now: int, sums: Any) -> bool:
-        """Take the metrics of step `now`; write the row before it; return whether one was due."""
-        written = self.catch_up()
+    def one_late(self, now: int, sums: Any) -> None:
+        """Take the metrics of step `now`; write the row before it, if one is due."""
+        self.catch_up()
         self._waiting = (now, sums)
-        return written
 
-    def catch_up(self) -> bool:
-        """Write the row that waits, if one is due."""
+    def catch_up(self) -> None:
+        """Write the row that waits, if one is due, and see whether its step was healthy."""
         if self._waiting is None:
-            return False
+            return
         (now, sums), self._waiting = self._waiting, None
-        jax.block_until_ready(sums)
-        due = now % self._every == 0 or now in (1, self._made.num_steps)
-        if due:
+        self._healthy = bool(sums.pop("healthy"))  # waits for the step
+        if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}
             row["train/learning_rate"] = float(self._made.schedule(now - 1))
@@ -218,7 +207,18 @@ class Log:
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed
             self._since = (now, time.perf_counter())
-        return due
+
+    def check_health(self, state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
+        """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
+        if self._healthy:
+            return
+        saver.wait()
+        good = manifests.good_steps(saver.folder)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise Diverged(
+            f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, "
+            f"and {kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
+        )
 
     def pause(self, now: int) -> None:
         """Count rates from here: what came before was not training."""
@@ -238,15 +238,24 @@ class Profile:
 
     def __init__(self, workdir: Path, first: int, count: int):
         self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
+        self._on = False
 
-    @contextlib.contextmanager
-    def step(self, now: int) -> Iterator[None]:
-        """Wrap one step."""
+    def before(self, now: int) -> None:
+        """Begin the trace, if step `now` is its first."""
         if self._steps and now == self._steps.start:
             jax.profiler.start_trace(str(self._folder))
-        yield
-        if self._steps and now == self._steps.stop - 1:
-            jax.effects_barrier()
+            self._on = True
+
+    def after(self, now: int, sums: Any) -> None:
+        """End the trace, if step `now`, whose results are `sums`, is its last."""
+        if self._on and now == self._steps.stop - 1:
+            jax.block_until_ready(sums)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace, if there is one."""
+        if self._on:
+            self._on = False
             jax.profiler.stop_trace()
 
 
@@ -313,7 +322,11 @@ def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", config_lib.to_json(made.config)
     if path.exists() and path.read_text() != text:
-        manifests.write_whole(workdir / f"config.{first}.json", path.read_text())
+        names = (
+            f"config.{first}{again}.json" for again in ("", *map(".{}".format, range(1, 1000)))
+        )
+        kept = next(workdir / name for name in names if not (workdir / name).exists())
+        manifests.write_whole(kept, path.read_text())
     manifests.write_whole(path, text)
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
     manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")

@@ -145,11 +145,9 @@ def test_fsdp_gathers_each_kernel_once_and_sums_its_gradient():
     assert found["all-gather"] == 5  # qkv, out, up, down, and the table that is embedding and head
 
 
-def test_tensor_parallel_sums_activations_and_gathers_no_parameter():
+def test_tensor_parallel_sums_activations_and_gathers_nothing():
     found = collectives(sharding.make_mesh(sharding.Config(1, 1, 8)))
-    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
-    # What is gathered is the best logit of each vocabulary shard and its index, for the accuracy.
-    assert sorted(size for kind, size in found if kind == "all-gather") == [BATCH * LENGTH * 8] * 2
+    assert {kind for kind, _ in found} == {"all-reduce"}
     # Two sums a block and pass (Megatron), the embedding's and the head's: all of [B, L, D].
     assert sum(size == BATCH * LENGTH * 64 for kind, size in found if kind == "all-reduce") >= 6
 

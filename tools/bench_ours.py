@@ -157,10 +157,12 @@ class Ours:
         }
 
     def run(self, *, steps: int) -> float:
-        """Return the seconds that `steps` bare training steps take."""
-        start = time.perf_counter()
+        """Return the seconds that `steps` bare training steps take, two at once as in the loop."""
+        start, before = time.perf_counter(), None
         for index in range(steps):
-            self.state, _ = self.step(self.state, self.batches[index % NUM_BATCHES])
+            self.state, sums = self.step(self.state, self.batches[index % NUM_BATCHES])
+            jax.block_until_ready(before)
+            before = sums
         jax.block_until_ready(self.state)
         return time.perf_counter() - start
 

@@ -10,6 +10,7 @@ small ones against a digest; what fails is rebuilt.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -287,21 +288,19 @@ def _load(folder: Path) -> Corpus | None:
 
 
 def _place(unfinished: Path, folder: Path) -> None:
-    """Rename a whole entry into its place, unless another run was first."""
-    for attempt in range(10):
-        try:
+    """Rename a whole entry into its place, over a damaged one, unless another run was first."""
+    handle = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # else two runs may take a new entry for the damaged one
+        if _load(folder) is None:
+            if folder.exists():
+                aside = folder.with_name(f"{unfinished.name}.damaged")
+                os.replace(folder, aside)
+                shutil.rmtree(aside, ignore_errors=True)
             os.replace(unfinished, folder)
-            _sync(folder.parent)
-            return
-        except OSError:
-            if not folder.exists() or attempt == 9:
-                raise
-        if _load(folder) is not None:
-            return
-        with contextlib.suppress(FileNotFoundError):  # the other run may move it at this moment
-            aside = folder.with_name(f"{unfinished.name}.damaged{attempt}")
-            os.replace(folder, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove_stale(parent: Path) -> None:

@@ -42,11 +42,7 @@ class Embed(nn.Module):
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Return float32 logits [B, L, V] of features against the table itself, padding included."""
         table_VD = sharding.gather(self.embedding.astype(self.dtype), ("vocab", "embed"))
-        x_BLD = x_BLD.astype(self.dtype)
-        if x_BLD.shape[:2] == (1, 1):  # XLA on a CPU is six times as fast with a vector as with a row
-            logits_V = jnp.dot(table_VD, x_BLD[0, 0], preferred_element_type=jnp.float32)
-            return logits_V[None, None]
-        return jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.float32)
+        return _float32_product(x_BLD, table_VD, transposed=True)
 
 
 class Head(nn.Module):
@@ -65,10 +61,16 @@ class Head(nn.Module):
             (self.model_dim, pad_vocab(self.vocab_size)),
         )
         kernel_DV = sharding.gather(kernel_DV.astype(self.dtype), ("embed", "vocab"))
-        x_BLD = x_BLD.astype(self.dtype)
-        if self.dtype == jnp.float32:
-            return product(x_BLD, kernel_DV)
-        return jnp.einsum("bld,dv->blv", x_BLD, kernel_DV, preferred_element_type=jnp.float32)
+        return _float32_product(x_BLD, kernel_DV)
+
+
+def _float32_product(x_BLD: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    """Return x kernel, or x kernel^T, summed and given in float32 whatever the type of the kernel."""
+    x_BLD = x_BLD.astype(kernel.dtype)
+    if kernel.dtype == jnp.float32:
+        return product(x_BLD, kernel, transposed)
+    axes = "vd" if transposed else "dv"
+    return jnp.einsum(f"bld,{axes}->blv", x_BLD, kernel, preferred_element_type=jnp.float32)
 
 
 def finish_logits(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:

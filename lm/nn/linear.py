@@ -1,5 +1,6 @@
 """Matrix products whose kernel keeps its full shape, so that every axis has a name."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from flax import linen as nn
 
 from lm import sharding
 
-ROW_PARTS = 16  # products that a vector's product is split into on a CPU
+ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
 
 class Linear(nn.Module):
@@ -47,31 +48,33 @@ class Linear(nn.Module):
         return y
 
 
-@jax.custom_vjp
-def product(x: jax.Array, kernel_KN: jax.Array) -> jax.Array:
-    """Return x[..., K] kernel[K, N].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    """Return x[..., K] kernel[K, N], or kernel[N, K]^T where `transposed`.
 
-    Both of its gradients are products of what they are given. JAX's own rule makes the kernel's the
-    transpose of (dy^T x), for which XLA on a CPU first transposes dy: a fifth of a small model's step.
+    Both of its gradients are products of what they are given, all rows as one axis. JAX's own rule makes
+    the kernel's the transpose of (dy^T x), or contracts two axes, for which XLA on a CPU first
+    transposes dy: a fifth of a small model's step.
     """
-    return _forward(x, kernel_KN)
-
-
-def _forward(x, kernel_KN):
     if x.size > x.shape[-1] or jax.default_backend() != "cpu":
-        return x @ kernel_KN
-    # One row, as in decoding: XLA on a CPU reads the kernel in one thread, a batch of products in all.
+        return x @ (kernel.T if transposed else kernel)
+    # One row, as in decoding. XLA on a CPU reads a kernel in one thread; what is below it does in all.
+    if transposed:
+        return (kernel @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
     num_parts = math.gcd(x.shape[-1], ROW_PARTS)
-    x_PK = x.reshape(num_parts, -1)
-    kernel_PKN = kernel_KN.reshape(num_parts, -1, kernel_KN.shape[-1])
-    y_PN = jnp.einsum("pk,pkn->pn", x_PK, kernel_PKN)
+    parts_PKN = kernel.reshape(num_parts, -1, kernel.shape[-1])
+    y_PN = jnp.einsum("pk,pkn->pn", x.reshape(num_parts, -1), parts_PKN)
     return sum(y_PN[1:], y_PN[0]).reshape(*x.shape[:-1], -1)
 
 
-def _product_backward(operands, dy):
-    x, kernel_KN = operands
+def _product_backward(transposed, operands, dy):
+    x, kernel = operands
     x_MK, dy_MN = (array.reshape(-1, array.shape[-1]) for array in (x, dy))
-    return dy @ kernel_KN.T, x_MK.T @ dy_MN
+    if transposed:
+        return dy @ kernel, dy_MN.T @ x_MK
+    return dy @ kernel.T, x_MK.T @ dy_MN
 
 
-product.defvjp(lambda x, kernel: (_forward(x, kernel), (x, kernel)), _product_backward)
+product.defvjp(
+    lambda x, kernel, transposed: (product(x, kernel, transposed), (x, kernel)), _product_backward
+)

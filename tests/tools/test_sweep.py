@@ -136,13 +136,18 @@ def test_interrupt_lets_the_point_save_and_stops_there(place):
         "try:\n    (folder / 'began').touch(); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(0.6); (folder / 'saved').touch(); sys.exit(130)"
     )
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit it.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from tools import sweep; sys.exit(sweep.run("
         f"{str(place / 'mine.py')!r}, {str(place / 'out')!r}, "
         f"command=({sys.executable!r}, {str(place / 'main.py')!r})))"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     folder = place / "out" / "peak_lr=0.1"
     deadline = time.monotonic() + 30
