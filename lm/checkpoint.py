@@ -31,7 +31,7 @@ from lm.step import parameter_axes
 class Config:
     every_steps: Duration = 1000  # between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
-    keep_best: bool = True  # keep the one with the lowest metric too
+    keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
 
     def __post_init__(self):
@@ -252,8 +252,14 @@ def find_step(workdir: str | Path, step: int | str = "last") -> int:
             f"workdir={workdir}: no finished checkpoint in {folder}; train there first"
         )
     if step == "best":
-        best = manifests.best_step(folder, read_config(workdir).checkpoint.best_metric)
-        step = steps[-1] if best is None else best
+        metric = read_config(workdir).checkpoint.best_metric
+        best = manifests.best_step(folder, metric)
+        if best is None:
+            raise ConfigError(
+                f"step=best: no checkpoint in {folder} was saved at a step that has {metric}; use "
+                "last, or let checkpoint.every_steps be a multiple of eval.every_steps"
+            )
+        step = best
     elif step == "last":
         step = steps[-1]
     if not str(step).isdecimal() or int(step) not in steps:

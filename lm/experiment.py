@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import checkpoint, evaluate, models, optim, sharding, step, tasks
+from lm import checkpoint, evaluate, hardware, models, optim, sharding, step, tasks
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
 from lm.data import corpus, pipeline
@@ -265,6 +265,17 @@ def jit_eval_step(model: nn.Module, objective: step.Objective) -> Callable:
     return jax.jit(functools.partial(step.eval_step, model=model, objective=objective))
 
 
+def environment(made: Experiment) -> dict[str, Any]:
+    """Return what the numbers of a run depend on besides its config: a resumed run lists what changed."""
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": dict(made.mesh.shape),
+        "dtype": str(hardware.compute_dtype(made.config.model.get("dtype", "float32"))),
+        "jax": jax.__version__,
+    }
+
+
 def describe(made: Experiment) -> str:
     """Return the resolved config, the table of parameters, the FLOPs and one batch in words."""
     placed = sharding.shardings(made.mesh, made.axes, made.shapes)
@@ -297,6 +308,6 @@ def describe(made: Experiment) -> str:
     )
 
 
-def describe_batch(made: Experiment) -> str:
-    """Return the first row of the first batch in words."""
-    return pipeline.describe_batch(made.batches[0], made.corpus.tokenizer)
+def describe_batch(made: Experiment, width: int = 0) -> str:
+    """Return the first row of the first batch in words, lines cut to `width` (0 = whole)."""
+    return pipeline.describe_batch(made.batches[0], made.corpus.tokenizer, width=width)

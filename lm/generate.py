@@ -69,8 +69,7 @@ def generate(
         model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p
     )
     key = jax.random.key(seed)
-    context: tuple[Any, ...] = ()
-    starts: list[int] = []
+    context, starts = (), []  # type: tuple[Any, ...], list[int]
     open_rows = set(range(len(new))) if max_tokens else set()
     while open_rows:
         fresh = [context_start(len(r), n, limit) for r, n in zip(rows, prompted, strict=True)]

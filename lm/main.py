@@ -1,6 +1,7 @@
 """Train the model of an experiment file: `python -m lm.main --config experiments/gpt_tiny.py`."""
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,10 @@ from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run an experiment; return the exit code: 0 done, 2 a mistake, 3 diverged, 75 resumable."""
+    """Run an experiment; return the exit code.
+
+    0 done, 2 a mistake, 3 diverged, 75 stopped and saved, 130 stopped before there was a step to save.
+    """
     assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
@@ -54,16 +58,19 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         return 0
     stamp = time.strftime("%Y%m%d-%H%M%S")
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
+    flags = [f"--config.{assignment}" for assignment in assignments]
+    words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *flags]
+    again = shlex.join(words)
     try:
         train.run(config, workdir)
     except train.Interrupted as interruption:
-        print(f"{interruption}; to resume: python -m lm.main {_quoted(args, assignments, workdir)}")
+        print(f"{interruption}; to resume: {again}")
         return 75
     except train.Diverged as divergence:
         print(f"error: {divergence}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(f"stopped before step 1; to start again: python -m lm.main --config {args.config}")
+        print(f"stopped before the first step; nothing is lost; to start again: {again}")
         return 130
     except OSError as error:
         raise config_lib.ConfigError(
@@ -73,11 +80,6 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
     print(f"         python -m tools.plot --workdir {workdir}")
     return 0
-
-
-def _quoted(args: argparse.Namespace, assignments: list[str], workdir: Path) -> str:
-    flags = "".join(f" --config.{assignment}" for assignment in assignments)
-    return f"--config {args.config} --workdir {workdir}{flags}"
 
 
 if __name__ == "__main__":

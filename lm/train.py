@@ -81,6 +81,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if state is None:
             state = fresh_state(made, init)
         first = int(state.step)
+        if first > num_steps:
+            raise ConfigError(
+                f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
+            )
         write_files(workdir, made, first)
         writers = metrics.open_writers(
             workdir,
@@ -313,10 +317,15 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     for key, before, after in changes:
         if key.startswith(LISTED) or key in FREE:
             print(f"resuming with {key}: {before!r} -> {after!r}")
+    path = workdir / "environment.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for key, now in experiment.environment(made).items():
+        if before.get(key, now) != now:
+            print(f"resuming with another {key}: {before[key]} -> {now}")
 
 
 def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
-    """Write config.json, data.json and the tokenizer; a config that differs is kept as config.<step>.json."""
+    """Write the config, data, environment and tokenizer; an older config is kept as config.<step>.json."""
     if jax.process_index() > 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
@@ -329,7 +338,8 @@ def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
         manifests.write_whole(kept, path.read_text())
     manifests.write_whole(path, text)
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
-    manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
+    for name, values in (("data", described), ("environment", experiment.environment(made))):
+        manifests.write_whole(workdir / f"{name}.json", json.dumps(values, indent=2) + "\n")
     made.corpus.tokenizer.save(workdir / "tokenizer")
 
 
@@ -347,7 +357,7 @@ def announce(
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     if resumed:
         say(f"resumed: at step {first}")
-    say(experiment.describe_batch(made))
+    say(experiment.describe_batch(made, width=160))
 
 
 def say_sample(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import checkpoint, manifests, sharding
+from lm import checkpoint, manifests, sharding, train
 from lm.config import ConfigError
 
 
@@ -64,6 +64,14 @@ def test_the_best_is_not_kept_when_not_wanted(tmp_path):
     save_all(saver, {1: 1.0, 2: 2.0})
     saver.close()
     assert manifests.good_steps(saver.folder) == [2]
+
+
+def test_the_best_of_none_is_said(tiny, tmp_path):
+    train.run(tiny(train__num_steps=3, checkpoint__every_steps=2, eval__every_steps=3), tmp_path)
+    assert checkpoint.find_step(tmp_path, "best") == 3
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    with pytest.raises(ConfigError, match=r"step=best.*eval/loss"):
+        checkpoint.find_step(tmp_path, "best")
 
 
 def test_keeping_none_is_refused():

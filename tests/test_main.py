@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_debug_shows_the_traceback(experiment):
         ("bad.txt", b"fine \xff\xfe fine" * 99, ["--config.data.on_invalid=refuse"], "UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', [], "broken.jsonl:2"),
         ("field.jsonl", b'{"body": "a"}\n' * 3, [], "text"),
+        ("binary.parquet", b"PAR1\0\1" * 99, [], "binary.parquet"),
         ("cut.txt.gz", gzip.compress(b"hello " * 9999)[:-20], [], "cut.txt.gz"),
     ],
 )
@@ -146,6 +148,22 @@ def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
     monkeypatch.setattr(train, "run", diverge)
     assert experiment() == 3
     assert "step 3" in one_line(capsys)
+
+
+def test_the_command_to_resume_is_the_one_that_was_typed(experiment, tmp_path, capsys, monkeypatch):
+    def stopped(config, workdir):
+        raise train.Interrupted("stopped at step 1, which is saved")
+
+    monkeypatch.setattr(train, "run", stopped)
+    flags = [
+        "--config.optim.warmup=2 epochs",
+        '--config.optim.lr_rules=(("(a|b)$",0.5),(".*",1.0))',
+    ]
+    assert experiment(*flags) == 75
+    command = shlex.split(capsys.readouterr().out.partition("to resume: ")[2])
+    assert command[:3] == ["python", "-m", "lm.main"]
+    assert [word for word in command if word.startswith("--config.optim")] == flags
+    assert command[command.index("--workdir") + 1] == str(tmp_path / "run")
 
 
 def test_dry_run_trains_nothing(experiment, tmp_path, capsys):

@@ -208,6 +208,40 @@ def test_changes_of_optim_are_listed_and_the_old_config_kept(tiny, tmp_path, cap
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 5e-3
 
 
+def test_no_old_config_is_ever_overwritten(tiny, tmp_path):
+    for rate in (1e-2, 2e-2, 3e-2):
+        train.run(tiny(train__num_steps=2, optim__peak_lr=rate), tmp_path)
+    kept = [json.loads((tmp_path / f"config.2{again}.json").read_text()) for again in ("", ".1")]
+    assert [config["optim"]["peak_lr"] for config in kept] == [1e-2, 2e-2]
+
+
+def test_another_environment_is_listed(tiny, tmp_path, capsys):
+    train.run(tiny(train__num_steps=2), tmp_path)
+    assert "another" not in capsys.readouterr().out
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["dtype"] == "float32"
+    (tmp_path / "environment.json").write_text(json.dumps({**environment, "dtype": "bfloat16"}))
+    train.run(tiny(train__num_steps=3), tmp_path)
+    assert "another dtype: bfloat16 -> float32" in capsys.readouterr().out
+
+
+def test_fewer_steps_than_were_done_are_refused(tiny, tmp_path):
+    train.run(tiny(train__num_steps=3), tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.num_steps=2.*at step 3"):
+        train.run(tiny(train__num_steps=2), tmp_path)
+
+
+def test_zero_is_never_but_for_the_last_step(tiny, tmp_path):
+    train.run(tiny(eval__every_steps=0, checkpoint__every_steps=0), tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path) if "eval/loss" in row] == [0, 6]
+    assert manifests.good_steps(tmp_path / "checkpoints") == [6]
+
+
+def test_a_profile_ends_with_the_run(tiny, tmp_path):
+    train.run(tiny(train__num_steps=12, train__profile_steps=5), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_layers_scanned_or_unrolled_resume_each_other(tiny, tmp_path):
     config = tiny()
     train.run(tiny(train__num_steps=4), tmp_path)

@@ -218,9 +218,11 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64) -> np.ndarra
     return (left << half) | right
 
 
-def describe_batch(batch: Batch, tokenizer: tokenizers.Tokenizer, *, rows: int = 1) -> str:
+def describe_batch(
+    batch: Batch, tokenizer: tokenizers.Tokenizer, *, rows: int = 1, width: int = 0
+) -> str:
     """Return the first `rows` rows in words: for each run of one document and one weight, where it
-    is, its weight, and the text of its inputs and targets."""
+    is, its weight, and the text of its inputs and targets, cut to `width` characters (0 = whole)."""
     lines = []
     for row in range(min(rows, len(batch["inputs"]))):
         segments, weights = batch["segments"][row], batch["weights"][row]
@@ -239,7 +241,9 @@ def describe_batch(batch: Batch, tokenizer: tokenizers.Tokenizer, *, rows: int =
                 )
                 for name in ("inputs", "targets"):
                     lines.append(f"    {name:7} {_words(batch[name][row, run], tokenizer)}")
-    return "\n".join(lines)
+    return "\n".join(
+        line if len(line) <= width or not width else f"{line[: width - 4]} ..." for line in lines
+    )
 
 
 def _words(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> str:

@@ -129,7 +129,12 @@ def text(files: Iterable[Path], *, on_invalid: str) -> Iterator[Document]:
     """Yield each file as one document, line ends as they are."""
     for file in files:
         with _open(file) as handle:
-            content, replaced = _decode(handle.read(), 0, file, on_invalid)
+            raw = handle.read()
+        if b"\0" in raw[:4096]:
+            raise ConfigError(
+                f"data.path: {file} is no UTF-8 text (it holds NUL bytes); convert it, or name another"
+            )
+        content, replaced = _decode(raw, 0, file, on_invalid)
         content = content.removeprefix(_BYTE_ORDER_MARK)
         if not content:
             raise ConfigError(f"data.path: {file} is empty; name a file that holds text")

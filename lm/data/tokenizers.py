@@ -36,6 +36,7 @@ _TRAIN_BYTES = 16 << 20  # about half a minute of unigram training; more text mo
 _TRAIN_THREADS = 4  # a constant: the sums of unigram training depend on it in their last bits
 _LINE = 1000  # characters; longer lines are trained on in parts
 _NO_IDS = np.zeros(0, np.int32)
+_UNKNOWN = "\ufffd"
 _CHUNK = 1 << 16  # characters encoded at a time: bounds the memory of one long document
 
 
@@ -63,7 +64,10 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; end of text is no text, a broken byte sequence is U+FFFD."""
+        """Return the text of `ids`; end of text is no text.
+
+        A broken byte sequence is U+FFFD, and so is an id past the vocabulary: a model's may be larger.
+        """
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
@@ -89,7 +93,12 @@ class Byte(Tokenizer):
         return np.frombuffer(_checked(text).encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in map(int, ids) if i != self.end_of_text).decode(errors="replace")
+        known = (min(int(i), self.vocab_size) for i in ids)
+        return b"".join(
+            _UNKNOWN.encode() if i == self.vocab_size else bytes([i])
+            for i in known
+            if i != self.end_of_text
+        ).decode(errors="replace")
 
 
 class Char(Tokenizer):
@@ -123,7 +132,10 @@ class Char(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.characters[i] for i in map(int, ids) if i != self.end_of_text)
+        known = f"{self.characters}\0{_UNKNOWN}"
+        return "".join(
+            known[min(i, self.vocab_size)] for i in map(int, ids) if i != self.end_of_text
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {"characters": self.characters}
@@ -169,7 +181,13 @@ class SentencePiece(Tokenizer):
         return self._space if chunk == _SPACE else encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        known: list[list[int]] = [[]]
+        for i in map(int, ids):
+            if i < self.vocab_size:
+                known[-1].append(i)
+            else:
+                known.append([])
+        return _UNKNOWN.join(self._processor.decode(part) for part in known)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)

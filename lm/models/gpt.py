@@ -54,7 +54,9 @@ class Config:
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
     mask: str = ""  # causal or segments (documents of a row apart); "" = as the task packs
-    kernel: str = ""  # attention kernel: xla or cudnn; "" = cudnn where it can be used
+    kernel: str = (
+        ""  # of attention: xla or cudnn; "" = cudnn where it can be used (not with segments)
+    )
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = {
@@ -112,13 +114,20 @@ class Config:
 
 def attention_kernel(cfg: Config) -> str:
     """Return which attention kernel runs: cuDNN's where type, mask and device allow it."""
-    fits = cfg.mask == "causal" and hardware.compute_dtype(cfg.dtype) != jnp.float32
-    if cfg.kernel == "cudnn" and not (fits and jax.default_backend() == "gpu"):
+    width = cfg.sizes["head_dim"]
+    fits = (
+        hardware.has_flash_attention()
+        and cfg.mask == "causal"
+        and hardware.compute_dtype(cfg.dtype) != jnp.float32
+        and width <= 128
+        and width % 8 == 0
+    )
+    if cfg.kernel == "cudnn" and not fits:
         raise ConfigError(
-            "model.kernel='cudnn' needs a GPU, model.dtype=bfloat16 and model.mask=causal "
-            "(task.isolate_documents=False); use 'xla'"
+            "model.kernel='cudnn' needs a GPU from Ampere on, model.dtype=bfloat16, model.mask=causal "
+            "(task.isolate_documents=False) and heads of at most 128, a multiple of 8; use 'xla'"
         )
-    return cfg.kernel or ("cudnn" if fits and jax.default_backend() == "gpu" else "xla")
+    return cfg.kernel or ("cudnn" if fits else "xla")
 
 
 class Block(nn.Module):

@@ -57,6 +57,15 @@ def test_decode_returns_any_text_and_token_bytes_add_up(tokenizer, text):
     assert tokenizer.end_of_text not in ids
 
 
+@pytest.mark.parametrize("name", ["byte", "char", "sentencepiece"])
+def test_ids_past_the_vocabulary_are_replaced(name):
+    """A model's vocabulary may be larger than its tokenizer's, and sampled from."""
+    tokenizer = tokenizers.train(name, PROSE, vocab_size=700, model="bpe")
+    ids = tokenizer.encode("the").tolist()
+    past = [tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.vocab_size + 99]
+    assert tokenizer.decode([*ids, *past, *ids]) == "the\ufffd\ufffdthe"
+
+
 @given(cut=st.integers(1, 50), text=AWKWARD)
 @settings(deadline=None, max_examples=50)
 def test_long_text_is_encoded_in_parts_without_loss(tokenizer, cut, text):
