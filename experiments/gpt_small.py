@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     })  # fmt: skip
     config.optim = ConfigDict({
         "name": "muon",
-        "peak_lr": 0.02,
+        "peak_lr": 0.0036,  # an update of a matrix [768, 768] is then that of Jordan's Muon at 0.02
         "schedule": "wsd",
         "warmup": "2%",
         "decay": "40%",

@@ -2,6 +2,7 @@
 
 Paper: Radford et al. 2019 with the current recipe (see `lm/models/gpt.py`), trained with Muon.
 Command: python -m lm.main --config experiments/gpt_tiny.py
+  python -m tools.sweep --config experiments/gpt_tiny.py --workdir runs/sweep
 Hardware: two CPU cores.
 """
 
@@ -31,3 +32,8 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict({"every_steps": 100})
     config.checkpoint = ConfigDict({"every_steps": 100})
     return config
+
+
+def sweep() -> list[dict]:
+    """Return the learning rates that `tools.sweep` compares (`lm.sweep` has grids of several fields)."""
+    return [{"optim.peak_lr": rate} for rate in (0.01, 0.02, 0.04)]

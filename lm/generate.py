@@ -56,8 +56,7 @@ def generate(
       stop_token: a row ends before this token.
       on_tokens: called with (row, new tokens) as they come.
 
-    Raises:
-      ConfigError: an argument out of its range, or a token outside the vocabulary.
+    Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
     """
     _check(prompts, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
@@ -69,7 +68,8 @@ def generate(
         model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p
     )
     key = jax.random.key(seed)
-    context, starts = (), []  # type: tuple[Any, ...], list[int]
+    context: tuple[Any, ...] = ()
+    starts: list[int] = []
     open_rows = set(range(len(new))) if max_tokens else set()
     while open_rows:
         fresh = [context_start(len(r), n, limit) for r, n in zip(rows, prompted, strict=True)]

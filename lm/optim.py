@@ -2,7 +2,8 @@
 
 An entry of `OPTIMIZERS` turns gradients into a direction; what all share is here once: clipping
 before it, then decoupled weight decay (arXiv 1711.05101), both rule tables, and the schedule. To
-add an optimizer or a schedule, write a function and name it in its table.
+add an optimizer or a schedule, write a function, name it in its table, and say in `Config.ONLY_FOR` which
+fields it uses: others are refused when they are given on the command line.
 """
 
 import dataclasses

@@ -1,5 +1,7 @@
 """Sweeps: an experiment file's `sweep()` returns a list of points, each a dict of dotted overrides.
 
+    from lm import sweep as sweep_lib
+
     def sweep():
         return sweep_lib.grid(
             sweep_lib.zipped({"model.num_layers": [2, 4], "model.model_dim": [128, 256]}),
