@@ -1,5 +1,6 @@
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,16 @@ def test_the_cached_continuation_equals_the_uncached_one(name):
 def test_a_prompt_alone_is_continued_as_in_a_batch(name):
     together = greedy(name)
     assert [greedy(name, [prompt])[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("count", [5, 16])
+def test_as_many_tokens_a_call_as_an_accelerator_makes_are_the_same(name, count, monkeypatch):
+    one = greedy(name)
+    module = sys.modules[generate.__module__]
+    assert module.tokens_per_call() == 1
+    monkeypatch.setattr(module, "tokens_per_call", lambda: count)
+    assert greedy(name) == one
 
 
 @pytest.mark.parametrize("limit", range(10))

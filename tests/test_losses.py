@@ -11,6 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from lm import losses, sharding
+from lm.nn import linear
 
 TOLERANCE = 1e-5
 B, L, D, V, PADDED = 4, 12, 8, 27, 32
@@ -246,22 +247,22 @@ FULL = {"B": 8, "L": 1024, "D": 768, "V": 50304}
 
 
 def full_size(layout, chunk):
-    """Return (abstract arguments, plain and chunked value_and_grad) at the size of GPT-2 small."""
+    """Return (abstract arguments, plain and chunked value_and_grad) at the size of GPT-2 small.
+
+    The plain one is optax on the logits of an einsum, the chunked one ours with the head of our models.
+    """
     B, L, D, V = FULL.values()
     shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
     head = shape(V, D) if layout == "vd" else shape(D, V)
     arguments = head, shape(B, L, D), shape(B, L, dtype=jnp.int32), shape(B, L)
 
-    def logits(w, x):
-        return jnp.einsum(f"bld,{layout}->blv", x, w)
-
     def full(w, x, t, weights):
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits(w, x), t)
-        return jnp.sum(loss * weights)
+        logits = jnp.einsum(f"bld,{layout}->blv", x, w)
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, t) * weights)
 
     def ours(w, x, t, weights):
-        options = {"max_scored": L, "chunk": chunk}
-        return losses.cross_entropy(logits, w, x, t, weights, **options)[0]
+        head = lambda w, x: linear.product(x, w, layout == "vd")  # noqa: E731
+        return losses.cross_entropy(head, w, x, t, weights, max_scored=L, chunk=chunk)[0]
 
     return arguments, *(jax.jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (full, ours))
 

@@ -42,17 +42,19 @@ def test_computes_in_its_type_from_float32_parameters():
     assert module.apply({"params": params}, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("lead", [(), (5,), (2, 5)])
-def test_the_gradient_by_hand_is_that_of_the_product(lead):
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("inputs", [3, 40])  # of one row 40 are taken in eight parts
+@pytest.mark.parametrize("lead", [(), (1, 1), (5,), (2, 5)])
+def test_the_product_and_its_gradient_by_hand_are_those_of_jax(lead, inputs, transposed):
     rng = np.random.default_rng(2)
-    x, kernel, dy = (
-        rng.normal(size=s).astype(np.float32) for s in ((*lead, 3), (3, 4), (*lead, 4))
-    )
+    shapes = (*lead, inputs), (4, inputs) if transposed else (inputs, 4), (*lead, 4)
+    x, kernel, dy = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
-    def gradients(function):
-        return jax.jit(jax.grad(lambda x, k: (function(x, k) * dy).sum(), argnums=(0, 1)))(
-            x, kernel
-        )
+    def both(function):
+        values = jax.value_and_grad(lambda x, k: (function(x, k) * dy).sum(), argnums=(0, 1))
+        return function(x, kernel), *jax.tree.leaves(jax.jit(values)(x, kernel))
 
-    for ours, theirs in zip(gradients(product), gradients(jnp.matmul), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours = both(lambda x, kernel: product(x, kernel, transposed))
+    theirs = both(lambda x, kernel: jnp.matmul(x, kernel.T if transposed else kernel))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
