@@ -230,7 +230,7 @@ def _from_text(text: str, hint: Any) -> Any:
 
 def _from_value(value: Any, hint: Any) -> Any:
     """Check a Python value, and bring it to exactly its type; ValueError where it is none."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 2**63
     if hint is int and number and value == int(value):
         return int(value)
     if hint is float and number:
@@ -256,8 +256,8 @@ def _tuple(items: Sequence[Any], hint: Any, *, read: Callable[[Any, Any], Any]) 
 def _parse_duration(value: Duration) -> tuple[Fraction, str]:
     match = _DURATION.fullmatch(str(value).strip())
     amount, unit = Fraction(match[1] if match else "none"), match[2] if match else ""
-    if unit in ("", "step", "steps") and amount.denominator != 1:
-        raise ValueError(f"a part of a step: {value}")
+    if amount >= 2**63 or (unit in ("", "step", "steps") and amount.denominator != 1):
+        raise ValueError(f"too many, or a part of a step: {value}")
     return amount, unit.rstrip("s") or "step"
 
 
@@ -386,14 +386,15 @@ def help_text(schema: Schema, config: Mapping[str, Any]) -> str:
 
 
 def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run a tool's `function` and return its exit code: 2, after one line, for a ConfigError.
+    """Run a tool's `function` and return its exit code: 2, after one line, for a mistake.
 
     With `debug` the error is raised on, so that its traceback shows. Ctrl-C is the caller's.
     """
     try:
         return function() or 0
-    except ConfigError as error:
+    except (ConfigError, MemoryError, OverflowError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        known = "" if isinstance(error, ConfigError) else "a size is too large for this machine: "
+        print(f"error: {known}{' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -73,6 +73,11 @@ def one_line(capsys):
         (["--config.data.validation_fraction=2"], ["data.validation_fraction=2"]),
         (["--config.train.init_from=nowhere"], ["nowhere"]),
         (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),
+        (["--config.optim.peak_lr=inf"], ["optim.peak_lr='inf'", "expected float"]),
+        (["--config.train.z_loss=nan"], ["train.z_loss='nan'", "expected float"]),
+        (["--config.seed=99999999999999999999"], ["seed=", "expected int"]),
+        (["--config.train.num_steps=1e5000"], ["train.num_steps='1e5000'", "expected duration"]),
+        (["--config.data.batch_size=8000000000000"], ["too large for this machine"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(experiment, capsys, flags, words):
