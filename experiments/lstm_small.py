@@ -1,7 +1,7 @@
 """A small LSTM language model, its state carried from window to window of 16 streams.
 
 Paper: Zaremba et al. 2014 (arXiv 1409.2329), with a tied head (1608.05859) and Muon, which orthogonalises
-each gate's matrix: with AdamW at its best rate of three it ends 0.2 bits per byte higher.
+each gate's matrix (AdamW at 0.003 ended at 2.073 bits per byte after 2.0M tokens).
 Command: python -m lm.main --config experiments/lstm_small.py
 Hardware: two CPU cores.
 Result: 1.861 bits per byte after 1.2M tokens (one seed, Python 3.13).
