@@ -276,7 +276,12 @@ def read_config(workdir: str | Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"workdir={workdir}: no config.json there; give the folder of a run")
-    return config_lib.from_json(path.read_text(), where=str(path))
+    config = config_lib.from_json(path.read_text(errors="replace"), where=str(path))
+    if not isinstance(config.get("model"), ConfigDict) or "name" not in config.model:
+        raise ConfigError(
+            f"{path}: not the config of a run (no model.name in it); restore the file"
+        )
+    return config
 
 
 def load(workdir: str | Path, step: int | str = "last") -> Loaded:
@@ -293,7 +298,12 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
     if bad := manifests.problem(folder, step):
         raise ConfigError(f"checkpoint {folder / str(step)}: {bad}; choose another with --step")
     cls = models.config_class(config.model.name)
-    model = models.build(config_lib.freeze(cls, config.model, where="model"))
+    cfg: Any = config_lib.freeze(cls, config.model, where="model")
+    if not (cfg.vocab_size and cfg.max_length):
+        raise ConfigError(
+            f"workdir={workdir}: config.json leaves model.vocab_size or model.max_length open; restore it"
+        )
+    model = models.build(cfg)
     _, shapes = parameter_axes(model, model.cfg.max_length)
     placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

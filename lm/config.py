@@ -18,7 +18,6 @@ import inspect
 import io
 import json
 import math
-import numbers
 import re
 import sys
 import textwrap
@@ -230,7 +229,7 @@ def _from_text(text: str, hint: Any) -> Any:
 
 def _from_value(value: Any, hint: Any) -> Any:
     """Check a Python value, and bring it to exactly its type; ValueError where it is none."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 2**63
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
     if hint is int and number and value == int(value):
         return int(value)
     if hint is float and number:
@@ -331,7 +330,7 @@ def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
     """
     try:
         return _nest(_flatten(json.loads(text)))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where}: not a JSON object ({error}); restore the file") from None
 
 

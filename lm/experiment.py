@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -217,6 +218,7 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         seed=made.config.seed,
         accumulate=made.cfg["train"].accumulate_steps,
         ema_decay=made.cfg["optim"].ema_decay,
+        schedule=made.schedule,
     )
     return (
         jax.jit(init, out_shardings=placed),
@@ -273,6 +275,7 @@ def environment(made: Experiment) -> dict[str, Any]:
         "mesh": dict(made.mesh.shape),
         "dtype": str(hardware.compute_dtype(made.config.model.get("dtype", "float32"))),
         "jax": jax.__version__,
+        "python": platform.python_version(),  # whose own text the embedded sources are
     }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -83,4 +84,6 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved; what is left is to end
+    sys.exit(code)

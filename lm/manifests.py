@@ -64,9 +64,14 @@ def read(folder: Path, step: int) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None where there is none that makes sense."""
     try:
         manifest = json.loads((folder / str(step) / MANIFEST).read_text())
-    except (OSError, ValueError):
+        for name, kinds in (("files", (int, str)), ("arrays", (list, str))):
+            for first, second in manifest[name].values():
+                if not isinstance(first, kinds[0]) or not isinstance(second, kinds[1]):
+                    return None
+        scores = all(isinstance(value, int | float) for value in manifest["metrics"].values())
+        return manifest if scores and manifest["step"] == step else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("step") == step else None
 
 
 def all_steps(folder: Path) -> list[int]:

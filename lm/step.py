@@ -162,12 +162,14 @@ def train_step(
     seed: int,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    schedule: Callable[[jax.Array], Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Do one update on a global batch (arrays [B, L]) and return the new state and its metrics.
 
     The batch is taken in `accumulate` parts whose gradients are summed and divided by the weight of
     the whole, so that the update is that of one big batch, ragged weights included. After a loss or
-    gradient that is not finite nothing changes any more, and `healthy` says so.
+    gradient that is not finite nothing changes any more, and `healthy` says so. `schedule` gives the
+    learning rate to report.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
@@ -186,6 +188,8 @@ def train_step(
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
     sums |= {"grad_norm": (grad_norm, one), "tokens": (weight, one)}
+    if schedule is not None:  # made here: on the host it would wait behind the step that runs
+        sums["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
 
 

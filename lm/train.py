@@ -7,7 +7,7 @@ that resumes at s repeats neither the evaluation nor the save of s.
 
 import contextlib
 import dataclasses
-import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,16 +31,11 @@ from lm import (
     step,
 )
 from lm import config as config_lib
+from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
 
 SCHEMA = experiment.SCHEMA
-
-# What a resumed run may not change; inside it, what only says how the same numbers are computed; and
-# what is listed when it changes.
-FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order")
-FREE = ("model.scan", "model.remat", "model.kernel")
-LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 
 
 class Interrupted(Exception):
@@ -69,9 +64,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     # 0 is never, but for the last step.
     eval_every = made.steps_of("eval", "every_steps") or num_steps
     save_every = made.steps_of("checkpoint", "every_steps") or num_steps
-    check_resume(workdir, made)
-
     with contextlib.ExitStack() as stack:
+        # First, so that a second signal is harmless until all is closed.
+        stop = stack.enter_context(stop_signals())
+        if jax.process_index() == 0:
+            stack.enter_context(workdirs.alone_in(workdir))
+        workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
         saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
@@ -85,7 +83,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             raise ConfigError(
                 f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
             )
-        write_files(workdir, made, first)
+        workdirs.write_files(workdir, made, first)
         writers = metrics.open_writers(
             workdir,
             resume_step=first if resumed else None,
@@ -98,7 +96,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         log = Log(made, writers)
         profile = Profile(workdir, first, cfg["train"].profile_steps)
         stack.callback(profile.close)
-        stop = stack.enter_context(stop_signals())
+        stop.waits = True
         scores = saved_scores(workdir, first) if resumed else {}
         batches = place_ahead(made, first)
 
@@ -206,7 +204,6 @@ class Log:
         if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}
-            row["train/learning_rate"] = float(self._made.schedule(now - 1))
             self.latest = {**row, **self._rates(now)}
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed
@@ -264,17 +261,25 @@ class Profile:
 
 
 class Stop:
-    """Whether a signal has asked to stop."""
+    """Whether a signal has asked to stop, and whether it waits for the step: else it stops at once."""
 
-    asked = False
+    asked = waits = False
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing."""
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing.
+
+    Before training begins there is nothing to save, and they are a KeyboardInterrupt.
+    """
     stop, old = Stop(), {}
 
     def ask(number, frame):
+        if not (stop.waits or stop.asked):
+            stop.asked = True
+            raise KeyboardInterrupt
+        if not stop.asked:
+            os.write(2, b"\nstopping after this step, and saving it\n")
         stop.asked = True
 
     with contextlib.suppress(
@@ -286,61 +291,6 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def check_resume(workdir: Path, made: experiment.Experiment) -> None:
-    """Refuse to resume where the new config would silently make another run.
-
-    Raises:
-      ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
-    """
-    if not manifests.good_steps(workdir / "checkpoints"):
-        return
-    old = checkpoint.read_config(workdir)
-    changes = config_lib.difference(old, made.config)
-    refused = [
-        f"{key} {before!r} -> {after!r}"
-        for key, before, after in changes
-        if key.startswith(FIXED) and key not in FREE
-    ]
-    data = json.loads((workdir / "data.json").read_text())
-    if data["fingerprint"] != made.corpus.fingerprint:
-        keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
-        refused.append(
-            f"the data's content, tokenizer or split ({', '.join(keys) or 'same settings'})"
-        )
-    if refused:
-        raise ConfigError(
-            f"workdir={workdir} holds a run of another config: {'; '.join(refused)}; "
-            "choose another --workdir, or set these back"
-        )
-    for key, before, after in changes:
-        if key.startswith(LISTED) or key in FREE:
-            print(f"resuming with {key}: {before!r} -> {after!r}")
-    path = workdir / "environment.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    for key, now in experiment.environment(made).items():
-        if before.get(key, now) != now:
-            print(f"resuming with another {key}: {before[key]} -> {now}")
-
-
-def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
-    """Write the config, data, environment and tokenizer; an older config is kept as config.<step>.json."""
-    if jax.process_index() > 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, text = workdir / "config.json", config_lib.to_json(made.config)
-    if path.exists() and path.read_text() != text:
-        names = (
-            f"config.{first}{again}.json" for again in ("", *map(".{}".format, range(1, 1000)))
-        )
-        kept = next(workdir / name for name in names if not (workdir / name).exists())
-        manifests.write_whole(kept, path.read_text())
-    manifests.write_whole(path, text)
-    described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
-    for name, values in (("data", described), ("environment", experiment.environment(made))):
-        manifests.write_whole(workdir / f"{name}.json", json.dumps(values, indent=2) + "\n")
-    made.corpus.tokenizer.save(workdir / "tokenizer")
 
 
 def announce(

@@ -10,6 +10,7 @@ FLOORS = {
     "lm.main": 5,
     "tools": 5,
     "lm.train": 4,
+    "lm.workdir": 4,
     "lm.experiment": 4,
     "lm.evaluate": 3,
     "lm.generate": 3,
@@ -32,6 +33,8 @@ FLOORS = {
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
+    ("lm.train", "lm.workdir"),
+    ("lm.workdir", "lm.experiment"),
     ("lm.sharding", "lm.config"),
     ("lm.metrics", "lm.config"),
 }

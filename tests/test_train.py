@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from lm import checkpoint, manifests, train
+from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.metrics import read_rows
 
@@ -222,7 +224,35 @@ def test_another_environment_is_listed(tiny, tmp_path, capsys):
     assert environment["dtype"] == "float32"
     (tmp_path / "environment.json").write_text(json.dumps({**environment, "dtype": "bfloat16"}))
     train.run(tiny(train__num_steps=3), tmp_path)
-    assert "another dtype: bfloat16 -> float32" in capsys.readouterr().out
+    assert "another dtype bfloat16 -> float32" in capsys.readouterr().out
+
+
+def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
+    with workdirs.alone_in(tmp_path), pytest.raises(ConfigError, match="another process"):
+        train.run(tiny(), tmp_path)
+    assert train.run(tiny(), tmp_path)["eval/loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "environment.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"{}", b"[" * 100_000])
+def test_a_damaged_file_is_named(tiny, tmp_path_factory, finished, name, content):
+    workdir = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / name).write_bytes(content)
+    if (name, content) == ("environment.json", b"{}"):
+        train.run(tiny(train__num_steps=2), workdir)  # nothing to compare with
+    else:
+        with pytest.raises(ConfigError, match=rf"{name}|the data's content"):
+            train.run(tiny(train__num_steps=2), workdir)
+
+
+def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
+    """The last row, one step after another, has a rate like those before it."""
+    train.run(tiny(train__num_steps=41, train__log_every_steps=20, eval__every_steps=0), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    assert len(rates) == 3
+    assert rates[2] < 5 * rates[1]
 
 
 def test_fewer_steps_than_were_done_are_refused(tiny, tmp_path):

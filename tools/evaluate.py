@@ -35,6 +35,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     import jax
 
     from lm import checkpoint, experiment, hardware, manifests, sharding, step, tasks
+    from lm import workdir as workdirs
     from lm.data import corpus, tokenizers
 
     given = [assignment.partition("=")[0] for assignment in assignments]
@@ -55,6 +56,13 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     mesh, task = sharding.make_mesh(cfg["mesh"]), tasks.build(cfg["task"])
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
+    trained_on = workdirs.read_json(Path(args.workdir) / "data.json").get("fingerprint")
+    if not other and text.fingerprint != trained_on:
+        print(
+            "notice: this validation split is not the run's own (another Python's text, or a changed file "
+            "or setting)",
+            file=sys.stderr,
+        )
     objective = step.Objective(max_scored=task.max_scored, vocab_size=tokenizer.vocab_size)
     with sharding.use(mesh):
         axes, shapes = step.parameter_axes(model, model.cfg.max_length)

@@ -248,8 +248,8 @@ def _whole(content: str) -> Document:
 def _expand(path: Sequence[str]) -> Iterator[Path]:
     """Yield the files that paths and globs name, a glob's in order of name."""
     for item in path:
-        pattern = str(Path(item).expanduser())
-        if Path(pattern).exists() or not glob.has_magic(pattern):
+        pattern = os.path.expanduser(item)
+        if os.path.exists(pattern) or not glob.has_magic(pattern):
             found = [pattern]
         else:
             found = sorted(
@@ -262,8 +262,12 @@ def _expand(path: Sequence[str]) -> Iterator[Path]:
         for file in map(Path, found):
             if file.is_dir():
                 raise ConfigError(f"data.path={item}: a folder; name its files, as in {item}/*")
-            if not file.exists():
+            if not os.path.exists(file):
                 raise ConfigError(f"data.path={item}: no such file; check the path")
+            if not file.is_file():
+                raise ConfigError(
+                    f"data.path={item}: no regular file, which is read more than once"
+                )
             yield file
 
 

@@ -223,7 +223,7 @@ def load(folder: str | Path) -> Tokenizer:
         if name == "char":
             return Char(settings["characters"])
         return SentencePiece((Path(folder) / "sentencepiece.model").read_bytes())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"{folder}: no readable tokenizer ({error}); restore the folder"
         ) from error

@@ -35,7 +35,7 @@ def family(name: str) -> Any:
       ConfigError: there is none of that name.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
+        near = difflib.get_close_matches(str(name), names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names())}"
         raise ConfigError(f"model.name={name!r} is no family of models; {hint}")
     return importlib.import_module(f"{__name__}.{name}")

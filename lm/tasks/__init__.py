@@ -22,7 +22,7 @@ def config_class(name: str) -> type:
     """Return the `Config` of the task `name`. Raises ConfigError, with the nearest, for no task."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
         raise ConfigError(f"task.name={name}: no such task; did you mean {nearest[0]}?")
     return importlib.import_module(f"lm.tasks.{name}").Config
 

@@ -1,0 +1,105 @@
+"""A run's folder: held by one process, its own files, and what a run that resumes there may change."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm import checkpoint, experiment, manifests
+from lm import config as config_lib
+from lm.config import ConfigError
+
+# What a resumed run may not change; inside it, what only says how the same numbers are computed; and
+# what is listed when it changes.
+FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order")
+FREE = ("model.scan", "model.remat", "model.kernel")
+LISTED = ("optim.", "train.", "eval.", "checkpoint.")
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` for this run alone, where its file system has locks.
+
+    Raises ConfigError where another run has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"workdir={workdir}: another process trains there; wait for it, or choose another"
+            ) from None
+        except OSError:
+            pass  # no locks there
+        yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
+
+
+def check_resume(workdir: Path, made: experiment.Experiment) -> None:
+    """Refuse to resume where the new config would silently make another run.
+
+    Raises:
+      ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
+    """
+    if not manifests.good_steps(workdir / "checkpoints"):
+        return
+    old = checkpoint.read_config(workdir)
+    changes = config_lib.difference(old, made.config)
+    refused = [
+        f"{key} {before!r} -> {after!r}"
+        for key, before, after in changes
+        if key.startswith(FIXED) and key not in FREE
+    ]
+    path = workdir / "environment.json"
+    before = read_json(path) if path.exists() else {}
+    environment = [
+        f"{key} {before[key]} -> {now}"
+        for key, now in experiment.environment(made).items()
+        if before.get(key, now) != now
+    ]
+    data = read_json(workdir / "data.json")
+    if data.get("fingerprint") != made.corpus.fingerprint:
+        keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
+        causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
+        refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
+    if refused:
+        raise ConfigError(
+            f"workdir={workdir} holds a run of another config: {'; '.join(refused)}; "
+            "choose another --workdir, or set these back"
+        )
+    for key, before, after in changes:
+        if key.startswith(LISTED) or key in FREE:
+            print(f"resuming with {key}: {before!r} -> {after!r}")
+    for change in environment:
+        print(f"resuming with another {change}")
+
+
+def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
+    """Write the config, data, environment and tokenizer; an older config is kept as config.<step>.json."""
+    if jax.process_index() > 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, text = workdir / "config.json", config_lib.to_json(made.config)
+    if path.exists() and path.read_text() != text:
+        names = (
+            f"config.{first}{again}.json" for again in ("", *map(".{}".format, range(1, 1000)))
+        )
+        kept = next(workdir / name for name in names if not (workdir / name).exists())
+        manifests.write_whole(kept, path.read_text())
+    manifests.write_whole(path, text)
+    described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
+    for name, values in (("data", described), ("environment", experiment.environment(made))):
+        manifests.write_whole(workdir / f"{name}.json", json.dumps(values, indent=2) + "\n")
+    made.corpus.tokenizer.save(workdir / "tokenizer")
