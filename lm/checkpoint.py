@@ -64,7 +64,10 @@ class Checkpointer:
         manifests.move_aside(target)
         target.mkdir(parents=True)
         arrays = flatten(state)
-        self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
+        try:
+            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise _failed(target, error) from error
         described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
         manifest = {
             "format": manifests.FORMAT,
@@ -81,8 +84,8 @@ class Checkpointer:
             if jax.process_index() == 0:
                 manifests.write(target, manifest)
                 self._retire()
-        except BaseException as error:  # handed to the training loop by `wait`
-            self._error = error
+        except Exception as error:  # handed to the training loop by `wait`
+            self._error = _failed(target, error)
 
     def wait(self) -> None:
         """Wait until the save in flight is good. Raises what went wrong with it."""
@@ -126,6 +129,14 @@ class Checkpointer:
                 continue
             return unflatten(abstract, restore(self.folder, step, flatten(abstract)))
         return None
+
+
+def _failed(target: Path, error: Exception) -> OSError:
+    """Return the error of a save, in a line, and free the room that its part took."""
+    shutil.rmtree(target, ignore_errors=True)
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    full = "No space left on device" in str(error) and "No space left" not in why
+    return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

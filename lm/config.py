@@ -385,15 +385,15 @@ def help_text(schema: Schema, config: Mapping[str, Any]) -> str:
 
 
 def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run a tool's `function` and return its exit code: 2, after one line, for a mistake.
-
-    With `debug` the error is raised on, so that its traceback shows. Ctrl-C is the caller's.
-    """
+    """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C."""
     try:
         return function() or 0
-    except (ConfigError, MemoryError, OverflowError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ConfigError, OSError, MemoryError, OverflowError) as error:
         if debug:
             raise
-        known = "" if isinstance(error, ConfigError) else "a size is too large for this machine: "
-        print(f"error: {known}{' '.join(str(error).split())}", file=sys.stderr)
+        why = "" if isinstance(error, ConfigError | OSError) else "too large for this machine: "
+        print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
         return 2

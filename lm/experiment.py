@@ -125,6 +125,10 @@ def build(config: ConfigDict) -> Experiment:
     task = tasks.build(cfg["task"])
     check_fit(cfg, mesh, task)
     text = corpus.build(cfg["data"])
+    try:
+        text.tokenizer.encode(cfg["train"].sample_prompt)
+    except ConfigError as error:
+        raise ConfigError(f"train.sample_prompt: {error}") from None
     vocab_size = text.tokenizer.vocab_size
     cfg["model"] = models.resolve(
         cfg["model"], vocab_size=vocab_size, max_length=task.row_length, packed=task.packed

@@ -17,8 +17,9 @@ import numpy as np
 from flax import linen as nn
 
 from lm.config import ConfigError
+from lm.nn.embed import MASKED_LOGIT
 
-FILTERED = -1e30
+FILTERED = -jnp.inf
 
 
 def tokens_per_call() -> int:
@@ -213,7 +214,10 @@ def sample(
         logits_BV, ids_BV = jax.lax.top_k(logits_BV, kept)  # sorted, largest first
     else:
         ids_BV = jnp.broadcast_to(jnp.arange(vocab_size)[None], logits_BV.shape)
-    logits_BV = logits_BV / temperature
+    # From the best down, so that no temperature overflows; what the model masks stays out at any.
+    masked_BV = logits_BV <= MASKED_LOGIT / 2
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / max(temperature, 1e-20)
+    logits_BV = jnp.where(masked_BV, FILTERED, logits_BV)
     if top_p < 1:
         probabilities = jax.nn.softmax(logits_BV, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def write(target: Path, manifest: dict[str, Any]) -> None:
@@ -23,7 +23,13 @@ def write(target: Path, manifest: dict[str, Any]) -> None:
     }
     for path in files:
         sync(path)
+    manifest["digest"] = _digest(manifest)
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    body = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -64,12 +70,8 @@ def read(folder: Path, step: int) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None where there is none that makes sense."""
     try:
         manifest = json.loads((folder / str(step) / MANIFEST).read_text())
-        for name, kinds in (("files", (int, str)), ("arrays", (list, str))):
-            for first, second in manifest[name].values():
-                if not isinstance(first, kinds[0]) or not isinstance(second, kinds[1]):
-                    return None
-        scores = all(isinstance(value, int | float) for value in manifest["metrics"].values())
-        return manifest if scores and manifest["step"] == step else None
+        whole = manifest["digest"] == _digest(manifest) and manifest["step"] == step
+        return manifest if whole else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -99,7 +101,7 @@ def problem(folder: Path, step: int) -> str:
     """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
     manifest = read(folder, step)
     if manifest is None:
-        return f"it has no readable {MANIFEST}, so its saving never finished"
+        return f"it has no whole {MANIFEST}: its saving never finished, or the file is damaged"
     if manifest.get("format") != FORMAT:
         return f"its format is {manifest.get('format')}, and this version reads {FORMAT}"
     for name, (size, digest) in manifest["files"].items():

@@ -289,6 +289,12 @@ def eval_step(
     return {**sums, "bytes": (counted.sum(), jnp.ones(()))}, carry
 
 
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Return whether every number of a tree is finite."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
 def count_parameters(params: Any) -> int:
     """Return the number of parameters of a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -103,19 +103,22 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
             evaluating = fresh and (last or now % eval_every == 0)
-            saving = fresh and (last or stop.asked or (now % save_every == 0 and now > 0))
-            if evaluating or saving or stop.asked:
+            saving = fresh and (last or (now % save_every == 0 and now > 0))
+            stopping = stop.asked and not last
+            if evaluating or saving or stopping:
                 log.catch_up()
                 log.check_health(state, saver)
             if evaluating:
                 scores = score(made, eval_step, state)
                 writers.write(now, scores)
-            if saving:
+                stopping = stop.asked and not last  # a signal may have come in the meantime
+            if saving or (stopping and fresh):
+                check_finite(state, saver)
                 writers.sync()
                 saver.save(now, state, scores if evaluating else {})
             if evaluating or saving:
                 log.pause(now)
-            if stop.asked and not last:
+            if stopping:
                 saver.wait()
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
@@ -177,6 +180,21 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     return dict(manifest.get("metrics", {}))
 
 
+def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
+    """Raise Diverged rather than save parameters that are not finite: a finite gradient can make them."""
+    if not bool(step.all_finite(state.params)):
+        raise Diverged(
+            f"step {int(state.step)}: parameters are not finite, and are not saved; {_kept(saver)}"
+        )
+
+
+def _kept(saver: checkpoint.Checkpointer) -> str:
+    saver.wait()
+    good = manifests.good_steps(saver.folder)
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
+
+
 class Log:
     """Rows of training metrics, each read one step late, so that the device never waits for the host."""
 
@@ -213,12 +231,9 @@ class Log:
         """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
         if self._healthy:
             return
-        saver.wait()
-        good = manifests.good_steps(saver.folder)
-        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         raise Diverged(
             f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, "
-            f"and {kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
+            f"and {_kept(saver)}"
         )
 
     def pause(self, now: int) -> None:

@@ -74,6 +74,33 @@ def test_the_best_of_none_is_said(tiny, tmp_path):
         checkpoint.find_step(tmp_path, "best")
 
 
+def test_a_changed_manifest_is_not_trusted(saver):
+    """Its scores decide what is kept, its arrays what is read."""
+    save_all(saver, {1: 3.0, 2: 1.0})
+    path = saver.folder / "2" / "manifest.json"
+    path.write_text(path.read_text().replace('"eval/loss": 1.0', '"eval/loss": 9.0'))
+    assert manifests.good_steps(saver.folder) == [1]
+    restored = saver.restore_latest(placed(state()))
+    np.testing.assert_array_equal(restored["params"]["a"], state(1)["params"]["a"])
+    assert (saver.folder / "2.aside0").exists()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failed_save_is_one_line_and_leaves_no_part(saver, monkeypatch, late):
+    save_all(saver, {1: 1.0})
+
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: cannot write\nmore: No space left on device\n" * 9)
+
+    monkeypatch.setattr(saver._orbax, "wait_until_finished" if late else "save", full)
+    with pytest.raises(
+        OSError, match=r"^checkpoint 2: RESOURCE_EXHAUSTED: cannot write \(No space"
+    ):
+        save_all(saver, {2: 1.0})
+    monkeypatch.undo()
+    assert manifests.all_steps(saver.folder) == [1]
+
+
 def test_keeping_none_is_refused():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep=0"):
         checkpoint.Config(keep=0)

@@ -13,6 +13,7 @@ from lm.config import ConfigError
 from lm.generate import context_start, generate, sample
 from lm.models.gpt import Config as Gpt
 from lm.models.rnn import Config as Rnn
+from lm.nn.embed import MASKED_LOGIT
 
 V, LIMIT = 50, 12
 TIE = 1e-5  # where the two best logits lie this near, either is right
@@ -205,6 +206,14 @@ def test_the_best_alone_and_temperature_zero_are_greedy():
     best = logits.argmax(-1)
     np.testing.assert_array_equal(draw(logits, counts, temperature=9.0, top_k=1, top_p=1.0), best)
     np.testing.assert_array_equal(draw(logits, counts, temperature=0.0, top_k=7, top_p=0.5), best)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0, "top_p": 1.0}, {"top_k": 4, "top_p": 0.999}])
+def test_no_temperature_reaches_what_is_masked_nor_overflows(options):
+    logits = jnp.array([[1.0, 3.0, 2.0, MASKED_LOGIT, MASKED_LOGIT]] * 200)
+    draw = functools.partial(sample, logits, jnp.arange(200), key=jax.random.key(0), **options)
+    assert set(np.asarray(draw(temperature=1e9)).tolist()) == {0, 1, 2}
+    assert set(np.asarray(draw(temperature=1e-40)).tolist()) == {1}
 
 
 def test_the_randomness_is_of_seed_row_and_count():

@@ -73,6 +73,7 @@ def one_line(capsys):
         (["--config.data.validation_fraction=2"], ["data.validation_fraction=2"]),
         (["--config.train.init_from=nowhere"], ["nowhere"]),
         (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),
+        (["--config.train.sample_prompt=É", "--config.data.tokenizer=char"], ["train.sample_prompt", "'É'"]),
         (["--config.optim.peak_lr=inf"], ["optim.peak_lr='inf'", "expected float"]),
         (["--config.train.z_loss=nan"], ["train.z_loss='nan'", "expected float"]),
         (["--config.seed=99999999999999999999"], ["seed=", "expected int"]),
@@ -169,6 +170,17 @@ def test_the_command_to_resume_is_the_one_that_was_typed(experiment, tmp_path, c
     assert command[:3] == ["python", "-m", "lm.main"]
     assert [word for word in command if word.startswith("--config.optim")] == flags
     assert command[command.index("--workdir") + 1] == str(tmp_path / "run")
+
+
+def test_ctrl_c_before_training_is_one_line(experiment, capsys, monkeypatch):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm.experiment.build", stopped)
+    assert experiment("--dry_run") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert experiment() == 130
+    assert "to start again: python -m lm.main" in capsys.readouterr().out
 
 
 def test_dry_run_trains_nothing(experiment, tmp_path, capsys):

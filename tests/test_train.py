@@ -255,6 +255,33 @@ def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     assert rates[2] < 5 * rates[1]
 
 
+def test_a_signal_during_an_evaluation_is_saved(tiny, tmp_path, monkeypatch):
+    original = train.score
+
+    def slow(made, eval_step, state):
+        if int(state.step) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(made, eval_step, state)
+
+    monkeypatch.setattr(train, "score", slow)
+    with pytest.raises(train.Interrupted, match="step 3, which is saved"):
+        train.run(tiny(checkpoint__every_steps=0), tmp_path)
+    assert manifests.good_steps(tmp_path / "checkpoints") == [3]
+    monkeypatch.undo()
+    train.run(tiny(checkpoint__every_steps=0), tmp_path)
+    train.run(tiny(checkpoint__every_steps=0), tmp_path / "whole")
+    assert rows_of(tmp_path) == rows_of(tmp_path / "whole")
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    """Loss and gradient are finite; the update is what overflows."""
+    config = tiny(train__num_steps=1, checkpoint__every_steps=1, optim__warmup=0)
+    config.optim.update(peak_lr=9e18, weight_decay=9e18, lr_rules=((".*", 9e18),))
+    with pytest.raises(train.Diverged, match=r"parameters are not finite.*is 0|no checkpoint"):
+        train.run(config, tmp_path)
+    assert 1 not in manifests.good_steps(tmp_path / "checkpoints")
+
+
 def test_fewer_steps_than_were_done_are_refused(tiny, tmp_path):
     train.run(tiny(train__num_steps=3), tmp_path)
     with pytest.raises(ConfigError, match=r"train\.num_steps=2.*at step 3"):

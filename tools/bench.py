@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,7 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         turns = {"ours": partial(ours.call, turn, steps=args.steps)}
         with contextlib.ExitStack() as stack:
             if args.peer:
+                _check_peer(args.peer_python)
                 peer = stack.enter_context(Side(PEERS[args.peer], python=args.peer_python))
                 report["peer"] = {"name": args.peer, **_prepare_peer(peer, facts, args)}
                 for mode in report["peer"]["modes"]:
@@ -141,6 +143,14 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         if not args.peer and not args.decode:
             report["loop"] = ours.call("loop", steps=args.steps, rounds=args.rounds)
     return report
+
+
+def _check_peer(python: str) -> None:
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+        raise ConfigError(
+            f"--peer: {python} has no torch or transformers; pip install -e '.[bench]', or name another "
+            "interpreter with --peer_python"
+        )
 
 
 def _asked(side: Side, method: str, **arguments: Any) -> Any:

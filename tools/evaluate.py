@@ -40,7 +40,10 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
 
     given = [assignment.partition("=")[0] for assignment in assignments]
     for key in given:
-        if not key.startswith(("data.", "eval.", "mesh.")):
+        if not key.startswith(("data.", "eval.", "mesh.")) or key in (
+            "data.tokenizer",
+            "data.vocab_size",
+        ):
             raise config_lib.ConfigError(
                 f"{key}: a trained model has it fixed; only data, eval and mesh can be set here"
             )
@@ -54,6 +57,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     )
     cfg = experiment.freeze(config)
     mesh, task = sharding.make_mesh(cfg["mesh"]), tasks.build(cfg["task"])
+    experiment.check_fit(cfg, mesh, task)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
     trained_on = workdirs.read_json(Path(args.workdir) / "data.json").get("fingerprint")

@@ -77,6 +77,7 @@ class Source:
         digest = hashlib.blake2b(f"{self.name} {self.on_invalid} ".encode(), digest_size=16)
         digest.update(self.field.encode() if self.name == "jsonl" else b"")
         for file in self.files:
+            digest.update(file.suffix.encode() if file.suffix in (".gz", ".zst") else b"")
             with _explained(file), file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "blake2b").digest())
         return digest.hexdigest()

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import errno
+import gzip
 import inspect
 import json
 import os
@@ -258,6 +259,15 @@ def test_runs_at_once_agree_and_leave_one_entry(tmp_path, cache, broken):
     for other in others:
         assert_equal(first, other)
     assert len(list((cache / "corpora").iterdir())) == 1
+
+
+def test_the_same_bytes_are_not_the_same_text_under_another_suffix(tmp_path, cache):
+    content = gzip.compress(b"some text, long enough to be cut in two. " * 20, mtime=0)
+    for name in ("a.txt.gz", "a.txt"):
+        (tmp_path / name).write_bytes(content)
+    corpus.build(Config(path=(str(tmp_path / "a.txt.gz"),), tokenizer="byte"))
+    with pytest.raises(ConfigError, match="no UTF-8 text"):
+        corpus.build(Config(path=(str(tmp_path / "a.txt"),), tokenizer="byte"))
 
 
 def test_a_full_disk_is_an_error_that_names_the_fix(tmp_path, cache, monkeypatch):
