@@ -126,7 +126,8 @@ def build(config: ConfigDict) -> Experiment:
     check_fit(cfg, mesh, task)
     text = corpus.build(cfg["data"])
     try:
-        text.tokenizer.encode(cfg["train"].sample_prompt)
+        if prompt := cfg["train"].sample_prompt:
+            text.tokenizer.encode(prompt)
     except ConfigError as error:
         raise ConfigError(f"train.sample_prompt: {error}") from None
     vocab_size = text.tokenizer.vocab_size
