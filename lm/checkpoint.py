@@ -7,6 +7,7 @@ not good: it is moved aside with a word, never deleted, and the newest good one 
 """
 
 import dataclasses
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,11 @@ class Config:
     def __post_init__(self):
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: keep at least 1")
+        if not re.fullmatch(r"eval(_raw)?/(loss|perplexity|bits_per_byte)", self.best_metric):
+            raise ConfigError(
+                f"checkpoint.best_metric={self.best_metric}: use eval/loss, eval/perplexity, "
+                "eval/bits_per_byte, or eval_raw/... of the same"
+            )
 
 
 class Loaded(NamedTuple):

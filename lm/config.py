@@ -375,7 +375,7 @@ def _comments(cls: type) -> dict[str, str]:
 def help_text(schema: Schema, config: Mapping[str, Any]) -> str:
     """Return a line for each field: its flag, its type, its value here, its default and comment."""
     flat = _flatten(config)
-    lines = ["Fields, each set by --config.NAME=VALUE:"]
+    lines = ["Set by --config.NAME=VALUE; a duration is 100, '1e6 tokens', '2 epochs' or '10%':"]
     for name, field in _catalogue(schema, flat).items():
         value = _plain(flat.get(name, field.default))
         default = "" if value == _plain(field.default) else f" [default {field.default!r}]"

@@ -125,6 +125,11 @@ def build(config: ConfigDict) -> Experiment:
     task = tasks.build(cfg["task"])
     check_fit(cfg, mesh, task)
     text = corpus.build(cfg["data"])
+    if not text.validation.num_bytes:
+        raise ConfigError(
+            f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "
+            "and training evaluates on it; use a larger one"
+        )
     try:
         if prompt := cfg["train"].sample_prompt:
             text.tokenizer.encode(prompt)

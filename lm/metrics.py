@@ -210,6 +210,14 @@ class TensorBoard:
         self._events.close()
 
 
+def _is_screen(stream: TextIO) -> bool:
+    """Return whether a bar would be seen: some terminals, of a log or a container, have no width."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
 class Console:
     """Show progress: a bar in a terminal or notebook, else a plain line every `seconds`.
 
@@ -227,7 +235,7 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ):
         if bar is None:
-            bar = "ipykernel" in sys.modules or (stream or sys.stderr).isatty()
+            bar = "ipykernel" in sys.modules or _is_screen(stream or sys.stderr)
         self._stream, self._num_steps = stream, num_steps
         self._clock, self._seconds = clock, seconds
         self._start: tuple[int, float] | None = None  # step and time of the first row
@@ -241,7 +249,10 @@ class Console:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         evaluation = {k: v for k, v in values.items() if k.startswith("eval")}
         if evaluation:
-            words = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items())
+            words = "  ".join(
+                f"{name} {value:,.0f}" if name.endswith("/tokens") else f"{name} {value:.4g}"
+                for name, value in evaluation.items()
+            )
             self.say(f"step {step}  {words}")
         if len(evaluation) < len(values):
             self._progress(step, values)

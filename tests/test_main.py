@@ -70,6 +70,7 @@ def one_line(capsys):
         (["--config.model.dropout=1.5"], ["model.dropout=1.5"]),
         (["--config.data.order=stream"], ["data.order", "carry", "gpt"]),
         (["--config.data.validation_fraction=0"], ["validation"]),
+        (["--config.checkpoint.best_metric=eval/los"], ["checkpoint.best_metric=eval/los", "eval/loss"]),
         (["--config.data.validation_fraction=2"], ["data.validation_fraction=2"]),
         (["--config.train.init_from=nowhere"], ["nowhere"]),
         (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),

@@ -10,7 +10,11 @@ from lm import startup
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print the continuations, return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.generate",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--step", default="last", help="checkpoint: a number, last or best")
     parser.add_argument(

@@ -131,7 +131,10 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Return aligned columns: name, how it ended, step, `metric`, the training loss."""
     cells = [["point", "ended", "step", metric, "train/loss"]]
     for row in rows:
-        ended = "finished" if row["exit_code"] == 0 else f"exit code {row['exit_code']}"
+        code = row["exit_code"]
+        ended = {0: "finished", 75: "interrupted", 130: "interrupted"}.get(
+            code, f"exit code {code}"
+        )
         losses = [row.get(key) for key in (metric, "train/loss")]
         numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         cells.append([row["name"], ended, str(row.get("step", "-")), *numbers])

@@ -28,7 +28,7 @@ from lm.nn.transformer import REMAT_POLICIES, Stack
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str = "gpt"
+    name: str = "gpt"  # family: a file of lm/models, such as gpt or rnn
     num_layers: int = 12  # blocks
     model_dim: int = 768  # width
     num_heads: int = 12  # query heads
@@ -48,9 +48,7 @@ class Config:
     dropout: float = 0.0  # probability, on embeddings and residual branches
     logit_softcap: float = 0.0  # logits = cap tanh(logits / cap); 0 = off
     window: int = 0  # positions a query sees, itself included; 0 = all
-    residual_init: str = (
-        "scaled"  # of the residual projections: scaled (GPT-2, 1/sqrt(2 layers)) or zero
-    )
+    residual_init: str = "scaled"  # of residual projections: scaled (by 1/sqrt(2 layers)) or zero
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
     mask: str = ""  # causal or segments (documents of a row apart); "" = as the task packs

@@ -29,7 +29,7 @@ from lm.nn.recurrent import CELLS, Recurrent
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str = "rnn"
+    name: str = "rnn"  # family: a file of lm/models, such as gpt or rnn
     cell: str = "lstm"  # lstm, gru (reset after the product, as cuDNN) or rnn (Elman, tanh)
     num_layers: int = 2  # recurrent layers
     model_dim: int = 512  # width of the hidden state
