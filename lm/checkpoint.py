@@ -138,8 +138,9 @@ class Checkpointer:
 
 
 def _failed(target: Path, error: Exception) -> OSError:
-    """Return the error of a save, in a line, and free the room that its part took."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Return the error of a save, in a line, and free the room that its part took, unless it is good."""
+    if not (target / manifests.MANIFEST).exists():
+        shutil.rmtree(target, ignore_errors=True)
     why = (str(error).splitlines() or [type(error).__name__])[0]
     full = "No space left on device" in str(error) and "No space left" not in why
     return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")

@@ -26,6 +26,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +230,7 @@ def _from_text(text: str, hint: Any) -> Any:
 
 def _from_value(value: Any, hint: Any) -> Any:
     """Check a Python value, and bring it to exactly its type; ValueError where it is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    number = isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < 2**63
     if hint is int and number and value == int(value):
         return int(value)
     if hint is float and number:

@@ -101,6 +101,18 @@ def test_a_failed_save_is_one_line_and_leaves_no_part(saver, monkeypatch, late):
     assert manifests.all_steps(saver.folder) == [1]
 
 
+def test_a_failed_retirement_loses_no_good_checkpoint(saver, monkeypatch):
+    save_all(saver, {1: 1.0})
+
+    def fails():
+        raise OSError("cannot delete")
+
+    monkeypatch.setattr(saver, "_retire", fails)
+    with pytest.raises(OSError, match="cannot delete"):
+        save_all(saver, {2: 1.0})
+    assert manifests.good_steps(saver.folder) == [1, 2]
+
+
 def test_keeping_none_is_refused():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep=0"):
         checkpoint.Config(keep=0)
