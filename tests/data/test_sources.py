@@ -134,9 +134,13 @@ def test_invalid_bytes_and_surrogates_in_jsonl(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a\.txt is empty"),
-        ("a.txt.gz", gzip.compress(b""), r"a\.txt\.gz is empty"),
-        ("a.txt.gz", gzip.compress(b"text" * 999)[:-9], r"a\.txt\.gz is damaged"),
-        ("a.txt.gz", gzip.compress(b"text" * 999)[:20] + b"\0" * 9, r"a\.txt\.gz is damaged"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), r"a\.txt\.gz is empty"),
+        ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], r"a\.txt\.gz is damaged"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text" * 999, mtime=0)[:20] + b"\0" * 9,
+            r"a\.txt\.gz is damaged",
+        ),
         ("a.txt.gz", b"plain", r"a\.txt\.gz is damaged"),
         ("a.txt.zst", zstandard.compress(bytes(range(256)))[:-9], r"a\.txt\.zst is damaged"),
         ("a.txt.zst", b"plain", r"a\.txt\.zst is damaged"),
@@ -144,7 +148,7 @@ def test_invalid_bytes_and_surrogates_in_jsonl(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', r"data\.field=text: .*a\.jsonl:3 .*body"),
         ("a.jsonl", b'{"text": 3}\n', r"data\.field=text: .*a\.jsonl:1 "),
         ("a.jsonl", b"[1, 2]\n", r"data\.field=text: .*a\.jsonl:1 .*no object"),
-        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz is empty"),
     ],
 )
 def test_broken_input_is_an_error_of_one_line(tmp_path, name, content, message):
