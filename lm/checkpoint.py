@@ -9,6 +9,7 @@ not good: it is moved aside with a word, never deleted, and the newest good one 
 import dataclasses
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -83,6 +84,12 @@ class Checkpointer:
         }
         self._thread = threading.Thread(target=self._finish, args=(target, manifest), daemon=True)
         self._thread.start()
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record `metrics` with the checkpoint of `step`, which was saved without."""
+        self.wait()
+        if jax.process_index() == 0:
+            manifests.add_metrics(self.folder, step, metrics)
 
     def _finish(self, target: Path, manifest: dict[str, Any]) -> None:
         try:
@@ -280,6 +287,8 @@ def find_step(workdir: str | Path, step: int | str = "last") -> int:
         step = best
     elif step == "last":
         step = steps[-1]
+        if newer := [other for other in manifests.all_steps(folder) if other > step]:
+            print(f"notice: {folder / str(newer[-1])} is not whole; using {step}", file=sys.stderr)
     if not str(step).isdecimal() or int(step) not in steps:
         raise ConfigError(f"step={step}: {folder} has {', '.join(map(str, steps))}, last and best")
     return int(step)

@@ -19,7 +19,6 @@ import io
 import json
 import math
 import re
-import sys
 import textwrap
 import tokenize
 import traceback
@@ -74,13 +73,13 @@ def call(path: str | Path, function: str) -> Any:
         found = names.get(function)
         if callable(found):
             return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f"{path}:{_line_in(path, error)}"
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     raise ConfigError(f"config={path}: it has no function {function}(); define one")
 
 
-def _line_in(path: Path, error: Exception) -> int:
+def _line_in(path: Path, error: BaseException) -> int:
     """Return the deepest line of the file at `path` that `error` came through."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return error.lineno or 0
@@ -99,12 +98,12 @@ def load(path: str | Path) -> ConfigDict:
     return config
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"section.field": value} of {"section": {"field": value}}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, Mapping | ConfigDict)
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 
 
@@ -120,7 +119,7 @@ def _nest(flat: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(nested, type_safe=False)
 
 
-def _catalogue(schema: Schema, flat: Mapping[str, Any]) -> dict[str, Field]:
+def catalogue(schema: Schema, flat: Mapping[str, Any]) -> dict[str, Field]:
     """Return every field that these values' dataclasses have, by dotted name."""
     fields = {field.name: field for field in describe(TopLevel)}
     for section, cls in _classes(schema, flat).items():
@@ -136,33 +135,19 @@ def _classes(schema: Schema, flat: Mapping[str, Any]) -> dict[str, type]:
     return {section: choose(values[section]) for section, choose in schema.items()}
 
 
-def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into assignments (`--config.a.b=v` or `--config.a.b v`) and the rest."""
-    assignments, rest, todo = [], [], list(argv)
-    while todo:
-        flag = todo.pop(0)
-        if not flag.startswith("--config."):
-            rest.append(flag)
-            continue
-        if "=" not in flag and todo and not todo[0].startswith("--"):
-            flag = f"{flag}={todo.pop(0)}"
-        assignments.append(flag.removeprefix("--config."))
-    return assignments, rest
-
-
 def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> ConfigDict:
     """Return a copy of `config` with assignments such as "optim.peak_lr=3e-4" or "seed=3".
 
     Values are read by the type of the dataclass field; a `name` comes first, as it picks the class.
     Raises ConfigError for an unknown key (with the nearest), a wrong type, an unused field.
     """
-    flat, given = _flatten(config), {}
+    flat, given = flatten(config), {}
     for assignment in assignments:
         key, equals, given[key] = assignment.partition("=")
         if not equals:
             raise ConfigError(f"{assignment}: no value; write section.field=value")
     flat |= {key: text for key, text in given.items() if key.endswith(".name")}
-    fields = _catalogue(schema, flat)
+    fields = catalogue(schema, flat)
     _refuse_unknown(given, fields)
     for key, text in given.items():
         flat[key] = _typed(key, text, fields[key], read=_from_text)
@@ -291,8 +276,8 @@ def complete(config: Mapping[str, Any], schema: Schema) -> ConfigDict:
 
     Raises ConfigError for an unknown key (with the nearest) or a wrong type.
     """
-    flat = _flatten(config)
-    return _nest(_checked(flat, _catalogue(schema, flat)))
+    flat = flatten(config)
+    return _nest(_checked(flat, catalogue(schema, flat)))
 
 
 def freeze(cls: type[T], section: Mapping[str, Any], *, where: str) -> T:
@@ -301,7 +286,7 @@ def freeze(cls: type[T], section: Mapping[str, Any], *, where: str) -> T:
     Raises ConfigError for an unknown key, a wrong type, or what the dataclass itself refuses.
     """
     fields = {f"{where}.{field.name}": field for field in describe(cls)}
-    values = _checked(_flatten(section, f"{where}."), fields)
+    values = _checked(flatten(section, f"{where}."), fields)
     return cls(**{name.rpartition(".")[2]: value for name, value in values.items()})
 
 
@@ -315,13 +300,13 @@ def _checked(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, 
 
 def notices(config: Mapping[str, Any], schema: Schema) -> list[str]:
     """Return a sentence for each field present in `config`, not yet completed, that goes unused."""
-    flat = _flatten(config)
+    flat = flatten(config)
     return [sentence for key in flat if (sentence := _unused(key, flat, schema))]
 
 
 def to_json(config: Mapping[str, Any]) -> str:
     """Return a resolved config as indented JSON; tuples become lists."""
-    return json.dumps(_nest(_flatten(config)).to_dict(), indent=2) + "\n"
+    return json.dumps(_nest(flatten(config)).to_dict(), indent=2) + "\n"
 
 
 def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
@@ -330,20 +315,21 @@ def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
     Raises ConfigError, naming the file `where`, for what is not a JSON object.
     """
     try:
-        return _nest(_flatten(json.loads(text)))
+        return _nest(flatten(json.loads(text)))
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where}: not a JSON object ({error}); restore the file") from None
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) where two configs differ; None is no value."""
-    before, after = _flatten(old), _flatten(new)
-    rows = [(key, _plain(before.get(key)), _plain(after.get(key))) for key in before | after]
+    before, after = flatten(old), flatten(new)
+    rows = [(key, plain(before.get(key)), plain(after.get(key))) for key in before | after]
     return [row for row in rows if row[1] != row[2]]
 
 
-def _plain(value: Any) -> Any:
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+def plain(value: Any) -> Any:
+    """Return a value with its lists as tuples, as JSON cannot tell them apart."""
+    return tuple(plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def describe(cls: type) -> list[Field]:
@@ -371,30 +357,3 @@ def _comments(cls: type) -> dict[str, str]:
         for node in definition.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
-
-
-def help_text(schema: Schema, config: Mapping[str, Any]) -> str:
-    """Return a line for each field: its flag, its type, its value here, its default and comment."""
-    flat = _flatten(config)
-    lines = ["Set by --config.NAME=VALUE; a duration is 100, '1e6 tokens', '2 epochs' or '10%':"]
-    for name, field in _catalogue(schema, flat).items():
-        value = _plain(flat.get(name, field.default))
-        default = "" if value == _plain(field.default) else f" [default {field.default!r}]"
-        head = f"  {name} ({type_name(field.type)}) = {value!r}{default}"
-        lines.append(f"{head:<48}  {field.comment}".rstrip())
-    return "\n".join(lines)
-
-
-def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C."""
-    try:
-        return function() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ConfigError, OSError, MemoryError, OverflowError) as error:
-        if debug:
-            raise
-        why = "" if isinstance(error, ConfigError | OSError) else "too large for this machine: "
-        print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -246,10 +246,12 @@ def score(
     task: Any,
     cfg: Mapping[str, Any],
     mesh: Mesh,
+    watch: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, float]:
     """Return loss, perplexity, bits per byte and accuracy of `params` on the validation split of `text`.
 
     `cfg` has the frozen sections `data` and `eval`; `eval_step` is jitted, as by `jit_eval_step`.
+    `watch` passes the batches on: a bar that shows them, or one that raises to stop.
     """
     shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
     size = cfg["eval"].batch_size or cfg["data"].batch_size
@@ -268,7 +270,7 @@ def score(
         carry = jax.device_put(carry, sharding.batch_sharding(mesh))
     token_bytes = text.tokenizer.token_bytes
     return evaluate.evaluate(
-        eval_step, params, batches, mesh=mesh, token_bytes=token_bytes, carry=carry
+        eval_step, params, watch(batches), mesh=mesh, token_bytes=token_bytes, carry=carry
     )
 
 
@@ -309,13 +311,19 @@ def describe(made: Experiment) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+    abstract = jitted(made)[-1]
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
     flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
     return "\n\n".join(
         [
             config_lib.to_json(made.config).rstrip(),
             table,
             f"mesh: {dict(made.mesh.shape)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
-            f"{flops:.3g} training FLOPs a token",
+            f"{flops:.3g} training FLOPs a token; the state takes {state / 2**30:.3f} GiB a device "
+            "(gradients and activations come on top)",
             describe_batch(made),
         ]
     )

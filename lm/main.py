@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from lm import command, startup
 from lm import config as config_lib
-from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0 done, 2 a mistake, 3 diverged, 75 stopped and saved, 130 stopped before there was a step to save.
     """
-    assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
     )
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         "--help", "-h", action="store_true", help="show this, and every field of the config"
     )
     args = parser.parse_args(rest)
-    return config_lib.exit_on_user_error(lambda: _run(args, assignments, parser), debug=args.debug)
+    return command.exit_on_user_error(lambda: _run(args, assignments, parser), debug=args.debug)
 
 
 def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.ArgumentParser) -> int:
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     config = config_lib.override(config, assignments, train.SCHEMA)
     if args.help:
         print(parser.format_help())
-        print(config_lib.help_text(train.SCHEMA, config))
+        print(command.help_text(train.SCHEMA, config))
         return 0
     if args.dry_run:
         print(experiment.describe(experiment.build(config)))

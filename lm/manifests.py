@@ -8,6 +8,7 @@ good. Nothing here deletes: what is not good is moved aside.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def write(target: Path, manifest: dict[str, Any]) -> None:
         sync(path)
     manifest["digest"] = _digest(manifest)
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def add_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Put `metrics` into the manifest of a good checkpoint, whose files are not read again."""
+    manifest = read(folder, step)
+    assert manifest is not None, step
+    manifest["metrics"] = {**manifest["metrics"], **metrics}
+    manifest["digest"] = _digest(manifest)
+    write_whole(folder / str(step) / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -42,6 +42,16 @@ class Interrupted(Exception):
     """Training was asked to stop, and its state is saved."""
 
 
+class Stop:
+    """Whether a signal has asked to stop, and whether it waits for the step: else it stops at once."""
+
+    asked = waits = False
+
+
+class _Stopped(Exception):
+    """An evaluation was cut short."""
+
+
 class Diverged(Exception):
     """A loss or gradient was not finite; no parameter was changed by it."""
 
@@ -84,13 +94,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
             )
         workdirs.write_files(workdir, made, first)
-        writers = metrics.open_writers(
-            workdir,
-            resume_step=first if resumed else None,
-            num_steps=num_steps,
-            wandb_project=cfg["train"].wandb_project,
-            config=made.config.to_dict(),
-        )
+        writers = open_writers(workdir, made, first if resumed else None)
         stack.callback(writers.close)
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
@@ -102,20 +106,26 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
-            evaluating = fresh and (last or now % eval_every == 0)
+            due = last or now % eval_every == 0
+            evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
             saving = fresh and (last or (now % save_every == 0 and now > 0))
-            stopping = stop.asked and not last
+            stopping = stop.asked
             if evaluating or saving or stopping:
                 log.catch_up()
                 log.check_health(state, saver)
             if evaluating:
-                scores = score(made, eval_step, state)
-                writers.write(now, scores)
-                stopping = stop.asked and not last  # a signal may have come in the meantime
+                scores = score(made, eval_step, state, stop)
+                stopping = stop.asked  # a signal may have come meanwhile
+                if scores:
+                    writers.write(now, scores)
+            stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
                 check_finite(state, saver)
                 writers.sync()
                 saver.save(now, state, scores if evaluating else {})
+            elif evaluating and scores and not fresh:
+                writers.sync()
+                saver.add_metrics(now, scores)
             if evaluating or saving:
                 log.pause(now)
             if stopping:
@@ -132,6 +142,19 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
+
+
+def open_writers(
+    workdir: Path, made: experiment.Experiment, resume_step: int | None
+) -> metrics.Writers:
+    """Return the writers of a run's metrics; rows after `resume_step` are done again."""
+    return metrics.open_writers(
+        workdir,
+        resume_step=resume_step,
+        num_steps=made.num_steps,
+        wandb_project=made.cfg["train"].wandb_project,
+        config=made.config.to_dict(),
+    )
 
 
 def fresh_state(
@@ -161,15 +184,35 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
 
 
 def score(
-    made: experiment.Experiment, eval_step: Callable, state: step.TrainState
+    made: experiment.Experiment, eval_step: Callable, state: step.TrainState, stop: Stop
 ) -> dict[str, float]:
-    """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average."""
+    """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average.
+
+    Nothing where `stop` is asked for meanwhile: the run that resumes evaluates.
+    """
     scores: dict[str, float] = {}
+
+    def until_stop(batches):
+        for batch in batches:
+            if stop.asked:
+                raise _Stopped
+            yield batch
+
     for name, params in (("eval", state.averaged()), ("eval_raw", state.params)):
         if name == "eval" or state.ema:
-            values = experiment.score(
-                made.model, eval_step, params, made.corpus, made.task, made.cfg, made.mesh
-            )
+            try:
+                values = experiment.score(
+                    made.model,
+                    eval_step,
+                    params,
+                    made.corpus,
+                    made.task,
+                    made.cfg,
+                    made.mesh,
+                    until_stop,
+                )
+            except _Stopped:
+                return {}
             scores |= {f"{name}/{key}": value for key, value in values.items()}
     return scores
 
@@ -275,12 +318,6 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-class Stop:
-    """Whether a signal has asked to stop, and whether it waits for the step: else it stops at once."""
-
-    asked = waits = False
-
-
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing.
@@ -317,12 +354,13 @@ def announce(
     count = step.count_parameters(made.shapes)
     say(f"model:   {made.cfg['model'].name}, {count:,} parameters")
     say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {mesh}")
-    say(f"data:    {made.corpus.report}")
+    say(f"data:    {made.corpus.summary()}")
     epochs = made.num_steps / made.batches.steps_per_epoch
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     if resumed:
         say(f"resumed: at step {first}")
     say(experiment.describe_batch(made, width=160))
+    say("compiling the training step; the first one takes seconds to minutes by the model's size")
 
 
 def say_sample(

@@ -15,7 +15,7 @@ from lm.config import ConfigError
 
 # What a resumed run may not change; inside it, what only says how the same numbers are computed; and
 # what is listed when it changes.
-FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order")
+FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order", "optim.name")
 FREE = ("model.scan", "model.remat", "model.kernel")
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 from ml_collections import ConfigDict
 
+from lm import command
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
 
@@ -289,7 +290,7 @@ def test_describe_reads_trailing_comments_of_the_class_and_its_parents():
 
 
 def test_help_lists_every_field_of_the_chosen_classes():
-    text = config_lib.help_text(SCHEMA, changed("model.name=rnn", "optim.peak_lr=1"))
+    text = command.help_text(SCHEMA, changed("model.name=rnn", "optim.peak_lr=1"))
     lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
     assert set(lines) == {"seed"} | {f"model.{field.name}" for field in dataclasses.fields(Rnn)} | {
         f"optim.{field.name}" for field in dataclasses.fields(Optim)
@@ -339,7 +340,7 @@ def test_load_of_a_missing_file(tmp_path):
 
 def test_split_flags():
     argv = ["--config", "x.py", "--config.a.b=1", "--config.seed", "3", "--debug", "--config.c"]
-    assignments, rest = config_lib.split_flags(argv)
+    assignments, rest = command.split_flags(argv)
     assert assignments == ["a.b=1", "seed=3", "c"]
     assert rest == ["--config", "x.py", "--debug"]
     assert "no value" in refusal("c")
@@ -352,14 +353,14 @@ def test_exit_on_user_error(capsys):
     def broken():
         raise ZeroDivisionError
 
-    assert config_lib.exit_on_user_error(lambda: None) == 0
-    assert config_lib.exit_on_user_error(lambda: 3) == 3
-    assert config_lib.exit_on_user_error(wrong) == 2
+    assert command.exit_on_user_error(lambda: None) == 0
+    assert command.exit_on_user_error(lambda: 3) == 3
+    assert command.exit_on_user_error(wrong) == 2
     assert capsys.readouterr().err == "error: seed=x: expected int\n"
     with pytest.raises(ConfigError):
-        config_lib.exit_on_user_error(wrong, debug=True)
+        command.exit_on_user_error(wrong, debug=True)
     with pytest.raises(ZeroDivisionError):
-        config_lib.exit_on_user_error(broken)
+        command.exit_on_user_error(broken)
 
 
 def test_import_is_light():

@@ -22,6 +22,7 @@ FLOORS = {
     "lm.losses": 1,
     "lm.tasks": 1,
     "lm.data": 1,
+    "lm.command": 0,
     "lm.config": 0,
     "lm.sweep": 0,
     "lm.metrics": 0,
@@ -37,6 +38,7 @@ NEIGHBOURS = {
     ("lm.workdir", "lm.experiment"),
     ("lm.sharding", "lm.config"),
     ("lm.metrics", "lm.config"),
+    ("lm.command", "lm.config"),
 }
 NO_DEVICE = {"jax", "flax", "optax", "orbax"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "registry.py"}

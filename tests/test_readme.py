@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lm import command, train
 from lm import config as config_lib
-from lm import train
 
 ROOT = Path(__file__).parent.parent
 README, BUILD = ((ROOT / name).read_text() for name in ("README.md", "BUILD.md"))
@@ -47,7 +47,7 @@ def test_the_set_up_is_two_lines_that_make_or_reuse_an_environment():
 def test_every_command_names_a_tool_and_flags_it_has(module, flags):
     path = ROOT / (module.replace(".", "/") + ".py")
     assert path.exists() or module == "tools.X", module
-    assignments, rest = config_lib.split_flags(flags.split())
+    assignments, rest = command.split_flags(flags.split())
     for flag in rest:
         if flag.startswith("--") and module != "tools.X":
             assert f'"{flag.split("=")[0]}"' in path.read_text(), f"{module} has no {flag}"

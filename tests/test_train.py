@@ -16,6 +16,7 @@ import pytest
 from lm import checkpoint, manifests, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
+from lm.data import pipeline
 from lm.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -255,22 +256,32 @@ def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     assert rates[2] < 5 * rates[1]
 
 
-def test_a_signal_during_an_evaluation_is_saved(tiny, tmp_path, monkeypatch):
-    original = train.score
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_signal_during_an_evaluation_ends_it_and_is_saved(tiny, tmp_path, monkeypatch, at):
+    """The run that resumes makes the evaluation up: rows and the checkpoints' scores are the same."""
+    original, begun = pipeline.EvalBatches.__getitem__, []
 
-    def slow(made, eval_step, state):
-        if int(state.step) == 3:
+    def batch(self, index):
+        if index == 0:
+            begun.append(self)
+        if len(begun) == at // 3 * 2 + 1:  # before it, two a step: of the average and of the raw
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(made, eval_step, state)
+        return original(self, index)
 
-    monkeypatch.setattr(train, "score", slow)
-    with pytest.raises(train.Interrupted, match="step 3, which is saved"):
-        train.run(tiny(checkpoint__every_steps=0), tmp_path)
-    assert manifests.good_steps(tmp_path / "checkpoints") == [3]
+    config = tiny(checkpoint__every_steps=0, eval__batch_size=8, optim__ema_decay=0.9)
+    monkeypatch.setattr(pipeline.EvalBatches, "__getitem__", batch)
+    with pytest.raises(train.Interrupted, match=f"step {at}, which is saved"):
+        train.run(config, tmp_path)
+    assert manifests.good_steps(tmp_path / "checkpoints") == [at]
     monkeypatch.undo()
-    train.run(tiny(checkpoint__every_steps=0), tmp_path)
-    train.run(tiny(checkpoint__every_steps=0), tmp_path / "whole")
-    assert rows_of(tmp_path) == rows_of(tmp_path / "whole")
+    train.run(config, tmp_path)
+    train.run(config, tmp_path / "whole")
+    assert_same_run(tmp_path, tmp_path / "whole", 6)
+    both = [
+        manifests.read(folder / "checkpoints", 6)["metrics"]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]
+    assert both[0] == both[1] and "eval/loss" in both[0]
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):

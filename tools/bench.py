@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm import command
 from lm import config as config_lib
 from lm.config import ConfigError
 from tools.bench_pipe import Side, SideError
@@ -32,7 +33,7 @@ TRAIN_STEPS, DECODE_STEPS = 3, 128
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", help="write all that was measured to this file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
-    return config_lib.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+    return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:

@@ -5,17 +5,20 @@ that text, in the model's own tokens.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
+from lm import command, startup
 from lm import config as config_lib
-from lm import startup
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print the scores, return the exit code."""
-    assignments, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m tools.evaluate",
         description=__doc__,
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the scores there too")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
-    return config_lib.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+    return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
@@ -72,7 +75,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         axes, shapes = step.parameter_axes(model, model.cfg.max_length)
         params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
         eval_step = experiment.jit_eval_step(model, objective)
-        scores = experiment.score(model, eval_step, params, text, task, cfg, mesh)
+        bar = functools.partial(tqdm, desc="evaluating", unit=" batches", delay=2)
+        scores = experiment.score(model, eval_step, params, text, task, cfg, mesh, bar)
     for name, value in scores.items():
         print(f"{name:<14} {value:,.6g}")
     if args.json:

@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm import config as config_lib
-from lm import startup
+from lm import command, startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(argv)
-    return config_lib.exit_on_user_error(lambda: _run(args), debug=args.debug)
+    return command.exit_on_user_error(lambda: _run(args), debug=args.debug)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
 
-from lm import config as config_lib
+from lm import command
 from lm import metrics as metrics_lib
 from lm.config import ConfigError
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(out, dpi=150)
         print(out)
 
-    return config_lib.exit_on_user_error(work, debug=args.debug)
+    return command.exit_on_user_error(work, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm import command, metrics
 from lm import config as config_lib
-from lm import metrics
 from lm import sweep as sweep_lib
 from lm.config import ConfigError
 from lm.sweep import Point
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", default="eval/loss", help="sorts the table (%(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the points, run nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    fixed, rest = config_lib.split_flags(sys.argv[1:] if argv is None else argv)
+    fixed, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(rest)
     workdir = args.workdir or f"runs/{Path(args.config).stem}/sweep"
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(args.config, workdir, fixed=fixed, metric=args.metric)
 
-    return config_lib.exit_on_user_error(work, debug=args.debug)
+    return command.exit_on_user_error(work, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,20 @@ class Corpus:
     fingerprint: str
     report: dict[str, Any]
 
+    def summary(self) -> str:
+        """Return what the corpus is, in a line."""
+        r = self.report
+        splits = "; ".join(
+            f"{name} {r[name]['documents']:,} documents, {r[name]['tokens']:,} tokens"
+            for name in _SPLITS
+        )
+        replaced = f"; {r['replaced']:,} invalid bytes replaced" if r["replaced"] else ""
+        empty = (
+            f"; {r['empty_documents']:,} empty documents left out" if r["empty_documents"] else ""
+        )
+        sizes = f"{r['bytes']:,} bytes, {self.tokenizer.name} of {self.tokenizer.vocab_size:,}"
+        return f"{r['source']}, {sizes}; {splits}{replaced}{empty}"
+
 
 def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     """Return the corpus of `cfg` from the cache, made first where missing.

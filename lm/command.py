@@ -1,0 +1,54 @@
+"""What every command shares: its `--config.section.field=value` flags, their help, its exit code."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm import config as config_lib
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into assignments (`--config.a.b=v` or `--config.a.b v`) and the rest."""
+    assignments, rest, todo = [], [], list(argv)
+    while todo:
+        flag = todo.pop(0)
+        if not flag.startswith("--config."):
+            rest.append(flag)
+            continue
+        if "=" not in flag and todo and not todo[0].startswith("--"):
+            flag = f"{flag}={todo.pop(0)}"
+        assignments.append(flag.removeprefix("--config."))
+    return assignments, rest
+
+
+def help_text(schema: config_lib.Schema, config: Mapping[str, Any]) -> str:
+    """Return a line for each field: its flag, its type, its value here, its default and comment."""
+    flat = config_lib.flatten(config)
+    lines = ["Set by --config.NAME=VALUE; a duration is 100, '1e6 tokens', '2 epochs' or '10%':"]
+    for name, field in config_lib.catalogue(schema, flat).items():
+        value = config_lib.plain(flat.get(name, field.default))
+        default = (
+            "" if value == config_lib.plain(field.default) else f" [default {field.default!r}]"
+        )
+        head = f"  {name} ({config_lib.type_name(field.type)}) = {value!r}{default}"
+        lines.append(f"{head:<48}  {field.comment}".rstrip())
+    return "\n".join(lines)
+
+
+def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C."""
+    try:
+        return function() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (config_lib.ConfigError, OSError, MemoryError, OverflowError) as error:
+        if debug:
+            raise
+        why = (
+            ""
+            if isinstance(error, config_lib.ConfigError | OSError)
+            else "too large for this machine: "
+        )
+        print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2
