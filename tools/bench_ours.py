@@ -60,8 +60,13 @@ def synthetic_corpus(vocab_size: int, num_tokens: int) -> corpus.Corpus:
         return corpus.Split(name, tokens, starts, size)
 
     train_split, validation = split("train", num_tokens), split("validation", num_tokens // 10)
+    counts = {
+        part.name: {"documents": len(part.starts), "tokens": len(part.tokens) - 1}
+        for part in (train_split, validation)
+    }
+    sizes = {"source": "synthetic", "bytes": num_tokens, "replaced": 0, "empty_documents": 0}
     return corpus.Corpus(
-        Numbers(vocab_size), train_split, validation, "synthetic", {"tokens": num_tokens}
+        Numbers(vocab_size), train_split, validation, "synthetic", {**sizes, **counts}
     )
 
 
