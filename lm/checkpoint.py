@@ -11,22 +11,20 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
 from lm import manifests, models
 from lm.config import ConfigError, Duration
-from lm.nn.transformer import SCANNED, UNROLLED
 from lm.step import parameter_axes
+from lm.stored import flatten, handler, num_layers, restore, shapes_of, sources_of, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, cfg: Config):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.cfg = cfg
-        self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._orbax = ocp.AsyncCheckpointer(handler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -153,117 +151,6 @@ def _failed(target: Path, error: Exception) -> OSError:
     return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Return Orbax's handler of arrays, one replica of each written whole where there is one process.
-
-    Its default splits replicated arrays over the devices to write, which compiles a slice for each
-    shape and gains nothing inside a process.
-    """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Return {"path.of.leaf": leaf}: the names under which arrays are stored."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def unflatten(tree: Any, flat: Mapping[str, Any]) -> Any:
-    """Return `tree` with the leaves of `flat`."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in flatten(tree)])
-
-
-def restore(
-    folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Return the arrays named in `wanted`, on its shardings.
-
-    Layers that were stored scanned are read into unrolled ones, and back.
-
-    Raises:
-      ConfigError: an array is missing or has another shape.
-    """
-    manifest = manifests.read(folder, step) or {}
-    stored = _shapes(manifest["arrays"])
-    depth = _num_layers(wanted)
-    sources = {name: _sources(name, leaf, stored, depth) for name, leaf in wanted.items()}
-    reading = {}
-    for name, leaf in wanted.items():
-        if SCANNED in name.split(".") and len(sources[name]) not in (1, leaf.shape[0]):
-            raise ConfigError(
-                f"checkpoint {folder / str(step)}: it has {len(sources[name])} layers, but {name} of "
-                f"this config needs {leaf.shape[0]}; use the config it was trained with"
-            )
-        for source, shape, sharding in sources[name]:
-            if stored.get(source) != shape:
-                raise ConfigError(
-                    f"checkpoint {folder / str(step)}: {source} is {stored.get(source, 'missing')}, "
-                    f"but {name} of this config needs {shape}; use the config it was trained with"
-                )
-            reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-    with ocp.Checkpointer(_handler()) as orbax:
-        arrays = orbax.restore(
-            folder.absolute() / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                item=reading,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(reading),
-                partial_restore=True,
-            ),
-        )
-    return {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
-
-
-def _num_layers(names: Iterable[str]) -> int:
-    """Return how many unrolled layers the parts of these names speak of."""
-    return 1 + max((_layer_of(name)[1] for name in names), default=-1)
-
-
-def _layer_of(name: str) -> tuple[int, int]:
-    """Return (which part of a dotted name is an unrolled layer, its number), or (-1, -1)."""
-    for place, part in enumerate(name.split(".")):
-        number = part.removeprefix(UNROLLED.format(""))
-        if number != part and number.isdecimal():
-            return place, int(number)
-    return -1, -1
-
-
-def _sources(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...], Any]]:
-    """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer.
-
-    `depth` is the number of layers where they are unrolled.
-    """
-    shape, sharding = tuple(leaf.shape), leaf.sharding
-    parts = name.split(".")
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
-    if name not in stored and SCANNED in parts:
-        at = parts.index(SCANNED)
-        if spec is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
-        # As many as are stored: one that is not there, or one too many, is then refused by name.
-        count = max(shape[0], _num_layers(stored))
-        layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(count)]
-        return [(".".join(layer), shape[1:], sharding) for layer in layers]
-    at, number = _layer_of(name)
-    if name not in stored and number >= 0:
-        source = ".".join([*parts[:at], SCANNED, *parts[at + 1 :]])
-        if spec is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *spec))
-        return [(source, (depth, *shape), sharding)]
-    return [(name, shape, sharding)]
-
-
-def _assemble(name, leaf, sources, arrays) -> jax.Array:
-    """Return the array `name` of the arrays it was stored as."""
-    if sources[0][0] == name:
-        return arrays[name]
-    if SCANNED in name.split("."):
-        stacked = jnp.stack([arrays[source] for source, _, _ in sources])
-        return jax.device_put(stacked, leaf.sharding)
-    return jax.device_put(arrays[sources[0][0]][_layer_of(name)[1]], leaf.sharding)
-
-
 def find_step(workdir: str | Path, step: int | str = "last") -> int:
     """Return a finished step: "last", "best" or a number.
 
@@ -331,12 +218,26 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
             f"workdir={workdir}: config.json leaves model.vocab_size or model.max_length open; restore it"
         )
     model = models.build(cfg)
-    _, shapes = parameter_axes(model, model.cfg.max_length)
     placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if model.learns == "counting":
+        return Loaded(config, model, model.estimate(restore_counts(folder, step, placed)))
+    _, shapes = parameter_axes(model)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes
     )
     return Loaded(config, model, restore_params(folder, step, abstract))
+
+
+def restore_counts(folder: Path, step: int, placed: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Return what a family that learns by counting has seen, as large as it was stored."""
+    stored = (manifests.read(folder, step) or {})["arrays"]
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=placed)
+        for name, (shape, dtype) in stored.items()
+        if name.startswith("counts.")
+    }
+    arrays = restore(folder, step, wanted)
+    return {name.removeprefix("counts."): array for name, array in arrays.items()}
 
 
 def restore_params(folder: Path, step: int, abstract: Any) -> Any:
@@ -370,9 +271,9 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in flatten({part: params}).items()
     }
-    depth, shapes = _num_layers(wanted), _shapes(stored)
+    depth, shapes = num_layers(wanted), shapes_of(stored)
     names = {
-        name: [source for source, _, _ in _sources(name, leaf, shapes, depth)]
+        name: [source for source, _, _ in sources_of(name, leaf, shapes, depth)]
         for name, leaf in wanted.items()
     }
     missing = sorted(name for name in wanted if not set(names[name]) <= set(stored))
@@ -393,7 +294,3 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
         if names_of:
             say(f"init_from: {title}: {', '.join(names_of)}")
     return unflatten({part: params}, {**flatten({part: params}), **found})[part]
-
-
-def _shapes(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, (shape, _) in stored.items()}

@@ -45,8 +45,9 @@ def evaluate(
       carry: the recurrent state to begin with; {} for a model without one.
 
     Returns:
-      loss (nats a token), perplexity, bits_per_byte, accuracy, and the tokens scored. The sums are
-      added in float64 on the host, so that the size of the batches does not matter.
+      loss (nats a token), perplexity, accuracy, the tokens scored; bits_per_byte where the targets are a
+      text; `exact`, the share of rows that are all right, where the task asks for it; what else the model
+      reports. The sums are added in float64 on the host, so that the size of the batches does not matter.
     """
     totals: dict[str, float] = {}
     waiting = None
@@ -61,13 +62,13 @@ def evaluate(
     if not tokens:
         raise ConfigError("eval: no token to score in the split; give more text or shorter rows")
     loss = totals["loss"] / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": totals["loss"] / math.log(2) / max(totals["bytes"], 1.0),
-        "accuracy": totals["accuracy"] / tokens,
-        "tokens": tokens,
-    }
+    scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if "bytes" in totals:
+        bits = totals["loss"] / math.log(2)
+        scores["bits_per_byte"] = bits / max(totals["bytes"], 1.0)
+    rest = [name for name in totals if "/" not in name and name not in ("loss", "bytes")]
+    scores |= {name: totals[name] / max(totals[f"{name}/weight"], 1e-9) for name in rest}
+    return {**scores, "tokens": tokens}
 
 
 def _add(totals: dict[str, float], sums: dict[str, Any]) -> None:

@@ -122,22 +122,17 @@ def build(config: ConfigDict) -> Experiment:
     config = config_lib.complete(config, SCHEMA)
     cfg = freeze(config)
     mesh = sharding.make_mesh(cfg["mesh"])
-    task = tasks.build(cfg["task"])
-    check_fit(cfg, mesh, task)
+    kind = check_fit(cfg, mesh)
     text = corpus.build(cfg["data"])
-    if not text.validation.num_bytes:
-        raise ConfigError(
-            f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "
-            "and training evaluates on it; use a larger one"
-        )
-    try:
-        if prompt := cfg["train"].sample_prompt:
-            text.tokenizer.encode(prompt)
-    except ConfigError as error:
-        raise ConfigError(f"train.sample_prompt: {error}") from None
-    vocab_size = text.tokenizer.vocab_size
+    task = build_task(cfg, kind, text, seed=config.seed)
+    _check_corpus(cfg, text, task)
     cfg["model"] = models.resolve(
-        cfg["model"], vocab_size=vocab_size, max_length=task.row_length, packed=task.packed
+        cfg["model"],
+        vocab_size=task.vocab_size,
+        max_length=task.row_length,
+        max_source_length=task.source_length,
+        num_classes=task.num_classes,
+        packed=cfg["task"].packed,
     )
     config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
     model = models.build(cfg["model"])
@@ -147,21 +142,23 @@ def build(config: ConfigDict) -> Experiment:
         batch_size=cfg["data"].batch_size,
         seed=config.seed,
         order=cfg["data"].order,
+        once=model.learns == "counting",
         host_index=jax.process_index(),
         host_count=jax.process_count(),
     )
     num_steps = _converter(batches, task, None)(cfg["train"].num_steps, "train.num_steps")
-    axes, shapes = step.parameter_axes(model, task.row_length)
-    tx, schedule = optim.build(
-        cfg["optim"],
-        num_steps=num_steps,
-        to_steps=_converter(batches, task, num_steps),
-        params=shapes,
-        axes=axes,
-    )
-    objective = step.Objective(
-        max_scored=task.max_scored,
-        vocab_size=vocab_size,
+    axes, shapes = step.parameter_axes(model)
+    tx, schedule = optax.identity(), optax.constant_schedule(0.0)
+    if model.learns == "gradient":
+        tx, schedule = optim.build(
+            cfg["optim"],
+            num_steps=num_steps,
+            to_steps=_converter(batches, task, num_steps),
+            params=shapes,
+            axes=axes,
+        )
+    objective = dataclasses.replace(
+        build_objective(task),
         z_loss=cfg["train"].z_loss,
         label_smoothing=cfg["train"].label_smoothing,
         chunk=cfg["train"].loss_chunk,
@@ -171,25 +168,64 @@ def build(config: ConfigDict) -> Experiment:
     )  # fmt: skip
 
 
-def check_fit(cfg: Mapping[str, Any], mesh: Mesh, task: Any) -> None:
-    """Refuse sections that do not fit each other.
+def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any) -> None:
+    """Refuse what the corpus, or the task on it, cannot give."""
+    if not text.validation.num_bytes:
+        raise ConfigError(
+            f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "
+            "and training evaluates on it; use a larger one"
+        )
+    if not task.text_bytes and cfg["checkpoint"].best_metric.endswith("bits_per_byte"):
+        raise ConfigError(
+            f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: task.name={cfg['task'].name!r} "
+            "does not score a whole text, so it has no bits per byte; use eval/loss"
+        )
+    try:
+        if prompt := cfg["train"].sample_prompt:
+            text.tokenizer.encode(prompt)
+    except ConfigError as error:
+        raise ConfigError(f"train.sample_prompt: {error}") from None
+
+
+def build_task(cfg: Mapping[str, Any], kind: str, text: corpus.Corpus, *, seed: int) -> Any:
+    """Return the task of the frozen sections `cfg`, its rows of the `kind` that the family reads."""
+    return tasks.build(cfg["task"], tasks.Setting(kind, text.tokenizer, text.labels, seed))
+
+
+def build_objective(task: Any) -> step.Objective:
+    """Return what is minimised and reported on a task's rows."""
+    return step.Objective(
+        max_scored=task.max_scored,
+        vocab_size=task.num_classes or task.vocab_size,
+        text_bytes=task.text_bytes,
+        whole_rows=task.whole_rows,
+    )
+
+
+def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
+    """Refuse sections that do not fit each other; return the kind of rows that the task shall make.
 
     Raises:
       ConfigError: the family does not accept the task or the order, or a batch does not divide.
     """
     name, stateful = cfg["model"].name, cfg["data"].order == "stream"
     accepts = models.family(name).Model.accepts
-    needs = {
-        task.kind: (True, f"task.name={cfg['task'].name!r}"),
-        "packed": (task.packed, "task.isolate_documents=True"),
-        "carry": (stateful, "data.order='stream'"),
-    }
-    for need, (wanted, field) in needs.items():
-        if wanted and need not in accepts:
+    kinds = tasks.kinds(cfg["task"])
+    needs = [
+        (kinds, True, f"task.name={cfg['task'].name!r}"),
+        (("packed",), cfg["task"].packed, "task.isolate_documents=True"),
+        (("carry",), stateful, "data.order='stream'"),
+    ]
+    for need, wanted, field in needs:
+        if wanted and not accepts.intersection(need):
             raise ConfigError(
-                f"{field} needs a family that accepts {need!r}, and model.name={name!r} accepts "
-                f"{', '.join(sorted(accepts))}; choose another"
+                f"{field} needs a family that accepts {' or '.join(map(repr, need))}, and "
+                f"model.name={name!r} accepts {', '.join(sorted(accepts))}; choose another"
             )
+    if stateful and cfg["task"].name != "causal_lm":
+        raise ConfigError(
+            f"data.order='stream' goes with task.name='causal_lm', not {cfg['task'].name!r}; use shuffle"
+        )
     shards = sharding.batch_shards(mesh)
     sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
     if stateful:
@@ -200,6 +236,7 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh, task: Any) -> None:
                 f"{field}={size} does not divide by {divisor} (train.accumulate_steps x the devices "
                 f"that split a batch); use a multiple of {divisor}"
             )
+    return next(kind for kind in kinds if kind in accepts)
 
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
@@ -208,8 +245,7 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         made.model,
         made.tx,
         seed=made.config.seed,
-        row_length=made.task.row_length,
-        batch_size=made.cfg["data"].batch_size,
+        shape=(made.num_steps, made.cfg["data"].batch_size, made.task.row_length),
         average=made.cfg["optim"].ema_decay > 0,
         stateful=made.stateful,
     )
@@ -220,16 +256,18 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         abstract,
         placed,
     )
-    train_step = functools.partial(
-        step.train_step,
-        model=made.model,
-        tx=made.tx,
-        objective=made.objective,
-        seed=made.config.seed,
-        accumulate=made.cfg["train"].accumulate_steps,
-        ema_decay=made.cfg["optim"].ema_decay,
-        schedule=made.schedule,
-    )
+    train_step: Callable = functools.partial(step.count_step, model=made.model)
+    if made.model.learns == "gradient":
+        train_step = functools.partial(
+            step.train_step,
+            model=made.model,
+            tx=made.tx,
+            objective=made.objective,
+            seed=made.config.seed,
+            accumulate=made.cfg["train"].accumulate_steps,
+            ema_decay=made.cfg["optim"].ema_decay,
+            schedule=made.schedule,
+        )
     return (
         jax.jit(init, out_shardings=placed),
         jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
@@ -268,7 +306,8 @@ def score(
     if stateful:
         carry = {"carry": nn.unbox(model.init_carry(cfg["eval"].streams))}
         carry = jax.device_put(carry, sharding.batch_sharding(mesh))
-    token_bytes = text.tokenizer.token_bytes
+    token_bytes = np.zeros(task.vocab_size, np.int32)
+    token_bytes[: text.tokenizer.vocab_size] = text.tokenizer.token_bytes
     return evaluate.evaluate(
         eval_step, params, watch(batches), mesh=mesh, token_bytes=token_bytes, carry=carry
     )

@@ -37,6 +37,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int = 0,
     shards: int = 1,
+    whole_rows: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted sum of the objective over a batch, and the sums to report, in nats.
 
@@ -56,11 +57,12 @@ def cross_entropy(
       vocab_size: the real columns of the logits, for label smoothing; 0 = all.
       chunk: positions of a row that have logits at once; 0 = as many as a budget of bytes holds.
       shards: over how many devices a chunk's logits are split.
+      whole_rows: also count the rows whose scored positions are all right.
 
     Returns:
       The objective's sum, which alone has a gradient, and float32 sums by name: `loss` (pure
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
-      probable a k-th of it), `z_loss`.
+      probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`, those that are scored.
     """
     if max_scored < x_BLD.shape[1]:
         x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
@@ -71,19 +73,28 @@ def cross_entropy(
         vocab_size=vocab_size or spec.shape[-1],
         z_loss=z_loss,
         label_smoothing=label_smoothing,
+        whole_rows=whole_rows,
     )
-    num_rows, length, width = spec.shape
-    if not chunk:
-        on_cpu = jax.default_backend() == "cpu"
-        budget = CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
-        chunk = max(1, budget * shards // (4 * num_rows * width))
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
-    num_chunks = -(-length // chunk)
-    weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
-    objective, sums = _sum_over_chunks(
-        (head, terms, num_chunks), used, x_BLD, targets_BL, weights_BL
+    num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
+    weights_BL, plan = (
+        jax.lax.stop_gradient(weights_BL).astype(jnp.float32),
+        (head, terms, num_chunks),
     )
+    objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
+    if whole_rows:
+        scored_B = weights_BL.sum(axis=1) > 0
+        sums["exact"] = jnp.sum(scored_B & (sums.pop("wrong") == 0), dtype=jnp.float32)
+        sums["rows"] = scored_B.sum(dtype=jnp.float32)
     return objective, sums
+
+
+def _chunk_of(shape: tuple[int, ...], shards: int) -> int:
+    """Return how many positions of logits [B, L, V] a budget of bytes holds at once."""
+    num_rows, _, width = shape
+    on_cpu = jax.default_backend() == "cpu"
+    budget = CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
+    return max(1, budget * shards // (4 * num_rows * width))
 
 
 def _gather_scored(
@@ -128,6 +139,7 @@ def _terms(
     vocab_size: int,
     z_loss: float,
     label_smoothing: float,
+    whole_rows: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[], jax.Array]]:
     """Return a chunk's objective, its sums, and what makes the gradient of the logits."""
     max_Bc1 = logits_BcV.max(axis=-1, keepdims=True)
@@ -159,6 +171,8 @@ def _terms(
         return subtract(d_BcV, targets_Bc, wanted_Bc)
 
     sums = {"loss": loss, "correct": correct, "z_loss": penalty, "weight": weights_Bc.sum()}
+    if whole_rows:
+        sums["wrong"] = jnp.sum(weights_Bc * (target_Bc < max_Bc1[..., 0]), axis=1)
     return objective, sums, gradient
 
 

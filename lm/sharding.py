@@ -194,9 +194,9 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of every array of a batch: the leading axis is split."""
-    return named_sharding(mesh, ("act_batch",))
+def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """Return the sharding of every array of a batch: its rows, along `axis`, are split."""
+    return named_sharding(mesh, (None,) * axis + ("act_batch",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -29,6 +29,7 @@ class TrainState:
       opt_state: the optimizer's.
       ema: moving average of the parameters; {} when there is none.
       carry: recurrent state of the batch's rows between steps; {} when there is none.
+      counts: what a family that learns by counting has seen; {} for the others.
     """
 
     step: jax.Array
@@ -37,10 +38,16 @@ class TrainState:
     opt_state: Any
     ema: Any
     carry: Any
+    counts: Any
 
     def averaged(self) -> Any:
         """Return the parameters to evaluate with: the average, where one is kept."""
         return self.ema or self.params
+
+
+def learned(model: nn.Module, state: TrainState) -> Any:
+    """Return the parameters to evaluate and generate with; those of a counting family are estimated here."""
+    return model.estimate(state.counts) if model.learns == "counting" else state.averaged()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Objective:
       z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311).
       label_smoothing: share of the target's probability spread over the vocabulary (1512.00567).
       chunk: positions whose logits exist at a time; 0 = by memory.
+      text_bytes: the scored targets are a text, so that bits per byte mean something.
+      whole_rows: report the share of rows whose scored positions are all right.
     """
 
     max_scored: int
@@ -60,35 +69,34 @@ class Objective:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     chunk: int = 0
+    text_bytes: bool = True
+    whole_rows: bool = False
 
 
-def example_batch(batch_size: int, row_length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and types of a batch [B, L]."""
-    shape = (batch_size, row_length)
-    names = {
-        "inputs": jnp.int32,
-        "targets": jnp.int32,
-        "segments": jnp.int32,
-        "positions": jnp.int32,
-    }
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, dtype in {**names, "weights": jnp.float32}.items()
-    }
+def example_batch(model: nn.Module) -> Batch:
+    """Return one short row of all that the family may read: parameters do not depend on its length."""
+    names = ["inputs", "targets", "segments", "positions"]
+    if "source" in model.accepts:
+        names += ["source", "source_segments", "source_positions"]
+    if "masked" in model.accepts:
+        names += ["types"]
+    batch = {name: jnp.zeros((1, 8), jnp.int32) for name in names}
+    if "masked" in model.accepts:
+        batch["labels"] = jnp.zeros((1,), jnp.int32)
+    return {**batch, "weights": jnp.zeros((1, 8), jnp.float32)}
 
 
-def init_variables(model: nn.Module, rng: jax.Array, row_length: int) -> Any:
-    """Return the model's boxed variables: both of its calls are made."""
-    batch = {
-        name: jnp.zeros(leaf.shape, leaf.dtype)
-        for name, leaf in example_batch(1, row_length).items()
-    }
+def init_variables(model: nn.Module, rng: jax.Array) -> Any:
+    """Return the model's boxed variables, both of its calls made; no parameters where it counts."""
+    if model.learns == "counting":
+        return {"params": {}}
+    batch = example_batch(model)
     return model.init(rng, batch, method=lambda module, batch: module.logits(module(batch)))
 
 
-def parameter_axes(model: nn.Module, row_length: int) -> tuple[Any, Any]:
+def parameter_axes(model: nn.Module) -> tuple[Any, Any]:
     """Return (logical axes, ShapeDtypeStructs) of the parameters, as trees alike."""
-    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), row_length))["params"]
+    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
     return sharding.logical_axes(boxed), nn.unbox(boxed)
 
 
@@ -97,22 +105,26 @@ def make_init(
     tx: optax.GradientTransformation,
     *,
     seed: int,
-    row_length: int,
-    batch_size: int,
+    shape: tuple[int, int, int],
     average: bool,
     stateful: bool,
 ) -> Callable[[], TrainState]:
-    """Return the pure function that makes the state of step 0."""
+    """Return the pure function that makes the state of step 0.
+
+    `shape` is (steps, B, L) of all the batches that are to come: what a counting family records.
+    """
+    counting = model.learns == "counting"
 
     def init() -> TrainState:
-        params = nn.unbox(init_variables(model, jax.random.key(seed), row_length))["params"]
+        params = nn.unbox(init_variables(model, jax.random.key(seed)))["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             healthy=jnp.ones((), bool),
             params=params,
             opt_state=tx.init(params),
             ema=jax.tree.map(jnp.copy, params) if average else {},
-            carry={"carry": nn.unbox(model.init_carry(batch_size))} if stateful else {},
+            carry={"carry": nn.unbox(model.init_carry(shape[1]))} if stateful else {},
+            counts=nn.unbox(model.init_counts(*shape)) if counting else {},
         )
 
     return init
@@ -122,7 +134,8 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
     """Return the sharding of every leaf of the abstract `state`, from the parameters' logical `axes`.
 
     A leaf of the optimizer that ends with a parameter's path and has its shape lies as the parameter
-    does; the rest (counts, factored statistics) is whole on every device. The carry lies as the batch.
+    does; the rest (counts, factored statistics) is whole on every device. The carry lies as the batch,
+    and so does each step's part of what a counting family has seen.
 
     Raises:
       ConfigError: a parameter cannot be split as its axes say.
@@ -149,6 +162,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
         opt_state=jax.tree.map_with_path(like_parameter, state.opt_state),
         ema=params if state.ema else {},
         carry=jax.tree.map(lambda _: sharding.batch_sharding(mesh), state.carry),
+        counts=jax.tree.map(lambda _: sharding.batch_sharding(mesh, axis=1), state.counts),
     )
 
 
@@ -183,7 +197,7 @@ def train_step(
         if state.ema
         else {}
     )
-    new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry)
+    new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry, state.counts)
     kept = dataclasses.replace(state, healthy=healthy)
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
@@ -191,6 +205,16 @@ def train_step(
     if schedule is not None:  # made here: on the host it would wait behind the step that runs
         sums["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
+
+
+def count_step(state: TrainState, batch: Batch, *, model: nn.Module) -> tuple[TrainState, Metrics]:
+    """Record a global batch in the counts of a family that learns by counting."""
+    _, new = model.apply(
+        {"counts": state.counts}, batch, state.step, method="count", mutable=["counts"]
+    )
+    tokens = (batch["weights"].sum(), jnp.ones(()))
+    state = dataclasses.replace(state, step=state.step + 1, counts=nn.unbox(new["counts"]))
+    return state, {"tokens": tokens, "healthy": state.healthy}
 
 
 def _gradients(state, batch, model, objective, rng, accumulate):
@@ -247,11 +271,14 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         label_smoothing=objective.label_smoothing,
         chunk=objective.chunk,
         shards=sharding.mesh_size(),
+        whole_rows=objective.whole_rows,
     )
     weight = sums["weight"]
     pairs = {"loss": (sums["loss"], weight), "accuracy": (sums["correct"], weight)}
     if objective.z_loss:
         pairs["z_loss"] = (sums["z_loss"], weight)
+    if objective.whole_rows:
+        pairs["exact"] = (sums["exact"], sums["rows"])
     carry = {"carry": new["carry"]} if stateful else {}
     return objective_sum, (carry, new.get("losses", {}), pairs)
 
@@ -283,8 +310,13 @@ def eval_step(
     model: nn.Module,
     objective: Objective,
 ) -> tuple[Metrics, Any]:
-    """Return the sums of one batch (loss, accuracy, bytes) and the new carry ({} when there is none)."""
-    _, (carry, _, sums) = forward(model, {"params": params, **carry}, batch, objective, train=False)
+    """Return the sums of one batch (loss, accuracy, bytes, ...) and the new carry ({} when there is none)."""
+    _, (carry, sown, sums) = forward(
+        model, {"params": params, **carry}, batch, objective, train=False
+    )
+    sums |= {name: pair[0] for name, pair in sown.items()}
+    if not objective.text_bytes:
+        return sums, carry
     counted = jnp.take(token_bytes, batch["targets"], axis=0) * batch["weights"]
     return {**sums, "bytes": (counted.sum(), jnp.ones(()))}, carry
 

@@ -198,7 +198,7 @@ def score(
                 raise _Stopped
             yield batch
 
-    for name, params in (("eval", state.averaged()), ("eval_raw", state.params)):
+    for name, params in (("eval", step.learned(made.model, state)), ("eval_raw", state.params)):
         if name == "eval" or state.ema:
             try:
                 values = experiment.score(
@@ -371,7 +371,7 @@ def say_sample(
     if not cfg.sample_tokens or jax.process_count() > 1:
         return
     prompt = [tokenizer.end_of_text, *tokenizer.encode(cfg.sample_prompt).tolist()]
-    params = jax.device_put(state.averaged(), jax.local_devices()[0])
+    params = jax.device_put(step.learned(made.model, state), jax.local_devices()[0])
     with sharding.use(sharding.make_mesh(sharding.Config(), jax.local_devices()[:1])):
         (tokens,) = generate.generate(
             made.model,

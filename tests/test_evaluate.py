@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm import evaluate, experiment, models, sharding, step
+from lm import evaluate, experiment, models, sharding, step, tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
 from lm.tasks import causal_lm
@@ -39,7 +40,7 @@ def made(name, vocab_size):
     cfg = models.config_class(name)(num_layers=1, model_dim=16, **fields)
     cfg = models.resolve(cfg, vocab_size=vocab_size, max_length=LENGTH, packed=False)
     model = models.build(cfg)
-    _, shapes = step.parameter_axes(model, LENGTH)
+    _, shapes = step.parameter_axes(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
     objective = step.Objective(max_scored=LENGTH, vocab_size=vocab_size)
@@ -48,7 +49,8 @@ def made(name, vocab_size):
 
 def score(name, text, *, batch_size=8, streams=0, **options):
     model, params, eval_step = made(name, text.tokenizer.vocab_size)
-    task = causal_lm.Task(causal_lm.Config(length=LENGTH, isolate_documents=False))
+    cfg = causal_lm.Config(length=LENGTH, isolate_documents=False)
+    task = causal_lm.Task(cfg, tasks.Setting("causal", SimpleNamespace(vocab_size=1000)))
     batches = pipeline.EvalBatches(
         text.validation, task, batch_size=batch_size, streams=streams, **options
     )

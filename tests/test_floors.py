@@ -15,6 +15,7 @@ FLOORS = {
     "lm.evaluate": 3,
     "lm.generate": 3,
     "lm.checkpoint": 3,
+    "lm.stored": 2,
     "lm.step": 2,
     "lm.models": 2,
     "lm.nn": 1,

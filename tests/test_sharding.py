@@ -46,7 +46,7 @@ def test_minus_one_is_the_rest():
 def test_bytes_per_device_fall_as_they_should(sizes):
     model, mesh = tiny_gpt(), sharding.make_mesh(sharding.Config(*sizes))
     _, fsdp, tensor = sizes
-    axes, shapes = step.parameter_axes(model, LENGTH)
+    axes, shapes = step.parameter_axes(model)
     with sharding.use(mesh):
         placed = sharding.shardings(mesh, axes, shapes)
         params = jax.jit(
@@ -63,14 +63,14 @@ def test_bytes_per_device_fall_as_they_should(sizes):
 
 def test_a_parameter_that_cannot_be_split_is_named():
     model, mesh = tiny_gpt(num_heads=2), sharding.make_mesh(sharding.Config(1, 1, 8))
-    axes, shapes = step.parameter_axes(model, LENGTH)
+    axes, shapes = step.parameter_axes(model)
     with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*attention/out/kernel has 2 `heads`"):
         sharding.shardings(mesh, axes, shapes)
 
 
 def test_every_axis_that_a_model_names_is_in_the_table():
     for options in ({}, {"positions": "learned", "tied": False, "bias": True, "scan": True}):
-        axes, shapes = step.parameter_axes(tiny_gpt(**options), LENGTH)
+        axes, shapes = step.parameter_axes(tiny_gpt(**options))
         named = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
         for names, leaf in zip(named, jax.tree.leaves(shapes), strict=True):
             assert len(names) == leaf.ndim

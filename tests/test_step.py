@@ -48,9 +48,9 @@ def one_device():
 def prepare(model, mesh, tx, *, accumulate=1, average=False, stateful=False, **objective):
     """Return (state, jitted step) on a mesh, which must be in use."""
     init = step.make_init(
-        model, tx, seed=0, row_length=LENGTH, batch_size=BATCH, average=average, stateful=stateful
+        model, tx, seed=0, shape=(9, BATCH, LENGTH), average=average, stateful=stateful
     )
-    axes, _ = step.parameter_axes(model, LENGTH)
+    axes, _ = step.parameter_axes(model)
     placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
     function = functools.partial(
         step.train_step,
@@ -222,6 +222,9 @@ def test_the_average_follows_the_parameters():
 class Sowing(nn.Module):
     """A model of one table that sows a penalty."""
 
+    accepts = frozenset({"causal"})
+    learns = "gradient"
+
     def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.table = self.param("table", init, (VOCAB, 8))
@@ -265,7 +268,7 @@ def test_dropout_differs_by_step_and_repeats_with_the_seed():
 def test_eval_step_counts_bytes():
     model, batch = make_model("gpt", num_layers=1), make_batch()
     token_bytes = np.arange(VOCAB, dtype=np.int32)
-    params = nn.unbox(step.init_variables(model, jax.random.key(0), LENGTH))["params"]
+    params = nn.unbox(step.init_variables(model, jax.random.key(0)))["params"]
     objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
     evaluate = jax.jit(functools.partial(step.eval_step, model=model, objective=objective))
     sums, carry = evaluate(params, {}, batch, token_bytes)

@@ -65,6 +65,7 @@ def synthetic_corpus(vocab_size: int, num_tokens: int) -> corpus.Corpus:
         for part in (train_split, validation)
     }
     sizes = {"source": "synthetic", "bytes": num_tokens, "replaced": 0, "empty_documents": 0}
+    sizes |= {"labels": []}
     return corpus.Corpus(
         Numbers(vocab_size), train_split, validation, "synthetic", {**sizes, **counts}
     )
@@ -173,9 +174,8 @@ class Ours:
 
     def _prepare_decode(self) -> None:
         init = step.init_variables
-        shape = self.made.task.row_length
         self.params = nn.unbox(
-            jax.jit(lambda: init(self.made.model, jax.random.key(0), shape)["params"])()
+            jax.jit(lambda: init(self.made.model, jax.random.key(0))["params"])()
         )
         self.decode(steps=1)
 

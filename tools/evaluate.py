@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     startup.prepare()
     import jax
 
-    from lm import checkpoint, experiment, hardware, manifests, sharding, step, tasks
+    from lm import checkpoint, experiment, hardware, manifests, sharding, step
     from lm import workdir as workdirs
     from lm.data import corpus, tokenizers
 
@@ -59,10 +59,11 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
     )
     cfg = experiment.freeze(config)
-    mesh, task = sharding.make_mesh(cfg["mesh"]), tasks.build(cfg["task"])
-    experiment.check_fit(cfg, mesh, task)
+    mesh = sharding.make_mesh(cfg["mesh"])
+    kind = experiment.check_fit(cfg, mesh)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
+    task = experiment.build_task(cfg, kind, text, seed=config.seed)
     trained_on = workdirs.read_json(Path(args.workdir) / "data.json").get("fingerprint")
     if not other and text.fingerprint != trained_on:
         print(
@@ -70,10 +71,11 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
             "or setting)",
             file=sys.stderr,
         )
-    objective = step.Objective(max_scored=task.max_scored, vocab_size=tokenizer.vocab_size)
+    objective = experiment.build_objective(task)
     with sharding.use(mesh):
-        axes, shapes = step.parameter_axes(model, model.cfg.max_length)
-        params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
+        if model.learns == "gradient":
+            axes, shapes = step.parameter_axes(model)
+            params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
         eval_step = experiment.jit_eval_step(model, objective)
         bar = functools.partial(tqdm, desc="evaluating", unit=" batches", delay=2)
         scores = experiment.score(model, eval_step, params, text, task, cfg, mesh, bar)

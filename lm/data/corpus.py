@@ -31,10 +31,11 @@ from lm.data import sources, tokenizers
 from lm.data.pipeline import Config
 from lm.data.tokenizers import Tokenizer
 
-FORMAT = 1  # part of every key: raise it when extraction, split or layout changes
+FORMAT = 2  # part of every key: raise it when extraction, split or layout changes
 _FEW = 100  # documents; below, the split is by characters
 _BATCH = 1 << 22  # characters encoded at a time
 _DIGESTED = 16 << 20  # bytes; larger files are checked by size alone, so that a start is quick
+_MOST_LABELS = 10_000
 _STALE = 86400  # seconds after which a killed run's unfinished folder is removed
 _SPLITS = ("train", "validation")
 
@@ -44,18 +45,32 @@ class Split:
     """The token stream of one split.
 
     `tokens` [1 + tokens + documents] is EOT d0 EOT ... dn EOT; `starts` int64 [documents] are the
-    positions of each document's leading EOT; `num_bytes` is the text's size in UTF-8.
+    positions of each document's leading EOT; `num_bytes` is the text's size in UTF-8. Where the data is
+    `paired`, documents 2i and 2i + 1 are a text and what belongs to it: a target or a label.
     """
 
     name: str
     tokens: np.ndarray
     starts: np.ndarray
     num_bytes: int
+    paired: bool = False
 
     @property
     def end_of_text(self) -> int:
         """The id between documents: every stream begins with it."""
         return int(self.tokens[0])
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs there are; 0 where the data has none."""
+        return len(self.starts) // 2 if self.paired else 0
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of both texts of a pair."""
+        first, second = self.starts[2 * index : 2 * index + 2]
+        last = 2 * index + 2
+        end = self.starts[last] if last < len(self.starts) else len(self.tokens) - 1
+        return self.tokens[first + 1 : second], self.tokens[second + 1 : end]
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,11 @@ class Corpus:
     validation: Split
     fingerprint: str
     report: dict[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the documents, sorted; none where the data has no label field."""
+        return tuple(self.report["labels"])
 
     def summary(self) -> str:
         """Return what the corpus is, in a line."""
@@ -91,7 +111,7 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     for what the sources and tokenizers refuse, an empty split, a cache that cannot be written.
     """
     source = sources.open_source(
-        cfg.source, path=cfg.path, field=cfg.field, on_invalid=cfg.on_invalid
+        cfg.source, path=cfg.path, fields=cfg.fields, on_invalid=cfg.on_invalid
     )
     folder = cache_folder() / "corpora" / _key(cfg, source, tokenizer)
     corpus = _load(folder)
@@ -145,11 +165,21 @@ class _Cut:
         self.fraction = fraction
         self.by_hash = survey["documents"] >= _FEW
         self.characters = int(survey["characters"] * (1 - fraction))
+        self.pairs = round(survey["documents"] * (1 - fraction))
 
     def parts(self, source: sources.Source) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) in order; a document across the cut comes in two."""
-        before = 0
-        for text, _ in source:
+        """Yield (split, text) in order; a document across the cut comes in two, a pair stays whole."""
+        before = number = 0
+        for text, _, second in source:
+            if second is not None:
+                if not (text and second):
+                    continue
+                last = (
+                    _hash_fraction(text) < self.fraction if self.by_hash else number >= self.pairs
+                )
+                number += 1
+                yield from ((_SPLITS[last], part) for part in (text, second))
+                continue
             if self.by_hash:
                 yield _SPLITS[_hash_fraction(text) < self.fraction], text
                 continue
@@ -164,14 +194,24 @@ def _hash_fraction(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _survey(source: sources.Source) -> dict[str, int]:
+def _survey(source: sources.Source) -> dict[str, Any]:
+    """Return counts of the documents, and the labels where they have one."""
     counts = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "replaced"), 0)
-    for text, replaced in _progress(source, "reading", unit=" documents"):
-        counts["documents" if text else "empty_documents"] += 1
+    labels: set[str] = set()
+    for text, replaced, second in _progress(source, "reading", unit=" documents"):
+        whole = bool(text) and second != ""
+        counts["documents" if whole else "empty_documents"] += 1
         counts["characters"] += len(text)
-        counts["bytes"] += len(text.encode())
+        counts["bytes"] += len(text.encode()) + len((second or "").encode())
         counts["replaced"] += replaced
-    return counts
+        if whole and second is not None and source.fields.label:
+            labels.add(second)
+            if len(labels) > _MOST_LABELS:
+                raise ConfigError(
+                    f"data.label_field={source.fields.label}: more than {_MOST_LABELS} labels; is it "
+                    "data.target_field?"
+                )
+    return {**counts, "labels": sorted(labels)}
 
 
 def _write(folder: Path, cfg: Config, source: sources.Source, tokenizer: Tokenizer | None) -> None:
@@ -190,7 +230,7 @@ def _write(folder: Path, cfg: Config, source: sources.Source, tokenizer: Tokeniz
     tokenizer.save(folder / "tokenizer")
     splits = _encode(folder, tokenizer, cut.parts(source), survey["bytes"])
     digests = [tokenizer.fingerprint, *(splits[name].pop("digest") for name in _SPLITS)]
-    names = {"source": source.name, "files": len(source.files)}
+    names = {"source": source.name, "files": len(source.files), "paired": source.paired}
     report = {**names, **survey, "split": "hash" if cut.by_hash else "characters", **splits}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     body = {
@@ -294,6 +334,7 @@ def _load(folder: Path) -> Corpus | None:
             np.memmap(folder / f"{name}.tokens", np.dtype(body["dtype"]), "r").view(np.ndarray),
             np.fromfile(folder / f"{name}.starts", np.int64),
             body["report"][name]["bytes"],
+            body["report"]["paired"],
         )
         for name in _SPLITS
     )

@@ -22,11 +22,13 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Config:
-    source: str = (
-        "python_docs"  # python_docs, python_source, text or jsonl; a path's suffix decides
-    )
+    # A path's suffix decides, unless it names a kind of file.
+    source: str = "python_docs"  # python_docs, python_source, python_pairs, text, jsonl, tsv or csv
     path: tuple[str, ...] = ()  # your own text: files and globs, .gz and .zst as they are
-    field: str = "text"  # name of the text in a JSON line
+    field: str = "text"  # name of the text in a JSON line or a table
+    source_field: str = ""  # of pairs: the source's or the labelled text's name, or column number
+    target_field: str = ""  # of pairs: the target's name, or column number
+    label_field: str = ""  # of labelled texts: the label's name, or column number
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
     tokenizer: str = "sentencepiece"  # byte, char or sentencepiece
     vocab_size: int = 4096  # ids, special ones included
@@ -46,11 +48,7 @@ class Config:
         path = (self.path,) if isinstance(self.path, str) else self.path
         parts = tuple(part.strip() for item in path for part in item.split(",") if part.strip())
         object.__setattr__(self, "path", parts)
-        if sources.resolve(self.source, parts) != "jsonl" and self.field != "text":
-            raise ConfigError(
-                f"data.field={self.field}: used only for JSON lines; set data.field=text, "
-                "or name JSON lines by data.source=jsonl or a data.path that ends in .jsonl"
-            )
+        self._check_fields(sources.resolve(self.source, parts))
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
         _one_of("tokenizer", self.tokenizer, tokenizers.NAMES)
         _one_of("sentencepiece_model", self.sentencepiece_model, ("unigram", "bpe"))
@@ -67,6 +65,34 @@ class Config:
                     f"data.{name}={getattr(self, name)}: too small; use {value} or more"
                 )
 
+    @property
+    def fields(self) -> sources.Fields:
+        """The names of what is read of a record."""
+        return sources.Fields(self.field, self.source_field, self.target_field, self.label_field)
+
+    def _check_fields(self, source: str) -> None:
+        given = {
+            name: getattr(self, name)
+            for name in ("field", "source_field", "target_field", "label_field")
+            if getattr(self, name) != ("text" if name == "field" else "")
+        }
+        if given and source not in ("jsonl", *sources.TABLES):
+            name, value = next(iter(given.items()))
+            raise ConfigError(
+                f"data.{name}={value}: used only for JSON lines and tables; leave it out, or name such a "
+                "file by data.source=jsonl, tsv or csv, or by a data.path that ends so"
+            )
+        if self.target_field and self.label_field:
+            raise ConfigError(
+                f"data.label_field={self.label_field}: there is data.target_field={self.target_field} "
+                "already; give one of the two"
+            )
+        if bool(self.source_field) != bool(self.target_field or self.label_field):
+            raise ConfigError(
+                f"data.source_field={self.source_field}: pairs have a data.source_field and a "
+                "data.target_field, or a data.label_field; give both"
+            )
+
 
 class Task(Protocol):
     """What is asked of a task: see `lm.tasks`; a split is a `lm.data.corpus.Split`."""
@@ -77,7 +103,12 @@ class Task(Protocol):
     def max_scored(self) -> int: ...
     def num_rows(self, split: Any) -> int: ...
     def rows(
-        self, split: Any, indices: np.ndarray, stream_starts: np.ndarray | None = None
+        self,
+        split: Any,
+        indices: np.ndarray,
+        *,
+        epochs: np.ndarray | None = None,
+        stream_starts: np.ndarray | None = None,
     ) -> Batch: ...
 
 
@@ -87,7 +118,8 @@ class Batches:
     Order "shuffle": row g = step * batch_size + b of an endless sequence in which every epoch is a
     permutation of all rows. Order "stream": row b walks stream b, one of `batch_size` contiguous
     parts of num_rows // batch_size rows (up to batch_size - 1 rows at the end are never read), and
-    begins again with position 0. Raises ConfigError where the sizes do not fit.
+    begins again with position 0. With `once`, rows are empty after the first epoch: nothing is read
+    twice. Raises ConfigError where the sizes do not fit.
     """
 
     def __init__(
@@ -98,10 +130,11 @@ class Batches:
         batch_size: int,
         seed: int,
         order: str,
+        once: bool = False,
         host_index: int = 0,
         host_count: int = 1,
     ):
-        self.split, self.task, self.seed = split, task, seed
+        self.split, self.task, self.seed, self.once = split, task, seed, once
         self.batch_size, self.stream = batch_size, order == "stream"
         self.num_rows = _num_rows(split, task)
         self._slice = _host_slice("data.batch_size", batch_size, host_index, host_count)
@@ -126,13 +159,15 @@ class Batches:
             window = self.num_rows // self.batch_size
             starts = places * window
             indices = starts + step % window
-            return self.task.rows(self.split, indices, starts * self.task.max_scored)
+            return self.task.rows(self.split, indices, stream_starts=starts * self.task.max_scored)
         places += step * self.batch_size
         epochs, inside = np.divmod(places, self.num_rows)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
             inside[here] = permute(inside[here], self.num_rows, seed=self.seed, epoch=epoch)
-        return self.task.rows(self.split, inside)
+        if self.once:
+            inside[epochs > 0] = self.num_rows
+        return self.task.rows(self.split, inside, epochs=epochs)
 
 
 class EvalBatches(Sequence[Batch]):
@@ -179,7 +214,7 @@ class EvalBatches(Sequence[Batch]):
         # An index past the prefix is moved past the split, where every row is empty.
         indices[indices >= self.num_rows] = self.task.num_rows(self.split)
         if self.streams:
-            return self.task.rows(self.split, indices, starts * self.task.max_scored)
+            return self.task.rows(self.split, indices, stream_starts=starts * self.task.max_scored)
         return self.task.rows(self.split, indices)
 
 

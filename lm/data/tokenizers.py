@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Tokenizer:
     end_of_text: int
     token_bytes: np.ndarray
     fingerprint: str
+    specials: Mapping[str, int] = {}  # ids by the tasks' names: cls, sep, mask, sentinel_0, ...
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`. Raises ConfigError for what the vocabulary cannot hold."""

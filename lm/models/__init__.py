@@ -46,12 +46,22 @@ def config_class(name: str) -> type:
     return family(name).Config
 
 
-def resolve(cfg: Any, *, vocab_size: int, max_length: int, packed: bool) -> Any:
+def resolve(
+    cfg: Any,
+    *,
+    vocab_size: int,
+    max_length: int,
+    packed: bool,
+    max_source_length: int = 0,
+    num_classes: int = 0,
+) -> Any:
     """Fill the sizes that `cfg` leaves to be derived from the tokenizer and the task.
 
     Args:
-      vocab_size: tokens of the tokenizer.
+      vocab_size: tokens of the tokenizer and the task.
       max_length: tokens of a row.
+      max_source_length: tokens of a row's source; only for a family that has the field.
+      num_classes: classes of a text; only for a family that has the field.
       packed: whether a row may hold several documents.
 
     Raises:
@@ -59,17 +69,25 @@ def resolve(cfg: Any, *, vocab_size: int, max_length: int, packed: bool) -> Any:
     """
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={cfg.vocab_size} is less than the tokenizer's {vocab_size}; use 0 = derived"
+            f"model.vocab_size={cfg.vocab_size} is less than the {vocab_size} of tokenizer and task; use 0 "
+            "= derived"
         )
     if cfg.max_length and cfg.max_length < max_length:
         raise ConfigError(
-            f"task.length + task.context = {max_length} is longer than model.max_length="
+            f"a row of the task (task.length and such) has {max_length} tokens, more than model.max_length="
             f"{cfg.max_length}; shorten the rows, or use model.max_length=0 = derived"
         )
     derived = {
         "vocab_size": cfg.vocab_size or vocab_size,
         "max_length": cfg.max_length or max_length,
     }
+    for field, size in (("max_source_length", max_source_length), ("num_classes", num_classes)):
+        if hasattr(cfg, field):
+            if 0 < getattr(cfg, field) < size:
+                raise ConfigError(
+                    f"model.{field}={getattr(cfg, field)}: the task needs {size}; use 0 = derived"
+                )
+            derived[field] = getattr(cfg, field) or size
     if hasattr(cfg, "mask"):
         derived["mask"] = cfg.mask or ("segments" if packed else "causal")
     return dataclasses.replace(cfg, **derived)

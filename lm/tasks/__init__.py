@@ -2,20 +2,40 @@
 
 A batch is a dict of arrays [R, row_length]: `inputs`, `targets`, `segments`, `positions` int32 and
 `weights` float32. Segments are 0 on padding, which is always on the right, and 1, 2, ... for the
-documents of a row; position 0 resets recurrent state; weights say what is scored. A task has
+documents of a row; position 0 resets recurrent state; weights say what is scored. Rows of the kind
+"source" also have `source`, `source_segments`, `source_positions` [R, source_length]; "masked" rows may
+have `types` [R, row_length] and `labels` [R] (-1: none), int32.
 
-- `row_length`, and `max_scored`, a static bound on scored positions a row;
-- `packed`: a row may hold several documents that must not see each other;
-- `kind`: "causal", what a model has to accept;
-- `num_rows(split)` and `rows(split, indices, stream_starts=None)`.
+`lm/tasks/<name>.py` exports `Config`, a frozen dataclass with the property `packed` (a row may hold several
+documents that must not see each other), and `Task(cfg, setting)`, which has
+
+- `KINDS`: the kinds of rows that it can make, of which the family accepts one: "causal", "masked", "source";
+- `row_length`, `source_length` (0 = no source), and `max_scored`, a static bound on scored positions a row;
+- `vocab_size`, its own special tokens included; `num_classes`, where position 0 is to be classified, else 0;
+- `text_bytes`: every byte of a text is scored once, so that bits per byte mean something;
+- `whole_rows`: whether the share of rows that are all right is reported;
+- `num_rows(split)` and `rows(split, indices, *, epochs=None, stream_starts=None)`: a pure function of its
+  arguments and the setting's seed. `epochs` [R] says how often a row was seen before; None in evaluation.
 """
 
 import difflib
 import importlib
 import pkgutil
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lm.config import ConfigError
+
+
+class Setting(NamedTuple):
+    """What a task is made for: the kind of rows that the family reads, and the corpus."""
+
+    kind: str
+    tokenizer: Any  # a lm.data.tokenizers.Tokenizer
+    labels: tuple[str, ...] = ()  # the corpus's, where its documents have one each
+    seed: int = 0
 
 
 def config_class(name: str) -> type:
@@ -27,6 +47,37 @@ def config_class(name: str) -> type:
     return importlib.import_module(f"lm.tasks.{name}").Config
 
 
-def build(cfg: Any) -> Any:
+def kinds(cfg: Any) -> tuple[str, ...]:
+    """Return the kinds of rows that the task of the frozen `cfg` can make, best first."""
+    return importlib.import_module(type(cfg).__module__).Task.KINDS
+
+
+def build(cfg: Any, setting: Setting) -> Any:
     """Return the task that the frozen `cfg`, a task's `Config`, describes."""
-    return importlib.import_module(type(cfg).__module__).Task(cfg)
+    return importlib.import_module(type(cfg).__module__).Task(cfg, setting)
+
+
+def special_ids(tokenizer: Any, names: Sequence[str]) -> dict[str, int]:
+    """Return the id of each special token: the tokenizer's own, else one after its vocabulary."""
+    fresh = iter(range(tokenizer.vocab_size, tokenizer.vocab_size + len(names)))
+    own = tokenizer.specials
+    return {name: own[name] if name in own else next(fresh) for name in names}
+
+
+def random_of(seed: int, epoch: int, row: int) -> np.random.Generator:
+    """Return the randomness of a row, which depends on nothing else."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, row))))
+
+
+def check_positive(cfg: Any, **least: int) -> None:
+    """Raise ConfigError for a field of a task's config that is below its least value."""
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise ConfigError(f"task.{name}={getattr(cfg, name)}: too small; use {value} or more")
+
+
+def check_share(cfg: Any, *names: str) -> None:
+    """Raise ConfigError for a field of a task's config that is no share in (0, 1)."""
+    for name in names:
+        if not 0 < getattr(cfg, name) < 1:
+            raise ConfigError(f"task.{name}={getattr(cfg, name)}: use a share in (0, 1)")

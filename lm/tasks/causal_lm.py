@@ -5,11 +5,11 @@ tokens of weight 0 before them. The last row may be shorter.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lm.config import ConfigError
+from lm.tasks import Setting, check_positive
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,38 @@ class Config:
     isolate_documents: bool = True  # documents of a row do not see each other
 
     def __post_init__(self):
-        for name, least in (("length", 1), ("context", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"task.{name}={getattr(self, name)}: too small; use {least} or more"
-                )
+        check_positive(self, length=1, context=0)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the documents of a row are kept apart."""
+        return self.isolate_documents
 
 
 class Task:
     """Rows of a split's stream, by index."""
 
-    kind = "causal"
+    KINDS: ClassVar = ("causal",)
+    source_length, num_classes = 0, 0
+    text_bytes, whole_rows = True, False
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, setting: Setting):
         self.cfg = cfg
         self.row_length = cfg.context + cfg.length
         self.max_scored = cfg.length
-        self.packed = cfg.isolate_documents
+        self.vocab_size = setting.tokenizer.vocab_size
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows score every target of `split` once."""
         return -(-(len(split.tokens) - 1) // self.cfg.length)
 
     def rows(
-        self, split: Any, indices: np.ndarray, stream_starts: np.ndarray | None = None
+        self,
+        split: Any,
+        indices: np.ndarray,
+        *,
+        epochs: np.ndarray | None = None,
+        stream_starts: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Return rows `indices` [R] as a batch [R, row_length]; past the last one, empty rows.
 

@@ -1,12 +1,14 @@
 """The batch of step s is a pure function of (seed, s), the same rows on any count of hosts."""
 
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm import tasks
 from lm.config import ConfigError
 from lm.data import pipeline, tokenizers
 from lm.tasks import causal_lm
@@ -25,7 +27,8 @@ def make_split(sizes, name="train"):
 
 
 def make_task(**settings):
-    return causal_lm.Task(causal_lm.Config(**{"length": 4, **settings}))
+    cfg = causal_lm.Config(**{"length": 4, **settings})
+    return causal_lm.Task(cfg, tasks.Setting("causal", SimpleNamespace(vocab_size=1000)))
 
 
 def batches(split, task, **settings):
@@ -40,7 +43,7 @@ def row_indices(made, steps):
         num_rows=made.task.num_rows,
         row_length=made.task.row_length,
         max_scored=made.task.max_scored,
-        rows=lambda split, indices, starts=None: seen.append(indices.copy()),
+        rows=lambda split, indices, **rest: seen.append(indices.copy()),
     )
     made.task = task
     for step in steps:

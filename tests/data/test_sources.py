@@ -7,6 +7,7 @@ import pytest
 import zstandard
 
 from lm.config import ConfigError
+from lm.data import library as library_source
 from lm.data import sources
 
 INNER = "And another one, also long enough to be counted here."
@@ -26,7 +27,9 @@ if True:
 
 def read(source="text", path=(), field="text", on_invalid="replace"):
     path = [str(p) for p in ([path] if not isinstance(path, (list, tuple)) else path)]
-    return list(sources.open_source(source, path=path, field=field, on_invalid=on_invalid))
+    return list(
+        sources.open_source(source, path=path, fields=sources.Fields(field), on_invalid=on_invalid)
+    )
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def library(tmp_path, monkeypatch):
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content.encode("latin-1" if "latin" in name else "utf-8"))
-    monkeypatch.setattr(sources, "_library", lambda: root)
+    monkeypatch.setattr(library_source, "library_folder", lambda: root)
     return root
 
 
@@ -72,7 +75,9 @@ def test_python_source_holds_valid_files_in_order_of_name(library, tmp_path):
 
 
 def test_a_source_reads_the_same_again(library):
-    source = sources.open_source("python_docs", path=(), field="text", on_invalid="replace")
+    source = sources.open_source(
+        "python_docs", path=(), fields=sources.Fields(), on_invalid="replace"
+    )
     assert list(source) == list(source) == read("python_docs")
 
 
@@ -111,7 +116,7 @@ def test_jsonl_yields_the_field_of_every_line(tmp_path, suffix):
 def test_invalid_bytes_are_replaced_and_counted_or_refused_with_their_place(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"ok \xff\xfe \xe2\x82 \xef\xbf\xbd end")  # the last one is U+FFFD itself
-    ((text, replaced),) = read(path=file)
+    ((text, replaced, _),) = read(path=file)
     assert text == "ok \ufffd\ufffd \ufffd \ufffd end"
     assert replaced == 3
     with pytest.raises(ConfigError, match=r"a\.txt: byte 3 is not UTF-8"):
@@ -164,7 +169,7 @@ def test_broken_input_is_an_error_of_one_line(tmp_path, name, content, message):
         ("text", ["missing.txt"], r"data\.path=.*missing\.txt: no such file"),
         ("text", ["*.none"], r"data\.path=.*\*\.none: no file matches"),
         ("text", ["folder"], r"data\.path=.*folder: a folder"),
-        ("python_docs", ["a.txt", "b.jsonl"], r"both text and JSONL"),
+        ("python_docs", ["a.txt", "b.jsonl"], r"both jsonl and text"),
         ("python_docs", ["?.*"], r"b\.jsonl looks like jsonl"),
     ],
 )
@@ -187,7 +192,10 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     def fingerprint(name, content, field="text"):
         (tmp_path / name).write_text(content)
         source = sources.open_source(
-            "python_docs", path=[str(tmp_path / name)], field=field, on_invalid="replace"
+            "python_docs",
+            path=[str(tmp_path / name)],
+            fields=sources.Fields(field),
+            on_invalid="replace",
         )
         return source.fingerprint()
 

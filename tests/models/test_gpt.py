@@ -142,7 +142,7 @@ def test_scanned_layers_equal_unrolled_ones_of_the_same_parameters():
     ids=["default", "gpt2-untied", "groups-scan"],
 )
 def test_every_parameter_is_float32_and_names_its_axes(fields):
-    axes, shapes = step.parameter_axes(build(**fields), L)
+    axes, shapes = step.parameter_axes(build(**fields))
     for names, leaf in zip(
         jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
         jax.tree.leaves(shapes),
@@ -210,7 +210,7 @@ def test_initialisation_follows_gpt2(fields):
 def test_gpt2_small_has_its_published_number_of_parameters():
     """124,439,808 with 50,257 tokens; here the vocabulary is padded to 50,304."""
     cfg = models.resolve(gpt.Config(**GPT2), vocab_size=50_257, max_length=1024, packed=False)
-    _, shapes = step.parameter_axes(models.build(cfg), 1024)
+    _, shapes = step.parameter_axes(models.build(cfg))
     assert step.count_parameters(shapes) - (50_304 - 50_257) * 768 == 124_439_808
 
 

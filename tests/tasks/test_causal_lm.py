@@ -21,13 +21,15 @@ def make_split(documents):
 
 
 def make_task(**settings):
-    return tasks.build(causal_lm.Config(**settings))
+    tokenizer = types.SimpleNamespace(vocab_size=END + 1)
+    return tasks.build(causal_lm.Config(**settings), tasks.Setting("causal", tokenizer))
 
 
 def test_rows_by_hand():
     split = make_split([[1, 2], [3, 4, 5]])  # the stream: 7 1 2 7 3 4 5 7
     task = make_task(length=3, context=2)
-    assert (task.row_length, task.max_scored, task.packed, task.kind) == (5, 3, True, "causal")
+    assert (task.row_length, task.max_scored, task.vocab_size) == (5, 3, END + 1)
+    assert task.cfg.packed and tasks.kinds(task.cfg) == ("causal",)
     assert task.num_rows(split) == 3
     batch = task.rows(split, np.array([0, 1, 2, 3]))
     expected = {
@@ -46,10 +48,10 @@ def test_rows_by_hand():
 def test_rows_of_a_stream_by_hand():
     split = make_split([[1, 2], [3, 4, 5]])  # the stream: 7 1 2 7 3 4 5 7
     rows, starts = np.array([1, 1, 2]), np.array([0, 2, 2])
-    apart = make_task(length=2).rows(split, rows, starts)
+    apart = make_task(length=2).rows(split, rows, stream_starts=starts)
     np.testing.assert_array_equal(apart["positions"], [[2, 0], [0, 0], [1, 2]])
     np.testing.assert_array_equal(apart["segments"], [[1, 2], [1, 2], [1, 1]])
-    joined = make_task(length=2, isolate_documents=False).rows(split, rows, starts)
+    joined = make_task(length=2, isolate_documents=False).rows(split, rows, stream_starts=starts)
     np.testing.assert_array_equal(joined["positions"], [[2, 3], [0, 1], [2, 3]])
     np.testing.assert_array_equal(joined["segments"], np.ones((3, 2)))
 
@@ -57,7 +59,7 @@ def test_rows_of_a_stream_by_hand():
 def test_documents_that_share_a_row_can_see_each_other_only_where_asked():
     task = make_task(length=8, isolate_documents=False)
     batch = task.rows(make_split([[1, 2], [3, 4]]), np.array([0]))
-    assert not task.packed
+    assert not task.cfg.packed
     np.testing.assert_array_equal(batch["segments"], [[1, 1, 1, 1, 1, 1, 0, 0]])
     np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3, 4, 5, 0, 0]])
 
@@ -119,7 +121,7 @@ def test_sizes_that_cannot_be_are_refused(name, value):
 
 def test_the_folder_is_the_registry():
     assert tasks.config_class("causal_lm") is causal_lm.Config
-    assert isinstance(tasks.build(causal_lm.Config()), causal_lm.Task)
+    assert isinstance(make_task(), causal_lm.Task)
     with pytest.raises(
         ConfigError, match=r"task\.name=casual_lm: no such task; did you mean causal_lm\?"
     ):

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from lm import tasks
 from lm.data import pipeline
 from lm.tasks import causal_lm
 from tools import bench, bench_ours, bench_pipe
@@ -86,7 +87,11 @@ def test_synthetic_data_is_a_stream_as_of_a_corpus():
         assert np.array_equal(np.flatnonzero(split.tokens == 0)[:-1], split.starts)
         assert split.tokens.max() == 299
     batches = pipeline.Batches(
-        made.train, causal_lm.Task(causal_lm.Config()), batch_size=4, seed=0, order="shuffle"
+        made.train,
+        causal_lm.Task(causal_lm.Config(), tasks.Setting("causal", made.tokenizer)),
+        batch_size=4,
+        seed=0,
+        order="shuffle",
     )
     assert batches[0]["weights"].sum() == 4 * 256
 

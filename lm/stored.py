@@ -1,0 +1,132 @@
+"""Arrays by name: a tree as one flat dictionary, as Orbax stores it, and back.
+
+Layers that were stored scanned are read into unrolled ones, and back.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm import manifests
+from lm.config import ConfigError
+from lm.nn.transformer import SCANNED, UNROLLED
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Return Orbax's handler of arrays, one replica of each written whole where there is one process.
+
+    Its default splits replicated arrays over the devices to write, which compiles a slice for each
+    shape and gains nothing inside a process.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Return {"path.of.leaf": leaf}: the names under which arrays are stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten(tree: Any, flat: Mapping[str, Any]) -> Any:
+    """Return `tree` with the leaves of `flat`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in flatten(tree)])
+
+
+def restore(
+    folder: Path, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Return the arrays named in `wanted`, on its shardings.
+
+    Layers that were stored scanned are read into unrolled ones, and back.
+
+    Raises:
+      ConfigError: an array is missing or has another shape.
+    """
+    manifest = manifests.read(folder, step) or {}
+    stored = shapes_of(manifest["arrays"])
+    depth = num_layers(wanted)
+    sources = {name: sources_of(name, leaf, stored, depth) for name, leaf in wanted.items()}
+    reading = {}
+    for name, leaf in wanted.items():
+        if SCANNED in name.split(".") and len(sources[name]) not in (1, leaf.shape[0]):
+            raise ConfigError(
+                f"checkpoint {folder / str(step)}: it has {len(sources[name])} layers, but {name} of "
+                f"this config needs {leaf.shape[0]}; use the config it was trained with"
+            )
+        for source, shape, sharding in sources[name]:
+            if stored.get(source) != shape:
+                raise ConfigError(
+                    f"checkpoint {folder / str(step)}: {source} is {stored.get(source, 'missing')}, "
+                    f"but {name} of this config needs {shape}; use the config it was trained with"
+                )
+            reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+    with ocp.Checkpointer(handler()) as orbax:
+        arrays = orbax.restore(
+            folder.absolute() / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=reading,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(reading),
+                partial_restore=True,
+            ),
+        )
+    return {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
+
+
+def num_layers(names: Iterable[str]) -> int:
+    """Return how many unrolled layers the parts of these names speak of."""
+    return 1 + max((_layer_of(name)[1] for name in names), default=-1)
+
+
+def _layer_of(name: str) -> tuple[int, int]:
+    """Return (which part of a dotted name is an unrolled layer, its number), or (-1, -1)."""
+    for place, part in enumerate(name.split(".")):
+        number = part.removeprefix(UNROLLED.format(""))
+        if number != part and number.isdecimal():
+            return place, int(number)
+    return -1, -1
+
+
+def sources_of(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...], Any]]:
+    """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer.
+
+    `depth` is the number of layers where they are unrolled.
+    """
+    shape, sharding = tuple(leaf.shape), leaf.sharding
+    parts = name.split(".")
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    if name not in stored and SCANNED in parts:
+        at = parts.index(SCANNED)
+        if spec is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+        # As many as are stored: one that is not there, or one too many, is then refused by name.
+        count = max(shape[0], num_layers(stored))
+        layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(count)]
+        return [(".".join(layer), shape[1:], sharding) for layer in layers]
+    at, number = _layer_of(name)
+    if name not in stored and number >= 0:
+        source = ".".join([*parts[:at], SCANNED, *parts[at + 1 :]])
+        if spec is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *spec))
+        return [(source, (depth, *shape), sharding)]
+    return [(name, shape, sharding)]
+
+
+def _assemble(name, leaf, sources, arrays) -> jax.Array:
+    """Return the array `name` of the arrays it was stored as."""
+    if sources[0][0] == name:
+        return arrays[name]
+    if SCANNED in name.split("."):
+        stacked = jnp.stack([arrays[source] for source, _, _ in sources])
+        return jax.device_put(stacked, leaf.sharding)
+    return jax.device_put(arrays[sources[0][0]][_layer_of(name)[1]], leaf.sharding)
+
+
+def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, (shape, _) in stored.items()}

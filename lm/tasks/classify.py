@@ -1,0 +1,103 @@
+"""Say which label a text has.
+
+An encoder classifies at the row's first position, [CLS], as BERT does (Devlin et al. 2018, arXiv
+1810.04805). A decoder, or an encoder-decoder, writes the label's text after the text, as T5 does (Raffel et
+al. 2019, 1910.10683), and a row is right when all of the label is. The data names its label by
+`data.label_field`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lm.config import ConfigError
+from lm.tasks import Setting, check_positive, seq2seq, special_ids
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "classify"  # the objective, a file of lm/tasks
+    length: int = 128  # tokens of the text, [CLS] or end of text included
+    label_length: int = 16  # tokens of a label's text, for families that write it
+
+    def __post_init__(self):
+        check_positive(self, length=2, label_length=2)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the documents of a row are kept apart: a row has but one."""
+        return False
+
+
+class Task:
+    """Labelled texts of a split, by index."""
+
+    KINDS: ClassVar = ("masked", "source", "causal")
+    text_bytes, whole_rows = False, True
+
+    def __init__(self, cfg: Config, setting: Setting):
+        self.cfg, self.tokenizer = cfg, setting.tokenizer
+        if not setting.labels:
+            raise ConfigError(
+                "task.name='classify': the data has no labels; name their field in data.label_field"
+            )
+        self.labels = {label: number for number, label in enumerate(setting.labels)}
+        self._check_lengths()
+        self.at_first = setting.kind == "masked"
+        self._written = seq2seq.Task(
+            seq2seq.Config(source_length=cfg.length, length=cfg.label_length), setting
+        )
+        if not self.at_first:
+            written = self._written
+            self.row_length, self.source_length = written.row_length, written.source_length
+            self.max_scored, self.num_classes = written.max_scored, 0
+            self.vocab_size = written.vocab_size
+            return
+        self.row_length, self.source_length, self.max_scored = cfg.length, 0, 1
+        self.num_classes = len(self.labels)
+        # As for masked_lm, whose parameters such a model starts from.
+        self.cls = special_ids(self.tokenizer, ("cls", "sep", "mask"))["cls"]
+        self.vocab_size = max(self.tokenizer.vocab_size, 3 + self.tokenizer.vocab_size)
+
+    def _check_lengths(self) -> None:
+        for label in self.labels:
+            needed = len(self.tokenizer.encode(label)) + 1
+            if needed > self.cfg.label_length:
+                raise ConfigError(
+                    f"task.label_length={self.cfg.label_length}: the label {label!r} takes {needed} tokens; "
+                    f"use {needed} or more"
+                )
+
+    def num_rows(self, split: Any) -> int:
+        """Return how many labelled texts `split` has."""
+        return split.num_pairs
+
+    def rows(
+        self,
+        split: Any,
+        indices: np.ndarray,
+        *,
+        epochs: np.ndarray | None = None,
+        stream_starts: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return rows `indices` [R] as a batch; past the last one, empty rows."""
+        if not self.at_first:
+            return self._written.rows(split, indices)
+        shape = (len(indices), self.row_length)
+        batch = {
+            name: np.zeros(shape, np.int32)
+            for name in ("inputs", "targets", "segments", "positions")
+        }
+        batch["weights"] = np.zeros(shape, np.float32)
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            if index >= split.num_pairs:
+                continue
+            text, label = split.pair(index)
+            tokens = [self.cls, *text[: self.row_length - 1]]
+            batch["inputs"][row, : len(tokens)] = tokens
+            batch["segments"][row, : len(tokens)] = 1
+            batch["positions"][row, : len(tokens)] = np.arange(len(tokens))
+            batch["targets"][row, 0] = self.labels[self.tokenizer.decode(label)]
+            batch["weights"][row, 0] = 1
+        return batch

@@ -1,0 +1,158 @@
+"""Predict masked tokens from both sides.
+
+"BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", Devlin et al. 2018
+(arXiv 1810.04805); masks drawn anew each epoch: RoBERTa, Liu et al. 2019 (1907.11692).
+
+Row r is [CLS] and the stream's tokens r * n to (r + 1) * n, n = length - 1; with `next_sentence`
+[CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another. Of
+the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay.
+
+What differs: A and B are halves of a window and not sentences of one document; a row has exactly
+max(1, round(mask_rate * tokens)) masked tokens, or with whole words at most so many.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lm.config import ConfigError
+from lm.tasks import Setting, check_positive, check_share, random_of, special_ids
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "masked_lm"  # the objective, a file of lm/tasks
+    length: int = 128  # tokens a row, [CLS] and [SEP] included
+    mask_rate: float = 0.15  # share of the tokens that is predicted
+    dynamic: bool = True  # other masks each epoch; false = the same ones always
+    whole_word: bool = False  # a word is masked whole or not at all
+    next_sentence: bool = False  # rows of two parts, and whether they follow each other
+    isolate_documents: bool = False  # documents of a row do not see each other
+
+    def __post_init__(self):
+        check_positive(self, length=8)
+        check_share(self, "mask_rate")
+        if self.next_sentence and self.isolate_documents:
+            raise ConfigError(
+                "task.next_sentence=True: its two parts must see each other; "
+                "use task.isolate_documents=False"
+            )
+
+    @property
+    def packed(self) -> bool:
+        """Whether the documents of a row are kept apart."""
+        return self.isolate_documents
+
+
+class Task:
+    """Rows of a split's stream, by index."""
+
+    KINDS: ClassVar = ("masked",)
+    source_length, num_classes = 0, 0
+    text_bytes, whole_rows = False, False
+
+    def __init__(self, cfg: Config, setting: Setting):
+        self.cfg, self.seed, tokenizer = cfg, setting.seed, setting.tokenizer
+        self.row_length = cfg.length
+        self.max_scored = max(1, round(cfg.mask_rate * cfg.length))
+        self.ids = special_ids(tokenizer, ("cls", "sep", "mask"))
+        self.vocab_size = max(tokenizer.vocab_size, 1 + max(self.ids.values()))
+        self.stride = cfg.length - (3 if cfg.next_sentence else 1)
+        # What may be masked, or stand for a masked token: all but the special ones.
+        self._common = np.ones(self.vocab_size, bool)
+        self._common[[tokenizer.end_of_text, *self.ids.values(), *tokenizer.specials.values()]] = 0
+        self._drawn = np.flatnonzero(self._common[: tokenizer.vocab_size]).astype(np.int32)
+        if cfg.whole_word:
+            texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+            texts += [""] * (self.vocab_size - len(texts))
+            self._begins = np.array([text[:1].isalnum() for text in texts])
+            self._ends = np.array([text[-1:].isalnum() for text in texts])
+
+    def num_rows(self, split: Any) -> int:
+        """Return how many rows hold every token of `split` once."""
+        return -(-(len(split.tokens) - 1) // self.stride)
+
+    def rows(
+        self,
+        split: Any,
+        indices: np.ndarray,
+        *,
+        epochs: np.ndarray | None = None,
+        stream_starts: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return rows `indices` [R] as a batch [R, length]; past the last one, empty rows."""
+        indices = np.asarray(indices, np.int64)
+        if epochs is None or not self.cfg.dynamic:
+            epochs = np.zeros(len(indices), np.int64)
+        shape = (len(indices), self.row_length)
+        batch: dict[str, np.ndarray] = {
+            name: np.zeros(shape, np.int32)
+            for name in ("inputs", "targets", "segments", "positions", "types")
+        }
+        batch["weights"] = np.zeros(shape, np.float32)
+        if self.cfg.next_sentence:
+            batch["labels"] = np.full(len(indices), -1, np.int32)
+        else:
+            del batch["types"]
+        for place, index in enumerate(indices.tolist()):
+            if index < self.num_rows(split):
+                row = {name: array[place : place + 1].reshape(-1) for name, array in batch.items()}
+                self._fill(row, split, index, int(epochs[place]))
+        return batch
+
+    def _fill(self, row: dict[str, np.ndarray], split: Any, index: int, epoch: int) -> None:
+        """Write one row of a batch, given as views."""
+        random = random_of(self.seed, epoch, index)
+        window = self._window(split, index)
+        cls, sep = self.ids["cls"], self.ids["sep"]
+        if self.cfg.next_sentence:
+            half = len(window) // 2
+            first, second = window[:half], window[half:]
+            follows = random.random() < 0.5
+            if not follows:
+                other = self._window(split, int(random.integers(self.num_rows(split))))
+                second = other[len(other) // 2 :]
+            tokens = np.concatenate([[cls], first, [sep], second, [sep]])
+            row["types"][len(first) + 2 : len(tokens)] = 1
+            row["labels"][:] = 0 if follows else 1
+        else:
+            tokens = np.concatenate([[cls], window])
+        size = len(tokens)
+        row["targets"][:size] = tokens
+        row["segments"][:size], row["positions"][:size] = self._documents(tokens, split)
+        chosen = self._choose(tokens, random)
+        row["weights"][chosen] = 1
+        draw = random.random(len(chosen))
+        shown = np.where(draw < 0.8, self.ids["mask"], tokens[chosen])
+        other = self._drawn[random.integers(len(self._drawn), size=len(chosen))]
+        row["inputs"][:size] = tokens
+        row["inputs"][chosen] = np.where((draw >= 0.8) & (draw < 0.9), other, shown)
+
+    def _window(self, split, index: int) -> np.ndarray:
+        begin = 1 + index * self.stride
+        return split.tokens[begin : begin + self.stride].astype(np.int32)
+
+    def _documents(self, tokens: np.ndarray, split) -> tuple[np.ndarray, np.ndarray]:
+        """Return the segment and the position of each token of a row."""
+        places = np.arange(len(tokens))
+        if not self.cfg.isolate_documents:
+            return np.ones(len(tokens), np.int32), places
+        borders = (tokens == split.end_of_text) & (places > 0)
+        latest = np.maximum.accumulate(np.where(borders, places, 0))
+        return 1 + np.cumsum(borders), places - latest
+
+    def _choose(self, tokens: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Return the places of the tokens to predict."""
+        places = np.flatnonzero(self._common[tokens])
+        count = min(max(1, round(self.cfg.mask_rate * len(places))), self.max_scored, len(places))
+        if not self.cfg.whole_word:
+            return np.sort(random.permutation(places)[:count])
+        starts = ~self._begins[tokens[places]] | ~self._ends[tokens[places - 1]]
+        starts |= np.diff(places, prepend=-2) > 1
+        words = np.split(places, np.flatnonzero(starts)[1:]) if len(places) else []
+        chosen: list[int] = []
+        for number in random.permutation(len(words)).tolist():
+            if len(chosen) + len(words[number]) <= count:
+                chosen += words[number].tolist()
+        return np.array(sorted(chosen), np.int64)

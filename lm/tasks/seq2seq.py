@@ -1,0 +1,151 @@
+"""Write a text given another one: translation, summaries, or how a text goes on.
+
+"Sequence to Sequence Learning with Neural Networks", Sutskever et al. 2014 (arXiv 1409.3215). With data that
+has pairs (`data.source_field` and `data.target_field`, or the source `python_pairs`) row r is pair r, both
+texts cut to fit and closed by end of text. With plain text the stream is cut as for `causal_lm`: row r is
+asked for `length` tokens, and its source is the up to `source_length` tokens before them.
+
+A decoder-only family reads source and target in one row, and only the target is scored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lm.tasks import Setting, causal_lm, check_positive
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "seq2seq"  # the objective, a file of lm/tasks
+    source_length: int = 128  # tokens of the source, its end of text included
+    length: int = 128  # tokens of the target, its end of text included
+
+    def __post_init__(self):
+        check_positive(self, source_length=2, length=2)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the documents of a row are kept apart: a row has but one."""
+        return False
+
+
+class Task:
+    """Pairs of a split, or windows of its stream, by index."""
+
+    KINDS: ClassVar = ("source", "causal")
+    num_classes, text_bytes, whole_rows = 0, True, True
+
+    def __init__(self, cfg: Config, setting: Setting):
+        self.cfg, self.in_one_row = cfg, setting.kind == "causal"
+        self.source_length = 0 if self.in_one_row else cfg.source_length
+        self.row_length = cfg.length + (cfg.source_length if self.in_one_row else 0)
+        self.max_scored = cfg.length
+        self.vocab_size = setting.tokenizer.vocab_size
+        window = causal_lm.Config(
+            length=cfg.length, context=cfg.source_length, isolate_documents=False
+        )
+        self._windows = causal_lm.Task(window, setting)
+
+    def num_rows(self, split: Any) -> int:
+        """Return how many rows score every pair, or every token of the stream, once."""
+        return split.num_pairs if split.paired else self._windows.num_rows(split)
+
+    def rows(
+        self,
+        split: Any,
+        indices: np.ndarray,
+        *,
+        epochs: np.ndarray | None = None,
+        stream_starts: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return rows `indices` [R] as a batch; past the last one, empty rows."""
+        indices = np.asarray(indices, np.int64)
+        if split.paired:
+            none = (np.zeros(0, np.int32),) * 2
+            pairs = [split.pair(i) if i < split.num_pairs else none for i in indices.tolist()]
+            batch = pair_batch if not self.in_one_row else one_row_batch
+            return batch(
+                pairs,
+                source_length=self.cfg.source_length,
+                length=self.cfg.length,
+                end=split.end_of_text,
+            )
+        windows = self._windows.rows(split, indices)
+        return windows if self.in_one_row else self._apart(windows, split.end_of_text)
+
+    def _apart(self, windows: dict[str, np.ndarray], end: int) -> dict[str, np.ndarray]:
+        """Return windows with the tokens before the scored ones as a source of their own."""
+        parts = []
+        for row in range(len(windows["inputs"])):
+            scored = np.flatnonzero(windows["weights"][row])
+            first, stop = (scored[0], scored[-1] + 1) if len(scored) else (0, 0)
+            inputs, targets = windows["inputs"][row], windows["targets"][row]
+            # The first row of a stream has nothing before it but the border itself.
+            parts.append(
+                (inputs[:first] if first else [end], inputs[first:stop], targets[first:stop])
+            )
+        return _batch(parts, source_length=self.cfg.source_length, length=self.cfg.length)
+
+
+def pair_batch(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, source_length: int, length: int, end: int
+) -> dict[str, np.ndarray]:
+    """Return a batch of the kind "source" of (source, target) tokens, cut to fit, each closed by `end`.
+
+    The decoder reads `end` and the target, and is asked for the target and `end`. A pair without a target
+    is an empty row.
+    """
+    parts = []
+    for source, target in pairs:
+        source, target = source[: source_length - 1], target[: length - 1]
+        if len(target):
+            parts.append(([*source, end], [end, *target], [*target, end]))
+        else:
+            parts.append(([], [], []))
+    return _batch(parts, source_length=source_length, length=length)
+
+
+def one_row_batch(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, source_length: int, length: int, end: int
+) -> dict[str, np.ndarray]:
+    """Return a batch of the kind "causal": `end`, source, `end`, target; only the target is scored."""
+    width = source_length + length
+    batch = {
+        name: np.zeros((len(pairs), width), np.int32)
+        for name in ("inputs", "targets", "segments", "positions")
+    }
+    batch["weights"] = np.zeros((len(pairs), width), np.float32)
+    for row, (source, target) in enumerate(pairs):
+        if not len(target):
+            continue
+        source, target = source[: source_length - 1], target[: length - 1]
+        tokens = np.array([end, *source, end, *target, end], np.int32)
+        size = len(tokens) - 1
+        batch["inputs"][row, :size], batch["targets"][row, :size] = tokens[:-1], tokens[1:]
+        batch["segments"][row, :size] = 1
+        batch["positions"][row, :size] = np.arange(size)
+        batch["weights"][row, len(source) + 1 : size] = 1
+    return batch
+
+
+def _batch(
+    parts: Sequence[tuple[Any, Any, Any]], *, source_length: int, length: int
+) -> dict[str, np.ndarray]:
+    """Return a batch of rows of (source, inputs, targets), each padded on the right."""
+    widths = dict.fromkeys(("inputs", "targets", "segments", "positions"), length)
+    widths |= {f"source{name}": source_length for name in ("", "_segments", "_positions")}
+    batch = {name: np.zeros((len(parts), width), np.int32) for name, width in widths.items()}
+    batch["weights"] = np.zeros((len(parts), length), np.float32)
+    for row, (source, inputs, targets) in enumerate(parts):
+        read, asked = len(source), len(inputs)
+        batch["source"][row, :read] = source
+        batch["source_segments"][row, :read] = 1 if asked else 0
+        batch["source_positions"][row, :read] = np.arange(read)
+        batch["inputs"][row, :asked], batch["targets"][row, :asked] = inputs, targets
+        batch["segments"][row, :asked] = 1
+        batch["positions"][row, :asked] = np.arange(asked)
+        batch["weights"][row, :asked] = 1
+    return batch
