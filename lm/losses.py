@@ -77,16 +77,21 @@ def cross_entropy(
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
-    weights_BL, plan = (
-        jax.lax.stop_gradient(weights_BL).astype(jnp.float32),
-        (head, terms, num_chunks),
-    )
+    weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
+    plan = head, terms, num_chunks
     objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
-    if whole_rows:
-        scored_B = weights_BL.sum(axis=1) > 0
-        sums["exact"] = jnp.sum(scored_B & (sums.pop("wrong") == 0), dtype=jnp.float32)
-        sums["rows"] = scored_B.sum(dtype=jnp.float32)
-    return objective, sums
+    return objective, _count_rows(sums, weights_BL) if whole_rows else sums
+
+
+def _count_rows(sums: dict[str, jax.Array], weights_BL: jax.Array) -> dict[str, jax.Array]:
+    """Turn `wrong` [B], the weight that each row got wrong, into `exact` and `rows`."""
+    scored_B = weights_BL.sum(axis=1) > 0
+    right_B = scored_B & (sums.pop("wrong") == 0)
+    return {
+        **sums,
+        "exact": right_B.sum(dtype=jnp.float32),
+        "rows": scored_B.sum(dtype=jnp.float32),
+    }
 
 
 def _chunk_of(shape: tuple[int, ...], shards: int) -> int:
