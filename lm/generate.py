@@ -1,9 +1,10 @@
-"""Continue token sequences with any causal model: greedy, temperature, top-k, top-p.
+"""Continue token sequences with any model that writes: greedy, temperature, top-k, top-p. Fill masks.
 
 All shapes are static. A prompt is padded to a power of two and read at once (prefill); then a jitted
 scan makes `tokens_per_call()` tokens a call, sampling on the device, and the host only collects them. When a
 model's positions are used up, the newest half of them is read again as the context and generation goes
-on; `context_start` is that rule, so that an uncached forward pass can follow it token for token.
+on; `context_start` is that rule, so that an uncached forward pass can follow it token for token. An
+encoder-decoder reads its sources in the same call.
 """
 
 import functools
@@ -20,6 +21,9 @@ from lm.config import ConfigError
 from lm.nn.embed import MASKED_LOGIT
 
 FILTERED = -jnp.inf
+# What a model reads of a row, and of its source.
+ROW = ("inputs", "segments", "positions")
+SOURCE = ("source", "source_segments", "source_positions")
 
 
 def tokens_per_call() -> int:
@@ -37,6 +41,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    sources: Sequence[Sequence[int]] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -47,9 +52,10 @@ def generate(
     """Return for each prompt the tokens that follow it.
 
     Args:
-      model: a causal Linen model; it is cloned with a cache of the length needed.
+      model: any but an encoder; it is cloned with a cache of the length needed.
       prompts: token ids, at least one each; they may differ in length.
       max_tokens: new tokens, at most, of each prompt.
+      sources: for an encoder-decoder, the tokens that it reads for each prompt.
       temperature: of the distribution that is sampled; 0 = the most probable token.
       top_k: sample from the k most probable tokens only; 0 = all.
       top_p: sample from the smallest set of tokens with this probability (arXiv 1904.09751); 1 = all.
@@ -59,24 +65,22 @@ def generate(
 
     Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
     """
-    _check(prompts, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
+    _check(prompts, sources, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
     limit = model.max_context
     rows = [list(map(int, prompt)) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
-    slots = _bucket(max(prompted) + max_tokens, limit)
-    decoder = _decoder(
-        model.clone(decode_length=slots), tokens_per_call(), temperature, top_k, top_p
-    )
-    key = jax.random.key(seed)
+    model = model.clone(decode_length=_bucket(max(prompted) + max_tokens, limit))
+    decoder = _decoder(model, tokens_per_call(), temperature, top_k, top_p)
+    key, starts = jax.random.key(seed), list[int]()
     context: tuple[Any, ...] = ()
-    starts: list[int] = []
     open_rows = set(range(len(new))) if max_tokens else set()
     while open_rows:
         fresh = [context_start(len(r), n, limit) for r, n in zip(rows, prompted, strict=True)]
         if fresh != starts:
             starts = fresh
-            context = decoder.read(params, [r[at:] for r, at in zip(rows, starts, strict=True)])
+            recent = [row[at:] for row, at in zip(rows, starts, strict=True)]
+            context = decoder.read(params, recent, sources)
         counts = [len(row) - n for row, n in zip(rows, prompted, strict=True)]
         *context, tokens = decoder.write(params, *context, jnp.asarray(counts), key)
         used = max(len(row) - at for row, at in zip(rows, starts, strict=True))
@@ -113,12 +117,57 @@ def _cut(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int
     return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
 
 
-def _check(prompts, vocab_size, max_tokens, temperature, top_k, top_p) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ConfigError("prompt: empty; give at least one token")
-    for token in {int(token) for prompt in prompts for token in prompt}:
+def fill_masks(
+    model: nn.Module, params: Any, rows: Sequence[Sequence[int]], *, mask: int, top_k: int
+) -> list[list[list[tuple[int, float]]]]:
+    """Return for each row, and each place in it that holds the token `mask`, the best (id, probability).
+
+    Args:
+      model: a Linen model that accepts "masked" rows.
+      top_k: how many of a place, best first.
+
+    Raises ConfigError for a token outside the vocabulary.
+    """
+    _check_tokens("prompt", rows, model.cfg.vocab_size)
+    x_BLD = jax.jit(model.apply)({"params": params}, _batch(_padded(rows, model.cfg.max_length)))
+    found: list[list[list[tuple[int, float]]]] = []
+    for row, tokens in enumerate(rows):
+        places = np.flatnonzero(np.asarray(tokens) == mask)
+        logits = model.apply({"params": params}, x_BLD[row : row + 1, places], method="logits")
+        best, ids = jax.lax.top_k(jax.nn.softmax(logits[0]), min(top_k, logits.shape[-1]))
+        pairs = zip(np.asarray(ids).tolist(), np.asarray(best).tolist(), strict=True)
+        found.append([list(zip(i, p, strict=True)) for i, p in pairs])
+    return found
+
+
+def _padded(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows as one array [B, L], padded to few lengths, and the length of each."""
+    tokens_BL = np.zeros((len(rows), _bucket(max(map(len, rows)), limit)), np.int32)
+    for b, row in enumerate(rows):
+        tokens_BL[b, : len(row)] = row
+    return tokens_BL, np.array([len(row) for row in rows], np.int32)
+
+
+def _batch(rows: tuple[Any, Any], names: tuple[str, str, str] = ROW) -> dict[str, jax.Array]:
+    """Return tokens [B, L] and lengths [B] as arrays `names`: tokens, segments (0 = padding), positions."""
+    tokens_BL, lengths_B = rows
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
+    segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
+    return dict(zip(names, (jnp.asarray(tokens_BL), segments_BL, positions_BL), strict=True))
+
+
+def _check_tokens(name: str, rows, vocab_size: int) -> None:
+    if not rows or not all(len(row) for row in rows):
+        raise ConfigError(f"{name}: empty; give at least one token")
+    for token in {int(token) for row in rows for token in row}:
         if not 0 <= token < vocab_size:
-            raise ConfigError(f"prompt: {token} is no token of the model's {vocab_size}")
+            raise ConfigError(f"{name}: {token} is no token of the model's {vocab_size}")
+
+
+def _check(prompts, sources, vocab_size, max_tokens, temperature, top_k, top_p) -> None:
+    _check_tokens("prompt", prompts, vocab_size)
+    if sources is not None:
+        _check_tokens("source", sources, vocab_size)
     for name, value, fits in (
         ("max_tokens", max_tokens, max_tokens >= 0),
         ("temperature", temperature, 0 <= temperature < math.inf),
@@ -151,21 +200,15 @@ class Decoder:
         self._read = jax.jit(self._prefill)
         self.write = jax.jit(self._write, donate_argnums=1)
 
-    def read(self, params: Any, rows: list[list[int]]):
+    def read(self, params: Any, rows: Sequence[Sequence[int]], sources=None):
         """Return (cache, logits [B, V] of the next token, lengths [B]) after reading `rows`."""
-        width = _bucket(max(map(len, rows)), self.model.max_context)
-        tokens_BL = np.zeros((len(rows), width), np.int32)
-        for b, row in enumerate(rows):
-            tokens_BL[b, : len(row)] = row
-        return self._read(params, tokens_BL, np.array([len(row) for row in rows], np.int32))
+        source = None if sources is None else _padded(sources, 0)
+        return self._read(params, _padded(rows, self.model.max_context), source)
 
-    def _prefill(self, params, tokens_BL, lengths_B):
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
-        batch = {
-            "inputs": tokens_BL,
-            "segments": (positions_BL < lengths_B[:, None]).astype(jnp.int32),
-            "positions": positions_BL,
-        }
+    def _prefill(self, params, rows, source):
+        batch, lengths_B = _batch(rows), rows[1]
+        if source is not None:
+            batch |= _batch(source, SOURCE)
         x_BLD, new = self.model.apply({"params": params}, batch, decode=True, mutable=["cache"])
         last_B1D = jnp.take_along_axis(x_BLD, lengths_B[:, None, None] - 1, axis=1)
         return nn.unbox(new["cache"]), self._logits(params, last_B1D), lengths_B

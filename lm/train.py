@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from lm import (
     checkpoint,
+    complete,
     experiment,
-    generate,
     hardware,
     manifests,
     metrics,
@@ -367,20 +366,13 @@ def say_sample(
     say: Callable[[str], None], made: experiment.Experiment, state: step.TrainState
 ) -> None:
     """Say a sample of the trained model."""
-    cfg, tokenizer = made.cfg["train"], made.corpus.tokenizer
+    cfg, text = made.cfg["train"], made.corpus
     if not cfg.sample_tokens or jax.process_count() > 1:
         return
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(cfg.sample_prompt).tolist()]
     params = jax.device_put(step.learned(made.model, state), jax.local_devices()[0])
+    completer = complete.Completer(
+        made.model, params, made.task, text.tokenizer, paired=text.train.paired
+    )
+    sampling = complete.Sampling(max_tokens=cfg.sample_tokens, seed=made.config.seed)
     with sharding.use(sharding.make_mesh(sharding.Config(), jax.local_devices()[:1])):
-        (tokens,) = generate.generate(
-            made.model,
-            params,
-            [prompt],
-            max_tokens=cfg.sample_tokens,
-            temperature=0.8,
-            top_k=50,
-            seed=made.config.seed,
-            stop_token=tokenizer.end_of_text,
-        )
-    say(f"sample:  {cfg.sample_prompt}{tokenizer.decode(np.array(tokens))}")
+        say(f"sample:  {completer.example(text.validation, cfg.sample_prompt, sampling)}")

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, experiment, manifests
+from lm import checkpoint, complete, experiment, manifests, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
+from lm.data import tokenizers
 
 # What a resumed run may not change; inside it, what only says how the same numbers are computed; and
 # what is listed when it changes.
@@ -45,6 +46,22 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
+
+
+def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Completer:
+    """Return what turns text into text with the trained model of a workdir."""
+    tokenizer = tokenizers.load(Path(workdir) / "tokenizer")
+    described = read_json(Path(workdir) / "data.json")
+    if "paired" not in described:
+        raise ConfigError(
+            f"workdir={workdir}: its data.json is of an older version; train there again"
+        )
+    section = config_lib.complete(loaded.config, experiment.SCHEMA).task
+    cfg: Any = config_lib.freeze(tasks.config_class(section.name), section, where="task")
+    kind = next(kind for kind in tasks.kinds(cfg) if kind in loaded.model.accepts)
+    setting = tasks.Setting(kind, tokenizer, tuple(described["labels"]))
+    task = tasks.build(cfg, setting)
+    return complete.Completer(loaded.model, loaded.params, task, tokenizer, described["paired"])
 
 
 def check_resume(workdir: Path, made: experiment.Experiment) -> None:

@@ -12,6 +12,7 @@ FLOORS = {
     "lm.train": 4,
     "lm.workdir": 4,
     "lm.experiment": 4,
+    "lm.complete": 4,
     "lm.evaluate": 3,
     "lm.generate": 3,
     "lm.checkpoint": 3,
@@ -36,7 +37,9 @@ FLOORS = {
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
     ("lm.train", "lm.workdir"),
+    ("lm.train", "lm.complete"),
     ("lm.workdir", "lm.experiment"),
+    ("lm.workdir", "lm.complete"),
     ("lm.sharding", "lm.config"),
     ("lm.metrics", "lm.config"),
     ("lm.command", "lm.config"),

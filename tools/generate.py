@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from lm import command, startup
 
@@ -36,52 +35,46 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     startup.prepare()
-    from lm import checkpoint, generate, hardware
-    from lm.data import corpus, tokenizers
+    from lm import checkpoint, complete, hardware
+    from lm import workdir as workdirs
+    from lm.data import corpus
 
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
-    _, model, params = checkpoint.load(args.workdir, step=args.step)
-    tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
+    loaded = checkpoint.load(args.workdir, step=args.step)
+    completer = workdirs.completer(args.workdir, loaded)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
-    tokens = [[tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
-    stream = _Stream(prompts[0], tokenizer) if len(prompts) == 1 else None
-    rows = generate.generate(
-        model,
-        params,
-        tokens,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_token=tokenizer.end_of_text,
-        on_tokens=stream,
+    alone = len(prompts) == 1 and completer.kind != "masked"
+    stream = _Stream(prompts[0] if completer.goes_on else "", completer) if alone else None
+    sampling = complete.Sampling(
+        args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
     )
+    texts = completer.complete(prompts, sampling, on_tokens=stream)
     if stream:
         stream.finish()
         return 0
-    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        print(f"--- {number} ---\n{prompt}{tokenizer.decode(row)}")
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        shown = prompt + text if completer.goes_on else f"{prompt}\n{text}"
+        print(f"--- {number} ---\n{shown}")
     return 0
 
 
 class _Stream:
     """Prints one continuation as it comes; a character whose bytes are not all there yet waits."""
 
-    def __init__(self, prompt: str, tokenizer):
+    def __init__(self, prompt: str, completer):
         self._tokens: list[int] = []
-        self._tokenizer, self._printed = tokenizer, 0
+        self._completer, self._printed = completer, 0
         print(prompt, end="", flush=True)
 
     def __call__(self, row: int, new: list[int]) -> None:
         self._tokens += new
-        text = self._tokenizer.decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self._completer.decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
 
     def finish(self) -> None:
         """Print what waited."""
-        print(self._tokenizer.decode(self._tokens)[self._printed :], flush=True)
+        print(self._completer.decode(self._tokens)[self._printed :], flush=True)
 
 
 if __name__ == "__main__":

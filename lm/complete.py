@@ -1,0 +1,179 @@
+"""Text in, text out, as a family and its task have it: go on, answer, fill in, or classify."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import linen as nn
+
+from lm import generate
+from lm.config import ConfigError
+
+MASK = "[MASK]"  # in a prompt: what an encoder fills in, or where a span was cut out
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen; see `lm.generate.generate`. An encoder shows its `top_k` best, 0 = 5."""
+
+    max_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completer:
+    """A trained model with what turns text into its rows and back.
+
+    Attributes:
+      task: what it was trained for.
+      paired: whether it was trained on pairs, and so answers a prompt instead of going on with it.
+    """
+
+    model: nn.Module
+    params: Any
+    task: Any
+    tokenizer: Any
+    paired: bool
+
+    @property
+    def kind(self) -> str:
+        """The kind of rows that the model reads: "causal", "source" or "masked"."""
+        return next(kind for kind in self.task.KINDS if kind in self.model.accepts)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer continues the prompt, so that both are one text."""
+        return self.kind == "causal" and not self.paired
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> list[str]:
+        """Return what the model makes of each prompt.
+
+        A text that goes on (without the prompt), the answer to it, the words that an encoder puts for
+        each [MASK], or the classes of a text, with their probabilities.
+
+        Raises:
+          ConfigError: a prompt that the tokenizer or the model cannot read.
+        """
+        rows = [self.encode(prompt) for prompt in prompts]
+        if self.kind == "masked":
+            return self._fill(rows, sampling.top_k or 5)
+        end = self.tokenizer.end_of_text
+        sources = rows if self.kind == "source" else None
+        made = generate.generate(
+            self.model,
+            self.params,
+            rows if sources is None else [[end]] * len(rows),
+            sources=sources,
+            stop_token=end,
+            on_tokens=on_tokens,
+            **sampling._asdict(),
+        )
+        return [self.decode(row) for row in made]
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the tokens that the model reads of a prompt, [MASK] as what the task has for it."""
+        parts = [self.tokenizer.encode(part).tolist() for part in prompt.split(MASK)]
+        if self.kind == "causal":
+            end = self.tokenizer.end_of_text
+            tokens = self.tokenizer.encode(prompt).tolist()
+            return [end, *tokens, *([end] if self.paired else [])]
+        marks = self._marks(len(parts) - 1)
+        tokens = list(parts[0])
+        for mark, part in zip(marks, parts[1:], strict=True):
+            tokens += [mark, *part]
+        if self.kind == "source":
+            return [*tokens, self.tokenizer.end_of_text]
+        return [self.task.cls if self.model.cfg.num_classes else self.task.ids["cls"], *tokens]
+
+    def _marks(self, count: int) -> list[int]:
+        """Return the special tokens that stand for `count` gaps in a text."""
+        if not count:
+            return []
+        if hasattr(self.task, "sentinels"):
+            if count > len(self.task.sentinels):
+                raise ConfigError(
+                    f"prompt: {count} times {MASK}; at most {len(self.task.sentinels)}"
+                )
+            return self.task.sentinels[:count].tolist()
+        if self.kind == "masked" and not self.model.cfg.num_classes:
+            return [self.task.ids["mask"]] * count
+        raise ConfigError(f"prompt: {MASK} means nothing to this model; leave it out")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones of the task by their names."""
+        names = {}
+        if hasattr(self.task, "sentinels"):
+            names = {int(i): f" [{number}] " for number, i in enumerate(self.task.sentinels)}
+        elif hasattr(self.task, "ids"):
+            names = {i: f"[{name.upper()}]" for name, i in self.task.ids.items()}
+        text = ""
+        run: list[int] = []
+        for token in map(int, tokens):
+            if token in names:
+                text += self.tokenizer.decode(run) + names[token]
+                run = []
+            else:
+                run.append(token)
+        return (text + self.tokenizer.decode(run)).strip(" " if names else "")
+
+    def _fill(self, rows: list[list[int]], top_k: int) -> list[str]:
+        if self.model.cfg.num_classes:
+            names = list(self.task.labels)
+            mask = self.task.cls
+        else:
+            names, mask = None, self.task.ids["mask"]
+            if not all(mask in row for row in rows):
+                raise ConfigError(
+                    f"prompt: nothing to fill in; write {MASK} where a word is missing"
+                )
+        found = generate.fill_masks(self.model, self.params, rows, mask=mask, top_k=top_k)
+        return [
+            "\n".join(
+                "  ".join(
+                    f"{names[i] if names else repr(self.decode([i]))} {probability:.3f}"
+                    for i, probability in place
+                    if names is None or i < len(names)
+                )
+                for place in places
+            )
+            for places in found
+        ]
+
+    def example(self, split: Any, prompt: str, sampling: Sampling) -> str:
+        """Return one line that shows what the model does: on `prompt`, or on the first row of `split`."""
+        if self.goes_on:
+            return prompt + self.complete([prompt], sampling)[0]
+        if prompt:
+            return f"{prompt} -> {self.complete([prompt], sampling)[0]}"
+        batch = self.task.rows(split, np.array([0]))
+        end = self.tokenizer.end_of_text
+        if self.kind == "source":
+            read = batch["source"][0][batch["source_segments"][0] > 0].tolist()
+            (row,) = generate.generate(
+                self.model,
+                self.params,
+                [[end]],
+                sources=[read],
+                stop_token=end,
+                **sampling._asdict(),
+            )
+            return f"{self.decode(read)} -> {self.decode(row)}"
+        tokens = batch["inputs"][0][batch["segments"][0] > 0]
+        if self.kind == "causal":
+            first = int(np.flatnonzero(batch["weights"][0])[0])
+            (row,) = generate.generate(
+                self.model, self.params, [tokens[: first + 1].tolist()], stop_token=end,
+                **sampling._asdict(),
+            )  # fmt: skip
+            return f"{self.decode(tokens[:first])} -> {self.decode(row)}"
+        shown = tokens[:64].tolist()
+        return f"{self.decode(shown)} -> {' | '.join(self._fill([shown], 1)[0].splitlines())}"
