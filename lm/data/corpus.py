@@ -165,7 +165,7 @@ class _Cut:
         self.fraction = fraction
         self.by_hash = survey["documents"] >= _FEW
         self.characters = int(survey["characters"] * (1 - fraction))
-        self.pairs = round(survey["documents"] * (1 - fraction))
+        self.pairs = int(survey["documents"] * (1 - fraction))
 
     def parts(self, source: sources.Source) -> Iterator[tuple[str, str]]:
         """Yield (split, text) in order; a document across the cut comes in two, a pair stays whole."""

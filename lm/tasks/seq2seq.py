@@ -81,7 +81,10 @@ class Task:
         parts = []
         for row in range(len(windows["inputs"])):
             scored = np.flatnonzero(windows["weights"][row])
-            first, stop = (scored[0], scored[-1] + 1) if len(scored) else (0, 0)
+            if not len(scored):
+                parts.append(([], [], []))
+                continue
+            first, stop = scored[0], scored[-1] + 1
             inputs, targets = windows["inputs"][row], windows["targets"][row]
             # The first row of a stream has nothing before it but the border itself.
             parts.append(
