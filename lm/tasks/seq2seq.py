@@ -78,7 +78,7 @@ class Task:
 
     def _apart(self, windows: dict[str, np.ndarray], end: int) -> dict[str, np.ndarray]:
         """Return windows with the tokens before the scored ones as a source of their own."""
-        parts = []
+        parts: list[tuple[Any, Any, Any]] = []
         for row in range(len(windows["inputs"])):
             scored = np.flatnonzero(windows["weights"][row])
             if not len(scored):

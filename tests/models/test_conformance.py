@@ -1,0 +1,304 @@
+"""What every family promises, tried on every file of the folder. `INSTEAD` has what cannot apply, and why."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from lm import checkpoint, experiment, models, sharding, step, train
+from lm import config as config_lib
+from lm.nn.embed import pad_vocab
+from lm.nn.transformer import SCANNED, UNROLLED
+from tools import evaluate
+
+VOCAB, LENGTH = 99, 12
+TINY = {
+    "gpt": {"num_layers": 2, "model_dim": 32, "num_heads": 2},
+    "rnn": {"num_layers": 2, "model_dim": 32},
+}
+# What a family cannot be asked, why, and what is tried instead.
+INSTEAD = {
+    "gradient": {
+        "ngram": "it has no gradient: tests/models/test_ngram.py changes tokens and sums probabilities"
+    },
+    "decode": {"bert": "an encoder does not write: tests/test_generate.py fills masks"},
+    "task": {"gpt": "causal_lm", "rnn": "causal_lm"},
+}
+FAMILIES = models.names()
+LEARNED = [name for name in FAMILIES if name not in INSTEAD["gradient"]]
+WRITERS = [name for name in FAMILIES if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
+
+
+def build(name, **fields):
+    cfg = models.config_class(name)(**{**TINY[name], **fields})
+    sizes = {"vocab_size": VOCAB, "max_length": LENGTH, "max_source_length": LENGTH, "packed": True}
+    return models.build(models.resolve(cfg, **sizes), decode_length=LENGTH)
+
+
+@functools.cache
+def made(name):
+    """Return a tiny model and its parameters."""
+    model = build(name)
+    return model, nn.unbox(step.init_variables(model, jax.random.key(0)))["params"]
+
+
+def kind_of(model):
+    return next(kind for kind in ("masked", "source", "causal") if kind in model.accepts)
+
+
+def rows_of(documents, *, seed=0, length=LENGTH, prefix=""):
+    """Return tokens, segments and positions of rows, each a list of documents, each given by its tokens."""
+    names = (f"{prefix}_segments", f"{prefix}_positions") if prefix else ("segments", "positions")
+    batch = {n: np.zeros((len(documents), length), np.int32) for n in (prefix or "inputs", *names)}
+    for row, texts in enumerate(documents):
+        at = 0
+        for number, text in enumerate(texts, 1):
+            span = slice(at, at + len(text))
+            batch[prefix or "inputs"][row, span] = text
+            batch[names[0]][row, span] = number
+            batch[names[1]][row, span] = np.arange(len(text))
+            at += len(text)
+    return batch
+
+
+def batch_of(model, documents, sources=None, **options):
+    """Return a batch of what the family reads."""
+    batch = rows_of(documents, **options)
+    if kind_of(model) == "source":
+        batch |= rows_of(sources, prefix="source", **options)
+    batch["targets"] = np.roll(batch["inputs"], -1, axis=1)
+    batch["weights"] = (batch["segments"] > 0).astype(np.float32)
+    return batch
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def features(model, params, batch):
+    return model.apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, batch):
+    return model.apply({"params": params}, features(model, params, batch), method="logits")
+
+
+def texts(lengths, seed=1):
+    """Return documents of distinct tokens."""
+    tokens = np.random.default_rng(seed).permutation(np.arange(1, VOCAB))
+    return [part.tolist() for part in np.split(tokens[: sum(lengths)], np.cumsum(lengths)[:-1])]
+
+
+def test_every_family_is_tried():
+    assert set(TINY) == set(INSTEAD["task"]) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_parameter_names_its_axes_and_logits_have_their_shape(name):
+    model, params = made(name)
+    boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0)))["params"]
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    assert leaves
+    for leaf in leaves:
+        assert isinstance(leaf, nn.Partitioned) and len(leaf.names) == len(leaf.value.shape), leaf
+        assert set(leaf.names) <= {*sharding.RULES, "layers"}, leaf.names
+    out = logits(model, params, batch_of(model, [texts([5, 3])] * 2, [texts([4, 6])] * 2))
+    assert out.shape == (2, LENGTH, pad_vocab(VOCAB)) and out.dtype == jnp.float32
+    assert np.isfinite(out).all() and out[..., VOCAB:].max() < -1e8
+
+
+def depends(model, params, batch, key):
+    """Return bool [L, S]: whether the features at a position depend on the token at a place of `key`."""
+    flat = {
+        sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    name = next(name for name, leaf in flat.items() if leaf.shape[0] == pad_vocab(VOCAB))
+
+    def summed(table):
+        with_table = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: table if sharding.path_name(path) == name else leaf, params
+        )
+        return features(model, with_table, batch)[0].sum(axis=-1)
+
+    jacobian = np.asarray(jax.jacrev(summed)(flat[name]))
+    return (jacobian[:, batch[key][0]] != 0).any(axis=-1)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_position_sees_what_it_may_and_nothing_else(name):
+    """By gradient, in a row of two documents and padding."""
+    model, params = made(name)
+    words = texts([5, 3, 4, 6])
+    batch = batch_of(model, [words[:2]], [words[2:]])
+    segments, places = batch["segments"][0], np.arange(LENGTH)
+    real = segments > 0
+    allowed = (segments[:, None] == segments[None]) & real
+    if kind_of(model) != "masked":
+        allowed &= places[None] <= places[:, None]
+    found = depends(model, params, batch, "inputs")
+    np.testing.assert_array_equal(found[real][:, real], allowed[real][:, real])
+    if kind_of(model) == "source":
+        source = batch["source_segments"][0]
+        found = depends(model, params, batch, "source")[real][:, source > 0]
+        np.testing.assert_array_equal(found, segments[real][:, None] == source[source > 0][None])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_padded_and_in_company_are_the_same(name):
+    """A document alone, in a longer row, in a pack, and in a larger batch has the same logits."""
+    model, params = made(name)
+    words = texts([5, 3, 4, 6])
+    packed = batch_of(model, [words[:2], [words[0]]], [words[2:], [words[2]]])
+    together = logits(model, params, packed)[0]
+    for text, source, at in ((words[0], words[2], 0), (words[1], words[3], 5)):
+        alone = batch_of(model, [[text]], [[source]], length=6)
+        apart = logits(model, params, alone)[0, : len(text)]
+        np.testing.assert_allclose(together[at : at + len(text)], apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_neighbour_in_a_pack_changes_nothing(name):
+    model, params = made(name)
+    words, others = texts([5, 3, 4, 6]), texts([5, 3, 4, 6], seed=2)
+    before = batch_of(model, [words[:2]], [words[2:]])
+    after = batch_of(model, [[others[0], words[1]]], [[others[2], words[3]]])
+    both = [np.asarray(logits(model, params, batch))[0] for batch in (before, after)]
+    np.testing.assert_array_equal(both[0][5:8], both[1][5:8])
+    assert (both[0][:5] != both[1][:5]).any()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_decoding_with_a_cache_is_the_full_pass(name):
+    """A prompt of some tokens at once and the others one by one; rows differ in length."""
+    model, params = made(name)
+    words = texts([9, 7, 4, 6])
+    whole = batch_of(model, [[words[0]], [words[1]]], [[words[2]], [words[3]]])
+    full = np.asarray(logits(model, params, whole))
+    prompt = batch_of(model, [[words[0][:4]], [words[1][:2]]], [[words[2]], [words[3]]])
+    x, new = model.apply({"params": params}, prompt, decode=True, mutable=["cache"])
+    head = functools.partial(model.apply, {"params": params}, method="logits")
+    found = np.asarray(head(x))
+    np.testing.assert_allclose(found[0, :4], full[0, :4], atol=1e-5)
+    np.testing.assert_allclose(found[1, :2], full[1, :2], atol=1e-5)
+    for extra in range(5):
+        at = np.array([4 + extra, 2 + extra])
+        one = {
+            "inputs": np.array([[words[0][at[0]]], [words[1][at[1]]]], np.int32),
+            "segments": np.ones((2, 1), np.int32),
+            "positions": at[:, None].astype(np.int32),
+        }
+        variables = {"params": params, "cache": nn.unbox(new["cache"])}
+        x, new = model.apply(variables, one, decode=True, mutable=["cache"])
+        np.testing.assert_allclose(np.asarray(head(x))[:, 0], full[[0, 1], at], atol=1e-5)
+
+
+def stacked(tree):
+    """Return parameters of unrolled layers as those of a scan."""
+    if not isinstance(tree, dict):
+        return tree
+    layers = [tree[UNROLLED.format(i)] for i in range(len(tree)) if UNROLLED.format(i) in tree]
+    rest = {k: stacked(v) for k, v in tree.items() if not k.startswith(UNROLLED.format(""))}
+    if layers:
+        rest[SCANNED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return rest
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNED if hasattr(models.config_class(n), "scan")])
+def test_scanned_layers_and_rematerialisation_change_nothing(name):
+    model, params = made(name)
+    words = texts([5, 3, 4, 6])
+    batch = batch_of(model, [words[:2]], [words[2:]])
+
+    def run(model, params):
+        def total(params):
+            return jnp.square(features(model, params, batch)).sum()
+
+        return features(model, params, batch), jax.grad(total)(params)
+
+    plain, gradient = run(model, params)
+    for fields, change in (({"scan": True}, stacked), ({"remat": "full"}, lambda tree: tree)):
+        other, others = run(build(name, **fields), change(params))
+        np.testing.assert_allclose(other, plain, atol=1e-5)
+        errors = jax.tree.map(
+            lambda a, b: float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-6)),
+            others,
+            change(gradient),
+        )
+        assert max(jax.tree.leaves(errors)) < 1e-4, errors
+
+
+def steps(name, mesh, *, count, tx, rows=8):
+    """Return (losses, final state) of `count` steps on one batch."""
+    model = build(name)
+    words = [texts([6, 5, 4, 6], seed=seed) for seed in range(rows)]
+    batch = batch_of(model, [w[:2] for w in words], [w[2:] for w in words])
+    init = step.make_init(
+        model, tx, seed=0, shape=(count, rows, LENGTH), average=False, stateful=False
+    )
+    with sharding.use(mesh):
+        axes, _ = step.parameter_axes(model)
+        placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
+        objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
+        function = functools.partial(
+            step.train_step, model=model, tx=tx, objective=objective, seed=0
+        )
+        jitted = jax.jit(function, out_shardings=(placed, None))
+        state, losses = jax.jit(init, out_shardings=placed)(), []
+        placed_batch = sharding.place_batch(mesh, batch)
+        for _ in range(count):
+            state, sums = jitted(state, placed_batch)
+            losses.append(float(sums["loss"][0] / sums["loss"][1]))
+            assert bool(sums["healthy"])
+        return losses, jax.device_get(state)
+
+
+def one_device():
+    return sharding.make_mesh(sharding.Config(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_one_batch_is_learned_by_heart_and_the_same_again(name):
+    losses, _ = steps(name, one_device(), count=150, tx=optax.adam(1e-2), rows=2)
+    again, _ = steps(name, one_device(), count=3, tx=optax.adam(1e-2), rows=2)
+    assert losses[-1] < 0.05, losses[::30]
+    assert again == losses[:3]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_sharded_is_one_device(name):
+    """Loss and each tensor's gradient, where data, parameters and heads are all split."""
+    trace = optax.trace(0.9)  # a sum of updates, which begins as the gradient
+    expected, state = steps(name, one_device(), count=1, tx=trace)
+    mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
+    found, other = steps(name, mesh, count=1, tx=trace)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    errors = jax.tree.map(
+        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6),
+        other.opt_state.trace,
+        state.opt_state.trace,
+    )
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
+    """From text to a checkpoint and back, through the task that suits the family."""
+    config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)
+    config.task = ConfigDict({"name": INSTEAD["task"][name], "length": 16})
+    config.model = ConfigDict({"name": name, **TINY[name]})
+    workdir = tmp_path / "run"
+    final = train.run(config, workdir)
+    scores = tmp_path / "scores.json"
+    assert evaluate.main(["--workdir", str(workdir), "--json", str(scores)]) == 0
+    for key, value in json.loads(scores.read_text()).items():
+        assert final[f"eval/{key}"] == pytest.approx(value, rel=1e-6), key
+    loaded = checkpoint.load(workdir)
+    made = experiment.build(config_lib.complete(config, experiment.SCHEMA))
+    assert loaded.model.cfg == made.model.cfg
+    if loaded.model.learns == "gradient":
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), loaded.params)
+        assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made.shapes)
