@@ -26,6 +26,8 @@ class TrainConfig:
     accumulate_steps: int = 1  # parts that a batch is taken in, to fit the device
     log_every_steps: int = 10  # updates between rows of metrics
     init_from: str = ""  # folder of a run or checkpoint to take parameters from; "" = fresh
+    vectors: str = ""  # file of pretrained word vectors that the embedding starts from; "" = none
+    freeze_vectors: bool = False  # leave the embedding as it started
     z_loss: float = 0.0  # weight of log(Z)^2 in nats
     label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary
     loss_chunk: int = 0  # positions whose logits exist at a time; 0 = by memory
@@ -42,11 +44,17 @@ class TrainConfig:
         for field in ("z_loss", "loss_chunk", "profile_steps", "sample_tokens"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")
+        if self.freeze_vectors and not self.vectors:
+            raise ConfigError(
+                "train.freeze_vectors=True: used only with train.vectors; give a file"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
                 f"train.label_smoothing={self.label_smoothing}: use a share in [0, 1)"
             )
 
+
+EMBEDDING = r"(^|\W)embedding$"  # the path of a family's token embedding
 
 SCHEMA: config_lib.Schema = {
     "data": lambda section: pipeline.Config,
@@ -148,6 +156,9 @@ def build(config: ConfigDict) -> Experiment:
     )
     num_steps = _converter(batches, task, None)(cfg["train"].num_steps, "train.num_steps")
     axes, shapes = step.parameter_axes(model)
+    if cfg["train"].freeze_vectors:
+        rules = ((EMBEDDING, 0.0), *cfg["optim"].lr_rules)
+        cfg["optim"] = dataclasses.replace(cfg["optim"], lr_rules=rules)
     tx, schedule = optax.identity(), optax.constant_schedule(0.0)
     if model.learns == "gradient":
         tx, schedule = optim.build(

@@ -6,7 +6,6 @@ that resumes at s repeats neither the evaluation nor the save of s.
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm import (
@@ -23,6 +21,7 @@ from lm import (
     complete,
     experiment,
     hardware,
+    initial,
     manifests,
     metrics,
     models,
@@ -86,7 +85,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         state = saver.restore_latest(abstract)
         resumed = state is not None
         if state is None:
-            state = fresh_state(made, init)
+            state = initial.fresh_state(made, init)
         first = int(state.step)
         if first > num_steps:
             raise ConfigError(
@@ -154,18 +153,6 @@ def open_writers(
         wandb_project=made.cfg["train"].wandb_project,
         config=made.config.to_dict(),
     )
-
-
-def fresh_state(
-    made: experiment.Experiment, init: Callable[[], step.TrainState]
-) -> step.TrainState:
-    """Return the state of step 0, with the parameters of `train.init_from` where that is given."""
-    state = init()
-    if source := made.cfg["train"].init_from:
-        params = checkpoint.init_from(source, state.params)
-        ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-        state = dataclasses.replace(state, params=params, ema=ema)
-    return state
 
 
 def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:

@@ -12,6 +12,7 @@ FLOORS = {
     "lm.train": 4,
     "lm.workdir": 4,
     "lm.experiment": 4,
+    "lm.initial": 4,
     "lm.complete": 4,
     "lm.evaluate": 3,
     "lm.generate": 3,
@@ -37,6 +38,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
     ("lm.train", "lm.workdir"),
+    ("lm.train", "lm.initial"),
+    ("lm.initial", "lm.experiment"),
     ("lm.train", "lm.complete"),
     ("lm.workdir", "lm.experiment"),
     ("lm.workdir", "lm.complete"),

@@ -52,7 +52,7 @@ class Fields(NamedTuple):
 def text(files: Iterable[Path], *, on_invalid: str) -> Iterator[Document]:
     """Yield each file as one document, line ends as they are."""
     for file in files:
-        with _open(file) as handle:
+        with opened(file) as handle:
             raw = handle.read()
         if b"\0" in raw[:4096]:
             raise ConfigError(
@@ -69,7 +69,7 @@ def jsonl(files: Iterable[Path], *, fields: Fields, on_invalid: str) -> Iterator
     """Yield the strings in `fields` of every line's JSON object; blank lines are skipped."""
     for file in files:
         offset, number = 0, 0
-        with _open(file) as handle:
+        with opened(file) as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield _record(line, offset, f"{file}:{number}", fields, on_invalid)
@@ -83,7 +83,7 @@ def table(
 ) -> Iterator[Document]:
     """Yield the cells in `fields` of every line; CSV has quotes, and lines in them, and TSV has not."""
     for file in files:
-        with _open(file) as handle:
+        with opened(file) as handle:
             raw = handle.read()
         content, replaced, _ = _decode(raw, 0, file, on_invalid)
         content = content.removeprefix(_BYTE_ORDER_MARK)
@@ -191,20 +191,21 @@ class _Zstandard(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def explained(file: Path) -> Iterator[None]:
+def explained(file: Path, field: str = "data.path") -> Iterator[None]:
+    """Turn what goes wrong while `file` is read into a ConfigError that names `field`."""
     try:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        message = f"data.path: {file} is damaged ({error}); restore it, or decompress it by hand"
+        message = f"{field}: {file} is damaged ({error}); restore it, or decompress it by hand"
         raise ConfigError(message) from error
     except OSError as error:
-        raise ConfigError(f"data.path: cannot read {file} ({error.strerror or error})") from error
+        raise ConfigError(f"{field}: cannot read {file} ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[BinaryIO]:
+def opened(file: Path, field: str = "data.path") -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed by its suffix."""
-    with explained(file), file.open("rb") as raw:
+    with explained(file, field), file.open("rb") as raw:
         if file.suffix == ".gz":
             yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
         elif file.suffix == ".zst":
