@@ -70,15 +70,19 @@ def _values(key: str, values: Sequence[Any]) -> list[Any]:
 
 def assignments(point: Point) -> list[str]:
     """Return a point as the command line's "section.field=value"."""
-    return [f"{key}={value}" for key, value in point.items()]
+    return [f"{key}={value}" for key, value in point.items() if key != "name"]
 
 
 def name(point: Point) -> str:
     """Return a folder's name for a point, such as "peak_lr=0.001,seed=0".
 
-    It depends on this point alone, so that a sweep that grows finds its finished points. Where
-    characters are replaced or cut off, a hash of the whole keeps names apart.
+    A point's own "name", which is no field, or one made of its fields. It depends on this point alone, so
+    that a sweep that grows finds its finished points. Where characters are replaced or cut off, a hash of
+    the whole keeps names apart.
     """
+    point = dict(point)
+    if given := point.pop("name", ""):
+        return str(given)
     short = [key.rpartition(".")[2] for key in point]
     keys = short if len(set(short)) == len(short) else list(point)
     words = ",".join(f"{k}={v}" for k, v in zip(keys, point.values(), strict=True)) or "default"

@@ -35,21 +35,23 @@ def run(
     *,
     fixed: Sequence[str] = (),
     metric: str = "eval/loss",
+    only: Sequence[str] = (),
     command: Sequence[str] = MAIN,
 ) -> int:
     """Run every unfinished point of the file's sweep in `workdir`, and return the worst exit code.
 
-    `fixed` are assignments for all points; `metric` sorts the table, smallest first.
+    `fixed` are assignments for all points; `metric` sorts the table, smallest first; `only` names some
+    points.
     """
-    points = read_points(path)
+    points = {name: point for name, point in read_points(path).items() if not only or name in only}
     base = config_lib.to_json(config_lib.load(path))
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
         given = [*fixed, *sweep_lib.assignments(point)]
         identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
-        finished = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
-        print(f"[{number}/{len(points)}] {name}{': finished' if finished else ''}", flush=True)
-        codes[name] = 0 if finished else _run_point(command, path, Path(workdir) / name, given)
+        done = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
+        print(f"[{number}/{len(points)}] {name}{': finished' if done else ''}", flush=True)
+        codes[name] = 0 if done else _run_point(command, path, Path(workdir) / name, given)
         if codes[name] == 0:
             _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
@@ -60,6 +62,11 @@ def run(
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
     return max(codes.values())
+
+
+def finished(folder: Path) -> bool:
+    """Return whether the point of a sweep in `folder` has finished."""
+    return (folder / _MARKER).exists()
 
 
 def read_points(path: str | Path) -> dict[str, Point]:

@@ -1,0 +1,103 @@
+"""Language models from counting to today, on one corpus, with one tokenizer and one budget of bytes read.
+
+Paper: each family's, in `PAPERS`.
+Command: python -m tools.history --config experiments/history.py --workdir runs/history
+Hardware: two CPU cores, within an hour.
+
+Every model is asked for the same 1.2M tokens of the embedded corpus, once or nearly so (n-grams count all of
+it, which is less than that), and has about a million parameters. Encoders are asked for masked tokens, which
+is another question: their nats are no bits per byte. Encoder-decoders read 64 tokens and write the next 64.
+"""
+
+from ml_collections import ConfigDict
+
+# point: (year, paper)
+PAPERS = {
+    "trigram_add_k": (1948, "Shannon, A Mathematical Theory of Communication"),
+    "trigram_jelinek_mercer": (1980, "Jelinek and Mercer, Interpolated Estimation"),
+    "trigram_kneser_ney": (1999, "Chen and Goodman, arXiv cmp-lg/9606011"),
+    "elman": (1990, "Elman, Finding Structure in Time; Mikolov et al. 2010"),
+    "lstm": (1997, "Hochreiter and Schmidhuber, Long Short-Term Memory; arXiv 1409.2329"),
+    "gru": (2014, "Cho et al., arXiv 1406.1078"),
+    "seq2seq": (2014, "Sutskever et al., arXiv 1409.3215"),
+    "seq2seq_attention": (2015, "Bahdanau et al., arXiv 1409.0473"),
+    "lstm_attention": (2016, "Cheng et al., arXiv 1601.06733"),
+    "gpt2": (2019, "Radford et al., Language Models are Unsupervised Multitask Learners"),
+    "bert": (2018, "Devlin et al., arXiv 1810.04805"),
+    "roberta": (2019, "Liu et al., arXiv 1907.11692"),
+    "t5": (2020, "Raffel et al., arXiv 1910.10683"),
+    "llama": (2023, "Touvron et al., arXiv 2302.13971"),
+    "linear_rnn": (2024, "Dao and Gu, arXiv 2405.21060"),
+    "gpt": (2025, "rotary, QK-norm, squared ReLU, Muon: see lm/models/gpt.py"),
+}
+
+
+def papers() -> dict[str, tuple[int, str]]:
+    """Return the year and the paper of each point."""
+    return PAPERS
+
+
+def get_config() -> ConfigDict:
+    """Return what all points share; the model is each point's own."""
+    config = ConfigDict()
+    config.data = ConfigDict({
+        "source": "python_docs",
+        "tokenizer": "sentencepiece",
+        "vocab_size": 2048,
+        "batch_size": 32,
+    })  # fmt: skip
+    config.task = ConfigDict({"name": "causal_lm"})
+    config.model = ConfigDict({"name": "gpt"})
+    config.optim = ConfigDict(
+        {"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "2%"}
+    )
+    config.train = ConfigDict({"num_steps": 300, "log_every_steps": 20, "sample_tokens": 0})
+    config.eval = ConfigDict({"every_steps": 0})
+    config.checkpoint = ConfigDict({"every_steps": 0, "keep": 1})
+    return config
+
+
+def _model(name: str, **fields) -> dict:
+    return {"model.name": name, **{f"model.{key}": value for key, value in fields.items()}}
+
+
+def sweep() -> list[dict]:
+    """Return a point for each model."""
+    causal = {"task.length": 128}
+    adamw = {"optim.name": "adamw", "optim.peak_lr": 0.01}
+    counted = {"task.length": 128, "task.context": 2, "train.num_steps": "1 epochs"}
+    masked = {"task.name": "masked_lm", "task.length": 128}
+    pairs = {
+        "task.name": "seq2seq",
+        "task.source_length": 64,
+        "task.length": 64,
+        "data.batch_size": 64,
+    }
+    recurrent = {"num_layers": 2, "model_dim": 200}
+    small = {"num_layers": 4, "model_dim": 128, "num_heads": 4}
+    trigram = {"order": 3}
+    points = {
+        "trigram_add_k": {**counted, **_model("ngram", smoothing="add_k", **trigram)},
+        "trigram_jelinek_mercer": {**counted, **_model("ngram", smoothing="jelinek_mercer", **trigram)},
+        "trigram_kneser_ney": {**counted, **_model("ngram", **trigram)},
+        "elman": {**causal, **adamw, "optim.peak_lr": 0.003, **_model("rnn", cell="rnn", **recurrent)},
+        "lstm": {**causal, **_model("rnn", cell="lstm", **recurrent)},
+        "gru": {**causal, **adamw, **_model("rnn", cell="gru", **recurrent)},
+        "lstm_attention": {**causal, **_model("rnn", cell="lstm", num_heads=4, **recurrent)},
+        "seq2seq": {**pairs, **_model("seq2seq", attention="none", num_layers=1, model_dim=200)},
+        "seq2seq_attention": {
+            **pairs, **_model("seq2seq", attention="additive", num_layers=1, model_dim=200),
+        },
+        "bert": {**masked, "task.dynamic": False, **_model("bert", **small)},
+        "roberta": {**masked, **_model("bert", num_types=1, **small)},
+        "t5": {**pairs, **_model("t5", num_layers=2, model_dim=128, num_heads=4)},
+        "gpt2": {
+            **causal, **adamw,
+            **_model("gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True,
+                     activation="gelu", qk_norm=False, **small),
+        },
+        "llama": {**causal, **adamw, **_model("gpt", activation="swiglu", qk_norm=False, **small)},
+        "linear_rnn": {**causal, **_model("linear_rnn", **small)},
+        "gpt": {**causal, **_model("gpt", **small)},
+    }  # fmt: skip
+    return [{"name": name, **point} for name, point in points.items()]
