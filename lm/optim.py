@@ -280,7 +280,7 @@ def _lion(cfg, params, axes):
 # Logical axes along which a parameter is several matrices, each orthogonalised on its own.
 SEPARATE = frozenset({"layers", "experts", "qkv", "gate", "gates"})
 # Axes of tables and vectors, which are no maps between features.
-NO_MATRIX = frozenset({"vocab", "position", "relpos", "norm"})
+NO_MATRIX = frozenset({"vocab", "position", "types", "relpos", "classes", "norm"})
 MUON_RMS = 0.2  # of an update's elements, as AdamW's is: Liu et al. 2025, arXiv 2502.16982
 
 

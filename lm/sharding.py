@@ -54,7 +54,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "hidden": ("tensor",),
     "hidden_in": ("fsdp",),
+    "embed_out": (),  # of a square kernel whose inputs are `embed`
     "position": (),
+    "relpos": (),
+    "types": (),
+    "classes": (),
     "norm": (),
     "kv": (),
     "qkv": (),

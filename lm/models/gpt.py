@@ -21,7 +21,7 @@ from lm.config import ConfigError
 from lm.models import check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
-from lm.nn.mlp import ACTIVATIONS, MLP
+from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
 from lm.nn.transformer import REMAT_POLICIES, Stack
 
@@ -34,14 +34,14 @@ class Config:
     num_heads: int = 12  # query heads
     num_kv_heads: int = 0  # key-value heads; 0 = num_heads
     head_dim: int = 0  # width of a head; 0 = model_dim / num_heads
-    mlp_dim: int = 0  # feed-forward width; 0 = 4 model_dim (swiglu: 8/3, to a multiple of 64)
+    mlp_dim: int = 0  # feed-forward width; 0 = 4 model_dim (gated: 8/3, to a multiple of 64)
     vocab_size: int = 0  # tokens; 0 = the tokenizer's
     max_length: int = 0  # positions; 0 = the task's row
     positions: str = "rotary"  # rotary or learned
     rope_base: float = 10000.0  # longest rotary wavelength is 2 pi times this
     norm: str = "rmsnorm"  # rmsnorm or layernorm
     norm_bias: bool = False  # layernorm with a bias
-    activation: str = "relu2"  # gelu, relu2 or swiglu
+    activation: str = "relu2"  # gelu, gelu_erf, relu, relu2, swiglu or geglu
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in the projections
     tied: bool = True  # the head is the embedding
@@ -100,7 +100,7 @@ class Config:
         """The derived sizes: num_kv_heads, head_dim, mlp_dim."""
         wide = (
             -(-8 * self.model_dim // (3 * 64)) * 64
-            if self.activation == "swiglu"
+            if self.activation in GATED
             else 4 * self.model_dim
         )
         return {
@@ -238,7 +238,7 @@ def flops_per_token(cfg: Config, length: int) -> float:
     sizes, D = cfg.sizes, cfg.model_dim
     qkv = D * (cfg.num_heads + 2 * sizes["num_kv_heads"]) * sizes["head_dim"]
     out = cfg.num_heads * sizes["head_dim"] * D
-    mlp = (3 if cfg.activation == "swiglu" else 2) * D * sizes["mlp_dim"]
+    mlp = (3 if cfg.activation in GATED else 2) * D * sizes["mlp_dim"]
     matrices = cfg.num_layers * (qkv + out + mlp) + D * pad_vocab(cfg.vocab_size)
     keys = min(length, cfg.window or length)
     return 6.0 * matrices + 12.0 * cfg.num_layers * cfg.num_heads * sizes["head_dim"] * keys

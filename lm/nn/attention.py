@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, rotary positions, windows and a cache.
+"""Self-attention with grouped queries, rotary or relative positions, windows and a cache.
 
 Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245);
 rotary positions: Su et al. 2021 (arXiv 2104.09864), the two halves of a head rotated against each
@@ -21,6 +21,7 @@ from lm.nn.norm import Norm
 
 BLOCK, MAX_BLOCKS = 128, 4  # queries at least, and blocks at most, that attend by themselves
 Blocks = tuple[tuple[int, int, int], ...]  # first query, end of the queries, keys seen
+Plan = tuple[Blocks, float]  # the blocks, and the scale of the scores
 MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
 
 
@@ -55,21 +56,30 @@ def causal_mask(length: int, *, window: int = 0, segments_BL: jax.Array | None =
     return mask
 
 
-def attend(query, key, value, mask) -> jax.Array:
-    """Return softmax(query key^T / sqrt(K)) value, the softmax in float32.
+def segment_mask(segments_BL: jax.Array, source_segments_BS: jax.Array) -> jax.Array:
+    """Return bool [B, L, S]: a query sees the keys of its own segment, and padding (0) none."""
+    mask = segments_BL[:, :, None] == source_segments_BS[:, None, :]
+    return mask & (source_segments_BS > 0)[:, None, :]
+
+
+def attend(query, key, value, mask, *, score_bias=None, scale: float = 0.0) -> jax.Array:
+    """Return softmax(scale query key^T + score_bias) value, the softmax in float32.
 
     Args:
       query: [B, G, R, L, K], R query heads for each of G key-value heads.
       key, value: [B, G, S, K].
       mask: bool [1 or B, L, S].
+      score_bias: float32 [1 or B, G, R, L, S], or None.
+      scale: of the scores; 0 = 1 / sqrt(K).
 
     Returns:
       [B, G, R, L, K].
     """
-    return _attend(((0, query.shape[3], key.shape[2]),), query, key, value, mask)
+    plan = ((0, query.shape[3], key.shape[2]),), scale or query.shape[-1] ** -0.5
+    return _attend(plan, query, key, value, mask, score_bias)
 
 
-def causal_attend(query, key, value, mask) -> jax.Array:
+def causal_attend(query, key, value, mask, *, score_bias=None, scale: float = 0.0) -> jax.Array:
     """Compute `attend` for a mask that lets no query see a later key: those keys are left out.
 
     Blocks of queries attend to the keys up to their end, so that of n blocks (n - 1) / 2n of the
@@ -79,7 +89,8 @@ def causal_attend(query, key, value, mask) -> jax.Array:
     num_blocks = min(MAX_BLOCKS, length // BLOCK) or 1
     ends = [length * (block + 1) // num_blocks for block in range(num_blocks)]
     blocks = zip([0, *ends[:-1]], ends, ends, strict=True)
-    return _attend(tuple(blocks), query, key, value, mask)
+    plan = tuple(blocks), scale or query.shape[-1] ** -0.5
+    return _attend(plan, query, key, value, mask, score_bias)
 
 
 # The gradient by hand, as FlashAttention's (arXiv 2205.14135): the softmax is divided after its product
@@ -88,17 +99,21 @@ def causal_attend(query, key, value, mask) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: Blocks, query, key, value, mask) -> jax.Array:
-    return _attend_forward(blocks, query, key, value, mask)[0]
+def _attend(plan: Plan, query, key, value, mask, score_bias) -> jax.Array:
+    return _attend_forward(plan, query, key, value, mask, score_bias)[0]
 
 
-def _attend_forward(blocks: Blocks, query, key, value, mask):
+def _attend_forward(plan: Plan, query, key, value, mask, score_bias):
+    blocks, scale = plan
     outs, kept = [], []
     for start, end, seen in blocks:
-        query_BGQK = _queries(query, start, end)
+        query_BGQK = _queries(query, start, end, scale)
         scores = jnp.einsum(
             "bgqk,bgsk->bgqs", query_BGQK, key[:, :, :seen], preferred_element_type=jnp.float32
         )
+        if score_bias is not None:
+            bias = score_bias[:, :, :, start:end, :seen]
+            scores += bias.reshape(len(bias), *scores.shape[1:])
         scores = jnp.where(_seen(mask, query, start, end, seen), scores, MASKED_SCORE)
         exp_BGQS = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         sum_BGQ1 = exp_BGQS.sum(axis=-1, keepdims=True)
@@ -108,14 +123,15 @@ def _attend_forward(blocks: Blocks, query, key, value, mask):
         )
         outs.append((out_BGQK / sum_BGQ1).astype(value.dtype))
         kept.append((exp_BGQS, sum_BGQ1))
-    return _join(outs, query), (query, key, value, mask, outs, kept)
+    return _join(outs, query), (query, key, value, mask, score_bias, outs, kept)
 
 
-def _attend_backward(blocks: Blocks, residuals, dout):
-    query, key, value, mask, outs, kept = residuals
-    dqueries, dkeys, dvalues = [], [], []
+def _attend_backward(plan: Plan, residuals, dout):
+    blocks, scale = plan
+    query, key, value, mask, score_bias, outs, kept = residuals
+    dqueries, dkeys, dvalues, dbiases = [], [], [], []
     for (start, end, seen), out_BGQK, (exp_BGQS, sum_BGQ1) in zip(blocks, outs, kept, strict=True):
-        query_BGQK = _queries(query, start, end)
+        query_BGQK = _queries(query, start, end, scale)
         dout_BGQK = dout[:, :, :, start:end].reshape(out_BGQK.shape) / sum_BGQ1
         inner_BGQ1 = (dout_BGQK * out_BGQK).sum(axis=-1, keepdims=True)
         dout_BGQK = dout_BGQK.astype(value.dtype)
@@ -123,27 +139,33 @@ def _attend_backward(blocks: Blocks, residuals, dout):
             "bgqk,bgsk->bgqs", dout_BGQK, value[:, :, :seen], preferred_element_type=jnp.float32
         )
         dscores = exp_BGQS * (dexp_BGQS - inner_BGQ1)
-        dscores = jnp.where(_seen(mask, query, start, end, seen), dscores, 0).astype(key.dtype)
+        dscores = jnp.where(_seen(mask, query, start, end, seen), dscores, 0)
+        if score_bias is not None:
+            dbias = dscores if len(score_bias) > 1 else dscores.sum(axis=0, keepdims=True)
+            dbias = dbias.reshape(*score_bias.shape[:3], end - start, seen)
+            dbiases.append(jnp.pad(dbias, (*((0, 0),) * 4, (0, key.shape[2] - seen))))
+        dscores = dscores.astype(key.dtype)
         dquery_BGQK = jnp.einsum("bgqs,bgsk->bgqk", dscores, key[:, :, :seen])
-        dqueries.append(dquery_BGQK * query.shape[-1] ** -0.5)
+        dqueries.append(dquery_BGQK * scale)
         rest = ((0, 0), (0, 0), (0, 0), (0, key.shape[2] - seen))
         # Widths before queries: on a CPU both products are then twice as fast.
         dkeys.append(jnp.pad(_transposed(query_BGQK) @ dscores, rest))
         dvalues.append(jnp.pad(_transposed(dout_BGQK) @ exp_BGQS, rest))
     dkey, dvalue = (functools.reduce(jnp.add, parts).swapaxes(2, 3) for parts in (dkeys, dvalues))
-    return _join(dqueries, query), dkey, dvalue, None
+    dbias = jnp.concatenate(dbiases, axis=3) if dbiases else None
+    return _join(dqueries, query), dkey, dvalue, None, dbias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _queries(query, start: int, end: int) -> jax.Array:
+def _queries(query, start: int, end: int, scale: float) -> jax.Array:
     """Return a block of scaled queries, the heads of a group in one axis with them: [B, G, Q, K].
 
     The products are then plain batched ones, which XLA does not transpose for.
     """
     B, G, R, _, K = query.shape
-    return (query[:, :, :, start:end] * K**-0.5).reshape(B, G, R * (end - start), K)
+    return (query[:, :, :, start:end] * scale).reshape(B, G, R * (end - start), K)
 
 
 def _seen(mask, query, start: int, end: int, seen: int) -> jax.Array:
@@ -182,6 +204,8 @@ class Attention(nn.Module):
     Attributes:
       rope_base: base of the rotary wavelengths; 0 = no rotary positions.
       window: positions a query sees; 0 = all before it.
+      causal: no query sees a later key, whatever the mask; else the mask alone says.
+      scale: of the scores; 0 = 1 / sqrt(head_dim).
       kernel: "xla" (any mask) or "cudnn" (causal only, on a GPU).
       decode_length: slots of the cache.
     """
@@ -196,12 +220,22 @@ class Attention(nn.Module):
     qk_norm: bool = False
     bias: bool = False
     window: int = 0
+    causal: bool = True
+    scale: float = 0.0
     kernel: str = "xla"
     decode_length: int = 0
 
     @nn.compact
-    def __call__(self, x_BLD, *, mask, positions_BL, decode: bool = False) -> jax.Array:
-        """Return [B, L, D]; `mask` is bool [1 or B, L, L], unused by a decoding step of one token."""
+    def __call__(
+        self, x_BLD, *, mask, positions_BL, score_bias_BHLS=None, decode: bool = False
+    ) -> jax.Array:
+        """Return [B, L, D].
+
+        Args:
+          mask: bool [1 or B, L, L], unused by a decoding step of one token.
+          score_bias_BHLS: float32 [1 or B, H, L, L], added to the scores; in a decoding step of one
+            token [1 or B, H, 1, decode_length].
+        """
         G, R, K, D = (
             self.num_kv_heads,
             self.num_heads // self.num_kv_heads,
@@ -226,12 +260,16 @@ class Attention(nn.Module):
             key = rotate(key, angles)
         if decode:
             key, value, mask = self._cached(key, value, mask, positions_BL)
+        if score_bias_BHLS is not None:
+            B, _, *pairs = score_bias_BHLS.shape
+            score_bias_BHLS = score_bias_BHLS.reshape(B, G, R, *pairs)
         if self.kernel == "cudnn" and not decode:
+            assert self.causal and score_bias_BHLS is None and not self.scale
             out = flash_attend(query, key, value, window=self.window)
-        elif decode and x_BLD.shape[1] == 1:
-            out = attend(query, key, value, mask)
         else:
-            out = causal_attend(query, key, value, mask)
+            step = decode and x_BLD.shape[1] == 1
+            function = causal_attend if self.causal and not step else attend
+            out = function(query, key, value, mask, score_bias=score_bias_BHLS, scale=self.scale)
         out_BLGRK = out.transpose(0, 3, 1, 2, 4)
         out_BLHK = out_BLGRK.reshape(*x_BLD.shape[:2], G * R, K)
         y_BLD = Linear(

@@ -1,5 +1,6 @@
 """Feed-forward layers of a Transformer."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,13 +12,17 @@ from lm.nn.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # tanh form, as GPT-2
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),  # exact, as BERT
+    "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # squared ReLU: So et al. 2021, arXiv 2109.08668
     "swiglu": jax.nn.silu,  # gated: Shazeer 2020, arXiv 2002.05202
+    "geglu": jax.nn.gelu,  # gated, tanh form, as T5 v1.1
 }
+GATED = ("swiglu", "geglu")
 
 
 class MLP(nn.Module):
-    """y = act(x W_up) W_down, or for swiglu y = (silu(x W_gate) * (x W_up)) W_down."""
+    """y = act(x W_up) W_down, or gated y = (act(x W_gate) * (x W_up)) W_down."""
 
     mlp_dim: int
     activation: str
@@ -31,7 +36,7 @@ class MLP(nn.Module):
         """Return [B, L, D]."""
         D, F = x_BLD.shape[-1], self.mlp_dim
         act = ACTIVATIONS[self.activation]
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             h = Linear(
                 (D, 2, F),
                 ("embed", "gate", "mlp"),

@@ -20,9 +20,12 @@ from tools import evaluate
 
 VOCAB, LENGTH = 99, 12
 TINY = {
+    "bert": {"num_layers": 2, "model_dim": 32, "num_heads": 2},
     "gpt": {"num_layers": 2, "model_dim": 32, "num_heads": 2},
     "rnn": {"num_layers": 2, "model_dim": 32},
     "seq2seq": {"num_layers": 2, "model_dim": 32},
+    "t5": {"num_layers": 2, "model_dim": 32, "num_heads": 2, "head_dim": 12},
+    "ngram": {"order": 3},
 }
 # What a family cannot be asked, why, and what is tried instead.
 INSTEAD = {
@@ -30,7 +33,14 @@ INSTEAD = {
         "ngram": "it has no gradient: tests/models/test_ngram.py changes tokens and sums probabilities"
     },
     "decode": {"bert": "an encoder does not write: tests/test_generate.py fills masks"},
-    "task": {"gpt": "causal_lm", "rnn": "causal_lm", "seq2seq": "seq2seq"},
+    "task": {
+        "bert": {"name": "masked_lm", "length": 16},
+        "gpt": {"name": "causal_lm", "length": 16},
+        "rnn": {"name": "causal_lm", "length": 16},
+        "ngram": {"name": "causal_lm", "length": 16, "context": 2},
+        "seq2seq": {"name": "seq2seq", "source_length": 16, "length": 16},
+        "t5": {"name": "span_corruption", "source_length": 16},
+    },
 }
 FAMILIES = models.names()
 LEARNED = [name for name in FAMILIES if name not in INSTEAD["gradient"]]
@@ -307,7 +317,7 @@ def test_sharded_is_one_device(name):
 def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     """From text to a checkpoint and back, through the task that suits the family."""
     config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)
-    config.task = ConfigDict({"name": INSTEAD["task"][name], "length": 16})
+    config.task = ConfigDict(INSTEAD["task"][name])
     config.model = ConfigDict({"name": name, **TINY[name]})
     workdir = tmp_path / "run"
     final = train.run(config, workdir)

@@ -265,7 +265,7 @@ def test_bfloat16_gives_bfloat16_features_and_float32_logits():
     [
         {"positions": "sinus"},
         {"norm": "batchnorm"},
-        {"activation": "relu"},
+        {"activation": "tanh"},
         {"residual_init": "one"},
         {"remat": "all"},
         {"mask": "prefix"},

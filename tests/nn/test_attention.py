@@ -245,3 +245,69 @@ def test_the_gradient_by_hand_is_that_of_the_formula(length):
     for ours in (whole, *([] if length < 256 else [blocks])):
         for a, b in zip(gradients(ours), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_without_causality_the_mask_alone_says_what_is_seen():
+    layer, params = make(causal=False, bias=True, scale=0.7)
+    x, mask = inputs(), SEGMENTS[:, :, None] == SEGMENTS[:, None]
+    y = run(layer, params, x, mask=jnp.asarray(mask), positions_BL=jnp.asarray(POSITIONS))
+    expected = np.zeros(x.shape) + params["out"]["bias"]
+    kernel, bias = params["qkv"]["kernel"], params["qkv"]["bias"]
+    for b, h in np.ndindex(B, H):
+        q, k, v = (x[b] @ kernel[:, h, i] + bias[h, i] for i in range(3))
+        for i in range(L):
+            scores = np.exp(0.7 * k[mask[b, i]] @ q[i])
+            expected[b, i] += scores @ v[mask[b, i]] / scores.sum() @ params["out"]["kernel"][h]
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one-for-all", "of-each-row"])
+@pytest.mark.parametrize("length", [9, 260])
+def test_scores_and_their_gradient_take_a_bias(length, rows):
+    """Against the formula, for heads in groups, whole and in blocks."""
+    draw = normal(7)
+    query, key, value = draw(2, 2, 3, length, 4), draw(2, 2, length, 4), draw(2, 2, length, 4)
+    bias, wanted = draw(rows, 2, 3, length, length), draw(2, 2, 3, length, 4)
+    mask = causal_mask(length, window=length // 2)
+
+    def formula(query, key, value, bias):
+        scores = 0.3 * jnp.einsum("bgrlk,bgsk->bgrls", query, key) + bias
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bgrls,bgsk->bgrlk", weights, value)
+
+    def of(function):
+        def ours(query, key, value, bias):
+            return function(query, key, value, mask, score_bias=bias, scale=0.3)
+
+        return ours
+
+    def both(function):
+        loss = lambda *operands: (function(*operands) * wanted).sum()  # noqa: E731
+        make = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+        return make(query, key, value, bias)
+
+    expected, gradients = both(formula)
+    assert np.abs(gradients[3]).max() > 0.01
+    for ours in (of(attend), of(causal_attend)):
+        value_of_ours, found = both(ours)
+        np.testing.assert_allclose(value_of_ours, expected, rtol=1e-4, atol=1e-3)
+        for a, b in zip(found, gradients, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_bias_of_a_layer_is_one_number_a_head_and_pair():
+    """With one number added to a head's scores of all keys nothing changes; on one key, all looks there."""
+    layer, params = make(num_kv_heads=2)
+    x = inputs()
+    y = run(layer, params, x, **context())
+    same = jnp.ones((1, H, L, L)) * jnp.arange(H).reshape(1, H, 1, 1)
+    np.testing.assert_allclose(
+        run(layer, params, x, **context(), score_bias_BHLS=same), y, atol=1e-5
+    )
+    first = jnp.zeros((1, H, L, L)).at[:, 2, :, 0].set(1e4)
+    at_first = run(layer, params, x, **context(), score_bias_BHLS=first)
+    kernel, out = params["qkv"]["kernel"], params["out"]["kernel"]  # head 2: query 0 of group 1
+    value = x[:, 0] @ kernel[:, 1, 3]
+    others = {**params, "out": {"kernel": out * (np.arange(H) != 2)[:, None, None]}}
+    expected = np.asarray(run(layer, others, x, **context())) + (value @ out[2])[:, None]
+    np.testing.assert_allclose(at_first, expected, atol=2e-5)

@@ -44,3 +44,22 @@ def test_the_second_product_starts_by_its_own_initialiser():
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, D))))["params"]
     assert params["up"]["kernel"].all() and not params["down"]["kernel"].any()
     assert set(params["up"]) == set(params["down"]) == {"kernel"}
+
+
+def test_relu_and_gated_gelu_equal_numpy():
+    rng = np.random.default_rng(0)
+    x, down = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, D), (F, D)))
+    init = nn.initializers.normal(1.0)
+    for activation, shape in (("relu", (D, F)), ("geglu", (D, 2, F))):
+        up = rng.normal(size=shape).astype(np.float32)
+        params = {"up": {"kernel": up}, "down": {"kernel": down}}
+        y = jax.jit(MLP(F, activation, jnp.dtype("float32"), init, init).apply)(
+            {"params": params}, x
+        )
+        h = np.tensordot(x, up, 1)
+        if activation == "geglu":
+            gate, h = h[..., 0, :], h[..., 1, :]
+            h = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * h
+        else:
+            h = np.maximum(h, 0)
+        np.testing.assert_allclose(y, h @ down, rtol=1e-4, atol=1e-5)

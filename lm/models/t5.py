@@ -1,0 +1,283 @@
+"""Encoder-decoder Transformer with relative positions.
+
+"Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", Raffel et al. 2019
+(arXiv 1910.10683). The defaults are T5-small; T5 v1.1 is the option set activation=geglu (Shazeer
+2020, 2002.05202), tied=False.
+
+What differs: documents of a row do not see each other, and each reads its own source; dropout acts on
+embeddings, residual branches and the features, not inside them; the head of v1.1 starts at
+1 / sqrt(model_dim).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm import hardware
+from lm.config import ConfigError
+from lm.models import check_option
+from lm.nn.attention import Attention, causal_mask, segment_mask
+from lm.nn.cross_attention import CrossAttention
+from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
+from lm.nn.mlp import ACTIVATIONS, GATED, MLP
+from lm.nn.norm import Norm
+from lm.nn.relative import RelativeBias
+from lm.nn.transformer import REMAT_POLICIES, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "t5"  # family: a file of lm/models, such as gpt or t5
+    num_layers: int = 6  # blocks of the encoder
+    num_decoder_layers: int = 0  # blocks of the decoder; 0 = num_layers
+    model_dim: int = 512  # width
+    num_heads: int = 8  # attention heads
+    head_dim: int = 64  # width of a head, whatever the model's
+    mlp_dim: int = 0  # feed-forward width; 0 = 4 model_dim
+    vocab_size: int = 0  # tokens; 0 = the tokenizer's
+    max_length: int = 0  # tokens of a decoder row; 0 = the task's row
+    max_source_length: int = 0  # tokens of a source; 0 = the task's
+    num_buckets: int = 32  # of relative positions
+    max_distance: int = 128  # positions from which on all are in one bucket
+    activation: str = "relu"  # relu, geglu (v1.1), gelu, gelu_erf, relu2 or swiglu
+    norm_epsilon: float = 1e-6  # added to mean squares
+    tied: bool = True  # the head is the embedding, on features / sqrt(model_dim); v1.1: its own
+    dropout: float = 0.0  # probability, on embeddings, residual branches and features; T5: 0.1
+    scan: bool = False  # scan over the layers: compile time constant in depth
+    remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+
+    def __post_init__(self):
+        check_option(self, "activation", tuple(ACTIVATIONS))
+        check_option(self, "remat", ("none", *REMAT_POLICIES))
+        check_option(self, "dtype", ("", "float32", "bfloat16"))
+        positive = ("num_layers", "model_dim", "num_heads", "head_dim")
+        derived = ("num_decoder_layers", "mlp_dim", "vocab_size", "max_length", "max_source_length")
+        for field in (*positive, *derived):
+            least = 1 if field in positive else 0
+            if getattr(self, field) < least:
+                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
+        if self.num_buckets < 4 or self.num_buckets % 2:
+            raise ConfigError(f"model.num_buckets={self.num_buckets}: use an even number from 4 on")
+        if self.max_distance <= self.num_buckets // 2:
+            raise ConfigError(
+                f"model.max_distance={self.max_distance}: use more than half of model.num_buckets="
+                f"{self.num_buckets}"
+            )
+        if self.norm_epsilon <= 0:
+            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The derived sizes: num_decoder_layers, mlp_dim."""
+        return {
+            "num_decoder_layers": self.num_decoder_layers or self.num_layers,
+            "mlp_dim": self.mlp_dim or 4 * self.model_dim,
+        }
+
+
+def query_std(cfg: Config) -> float:
+    """Return the deviation that queries' kernels start with: the scores are not scaled, so small."""
+    return (cfg.model_dim * cfg.head_dim) ** -0.5
+
+
+def self_attention(cfg: Config, *, causal: bool, decode_length: int = 0) -> Attention:
+    """Return a block's self-attention; a submodule of the block that calls."""
+
+    def kernel_init(key, shape, dtype=jnp.float32):
+        std = jnp.array([query_std(cfg), *[cfg.model_dim**-0.5] * 2], dtype)
+        return jax.random.normal(key, shape, dtype) * std[None, None, :, None]
+
+    return Attention(
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_heads,
+        head_dim=cfg.head_dim,
+        dtype=hardware.compute_dtype(cfg.dtype),
+        kernel_init=kernel_init,
+        out_init=nn.initializers.normal((cfg.num_heads * cfg.head_dim) ** -0.5),
+        causal=causal,
+        scale=1.0,
+        decode_length=decode_length,
+        name="attention",
+    )
+
+
+def feed_forward(cfg: Config) -> MLP:
+    """Return a block's feed-forward layer; a submodule of the block that calls."""
+    init, out_init = (
+        nn.initializers.normal(width**-0.5) for width in (cfg.model_dim, cfg.sizes["mlp_dim"])
+    )
+    dtype = hardware.compute_dtype(cfg.dtype)
+    return MLP(cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init, name="mlp")
+
+
+class EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    cfg: Config
+    train: bool
+    decode: bool
+
+    @nn.compact
+    def __call__(self, x_BSD, mask, positions_BS, score_bias_BHSS) -> jax.Array:
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        y = Norm(epsilon=cfg.norm_epsilon, name="attention_norm")(x_BSD)
+        y = self_attention(cfg, causal=False)(
+            y, mask=mask, positions_BL=positions_BS, score_bias_BHLS=score_bias_BHSS
+        )
+        x_BSD = x_BSD + dropout(y)
+        y = feed_forward(cfg)(Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BSD))
+        return x_BSD + dropout(y)
+
+
+class DecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + cross_attention(norm(x), source), then x + mlp(norm(x))."""
+
+    cfg: Config
+    decode_length: int
+    train: bool
+    decode: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD,
+        mask,
+        positions_BL,
+        score_bias_BHLS,
+        segments_BL,
+        source_BSD,
+        source_segments_BS,
+    ) -> jax.Array:
+        cfg, init = self.cfg, nn.initializers.normal
+        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        y = Norm(epsilon=cfg.norm_epsilon, name="attention_norm")(x_BLD)
+        y = self_attention(cfg, causal=True, decode_length=self.decode_length)(
+            y, mask=mask, positions_BL=positions_BL, score_bias_BHLS=score_bias_BHLS,
+            decode=self.decode,
+        )  # fmt: skip
+        x_BLD = x_BLD + dropout(y)
+        y = Norm(epsilon=cfg.norm_epsilon, name="cross_attention_norm")(x_BLD)
+        y = CrossAttention(
+            num_heads=cfg.num_heads,
+            head_dim=cfg.head_dim,
+            dtype=hardware.compute_dtype(cfg.dtype),
+            query_init=init(query_std(cfg)),
+            kernel_init=init(cfg.model_dim**-0.5),
+            out_init=init((cfg.num_heads * cfg.head_dim) ** -0.5),
+            scale=1.0,
+            name="cross_attention",
+        )(
+            y, segments_BL=segments_BL, source_BSD=source_BSD,
+            source_segments_BS=source_segments_BS, decode=self.decode,
+        )  # fmt: skip
+        x_BLD = x_BLD + dropout(y)
+        y = feed_forward(cfg)(Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BLD))
+        return x_BLD + dropout(y)
+
+
+class Model(nn.Module):
+    """s = norm(encoder(embed(source))); x = norm(decoder(embed(tokens), s)); logits = x E^T / sqrt(D).
+
+    With a head of its own, logits = x W.
+    """
+
+    cfg: Config
+    decode_length: int = 0
+
+    accepts: ClassVar = frozenset({"source", "packed"})
+    learns: ClassVar = "gradient"
+
+    @property
+    def max_context(self) -> int:
+        """Positions that decoding may use; 0 = any number."""
+        return 0
+
+    def setup(self):
+        cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
+        layers, D = {"scan": cfg.scan, "remat": cfg.remat}, cfg.model_dim
+        self.embed = Embed(cfg.vocab_size, D, dtype, nn.initializers.normal(1.0))
+        self.encoder_positions = self._relative_bias(bidirectional=True)
+        self.encoder = Stack(EncoderBlock, {"cfg": cfg}, cfg.num_layers, **layers)
+        self.encoder_norm = Norm(epsilon=cfg.norm_epsilon)
+        self.decoder_positions = self._relative_bias(bidirectional=False)
+        arguments = {"cfg": cfg, "decode_length": self.decode_length}
+        self.decoder = Stack(DecoderBlock, arguments, cfg.sizes["num_decoder_layers"], **layers)
+        self.decoder_norm = Norm(epsilon=cfg.norm_epsilon)
+        self.dropout = nn.Dropout(cfg.dropout)
+        if not cfg.tied:
+            self.head = Head(cfg.vocab_size, D, dtype, nn.initializers.normal(D**-0.5))
+
+    def _relative_bias(self, *, bidirectional: bool) -> RelativeBias:
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.model_dim**-0.5)
+        return RelativeBias(
+            cfg.num_heads, bidirectional, cfg.num_buckets, cfg.max_distance, kernel_init=init
+        )
+
+    def __call__(self, batch, *, train: bool = False, decode: bool = False) -> jax.Array:
+        """Return features [B, L, D] of a batch (inputs, segments, positions, each [B, L]).
+
+        And source, source_segments, source_positions, each [B, S]: each segment of a row reads the
+        source's segment of the same number. In decoding they come with the prompt alone.
+        """
+        segments_BL, positions_BL = batch["segments"], batch["positions"]
+        length = segments_BL.shape[1]
+        source_BSD = source_segments_BS = None
+        if "source" in batch:
+            source_segments_BS = batch["source_segments"]
+            source_BSD = self.encode(batch, train=train)
+        mask = causal_mask(length, segments_BL=None if decode else segments_BL)
+        if decode and length == 1:
+            slots_11S = jnp.arange(self.decode_length)[None, None]
+            score_bias = self.decoder_positions.at(slots_11S - positions_BL[:, :, None])
+        else:
+            score_bias = self.decoder_positions(length)
+        x_BLD = self.dropout(self.embed(batch["inputs"]), deterministic=not train)
+        x_BLD = self.decoder(
+            x_BLD, mask, positions_BL, score_bias, segments_BL, source_BSD, source_segments_BS,
+            train=train, decode=decode,
+        )  # fmt: skip
+        return self.dropout(self.decoder_norm(x_BLD), deterministic=not train)
+
+    def encode(self, batch, *, train: bool = False) -> jax.Array:
+        """Return features [B, S, D] of the source."""
+        segments_BS = batch["source_segments"]
+        x_BSD = self.dropout(self.embed(batch["source"]), deterministic=not train)
+        x_BSD = self.encoder(
+            x_BSD, segment_mask(segments_BS, segments_BS), batch["source_positions"],
+            self.encoder_positions(segments_BS.shape[1]), train=train, decode=False,
+        )  # fmt: skip
+        return self.dropout(self.encoder_norm(x_BSD), deterministic=not train)
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, L, V] of features, the padded vocabulary masked."""
+        if self.cfg.tied:
+            logits_BLV = self.embed.attend(x_BLD * self.cfg.model_dim**-0.5)
+        else:
+            logits_BLV = self.head(x_BLD)
+        return finish_logits(logits_BLV, self.cfg.vocab_size)
+
+
+def flops_per_token(cfg: Config, length: int) -> float:
+    """Return training FLOPs a token of the decoder: 6 times each matrix parameter that it meets.
+
+    The encoder's, and those of the cross-attention's keys and values, meet source tokens, of which
+    there are max_source_length a row, or `length` where that is 0. Attention is counted in full:
+    12 d_attention for each pair of positions and layer.
+    """
+    sizes, D, width = cfg.sizes, cfg.model_dim, cfg.num_heads * cfg.head_dim
+    decoders = sizes["num_decoder_layers"]
+    mlp = (3 if cfg.activation in GATED else 2) * D * sizes["mlp_dim"]
+    of_source = cfg.num_layers * (4 * D * width + mlp) + decoders * 2 * D * width
+    of_target = decoders * (6 * D * width + mlp) + D * pad_vocab(cfg.vocab_size)
+    source = cfg.max_source_length or length
+    ratio = source / length if length else 1.0
+    pairs = cfg.num_layers * ratio * source + decoders * (length + source)
+    return 6.0 * (of_source * ratio + of_target) + 12.0 * width * pairs
