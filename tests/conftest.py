@@ -17,11 +17,15 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import json
+import types
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  numpy then knows the fixtures' bfloat16
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors import safe_open
 
 WORDS = [
     "the",
@@ -62,6 +66,27 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("\n".join(lines)[:30_000])
     return path
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """Return a function from the name of a fixture (see `tools.make_fixtures`) to what its file holds.
+
+    It has `architecture`, `config`, and by name the numpy arrays `weight` (float32), `input`, `output` and
+    `gradient`.
+    """
+
+    def read(name: str) -> types.SimpleNamespace:
+        groups: dict = {kind: {} for kind in ("weight", "input", "output", "gradient")}
+        with safe_open(Path(__file__).parent / "fixtures" / f"{name}.safetensors", "np") as file:
+            about = json.loads(file.metadata()["fixture"])
+            for key in file.keys():  # noqa: SIM118  it is no dictionary
+                kind, _, name = key.partition(":")
+                array = file.get_tensor(key)
+                groups[kind][name] = array.astype(np.float32) if kind == "weight" else array
+        return types.SimpleNamespace(**about, **groups)
+
+    return read
 
 
 @pytest.fixture

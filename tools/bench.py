@@ -1,8 +1,8 @@
 """Measure how fast an experiment trains, or decodes, alone or in turns with a peer.
 
     python -m tools.bench --config experiments/gpt_small.py
-    python -m tools.bench --config experiments/gpt2.py --peer transformers
-    python -m tools.bench --config experiments/gpt2.py --decode --peer transformers
+    python -m tools.bench --config experiments/gpt2_small.py --peer transformers
+    python -m tools.bench --config experiments/gpt2_small.py --decode --peer transformers
 
 The tokens are random, of a vocabulary as large as the config's. Machines are noisy: what is compared
 takes turns, A B A B, in one run, and the ratio of each round counts, not those of separate runs.

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lm.config import ConfigError
-from lm.data import sources, tokenizers
+from lm.data import external, sources, tokenizers
 from lm.data.pipeline import Config
 from lm.data.tokenizers import Tokenizer
 
@@ -113,6 +113,8 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     source = sources.open_source(
         cfg.source, path=cfg.path, fields=cfg.fields, on_invalid=cfg.on_invalid
     )
+    if tokenizer is None and cfg.tokenizer == "file":
+        tokenizer = external.open_tokenizer(cfg.tokenizer_path)
     folder = cache_folder() / "corpora" / _key(cfg, source, tokenizer)
     corpus = _load(folder)
     if corpus is None:

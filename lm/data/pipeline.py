@@ -30,7 +30,8 @@ class Config:
     target_field: str = ""  # of pairs: the target's name, or column number
     label_field: str = ""  # of labelled texts: the label's name, or column number
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
-    tokenizer: str = "sentencepiece"  # byte, char or sentencepiece
+    tokenizer: str = "sentencepiece"  # byte, char, sentencepiece or file (one that is given)
+    tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
     sentencepiece_model: str = "unigram"  # unigram or bpe
     validation_fraction: float = 0.1  # of the documents; of the characters below 100 documents
@@ -42,6 +43,7 @@ class Config:
     ONLY_FOR: ClassVar[dict[str, tuple[str, tuple]]] = {
         "vocab_size": ("tokenizer", ("sentencepiece",)),
         "sentencepiece_model": ("tokenizer", ("sentencepiece",)),
+        "tokenizer_path": ("tokenizer", ("file",)),
     }
 
     def __post_init__(self):
@@ -51,6 +53,11 @@ class Config:
         self._check_fields(sources.resolve(self.source, parts))
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
         _one_of("tokenizer", self.tokenizer, tokenizers.NAMES)
+        if self.tokenizer == "file" and not self.tokenizer_path:
+            raise ConfigError(
+                "data.tokenizer=file: no file is given; set data.tokenizer_path to a tokenizer.json, a "
+                "llama2.c .bin, or the folder tokenizer/ of a run"
+            )
         _one_of("sentencepiece_model", self.sentencepiece_model, ("unigram", "bpe"))
         _one_of("order", self.order, ("shuffle", "stream"))
         if not 0 <= self.validation_fraction <= 1:

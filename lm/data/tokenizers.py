@@ -25,7 +25,7 @@ import sentencepiece
 
 from lm.config import ConfigError
 
-NAMES = ("byte", "char", "sentencepiece")
+NAMES = ("byte", "char", "sentencepiece", "file")
 _SPACE = "\u2581"
 # One space fewer than the usual indentations as well: the last one belongs to the word after it.
 _NEWLINES = [
@@ -36,7 +36,7 @@ _TRAIN_BYTES = 16 << 20  # about half a minute of unigram training; more text mo
 _TRAIN_THREADS = 4  # a constant: the sums of unigram training depend on it in their last bits
 _LINE = 1000  # characters; longer lines are trained on in parts
 _NO_IDS = np.zeros(0, np.int32)
-_UNKNOWN = "\ufffd"
+UNKNOWN = "\ufffd"
 _CHUNK = 1 << 16  # characters encoded at a time: bounds the memory of one long document
 
 
@@ -91,12 +91,12 @@ class Byte(Tokenizer):
     fingerprint = "byte"
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(_checked(text).encode(), np.uint8).astype(np.int32)
+        return np.frombuffer(checked(text).encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = (min(int(i), self.vocab_size) for i in ids)
         return b"".join(
-            _UNKNOWN.encode() if i == self.vocab_size else bytes([i])
+            UNKNOWN.encode() if i == self.vocab_size else bytes([i])
             for i in known
             if i != self.end_of_text
         ).decode(errors="replace")
@@ -114,12 +114,12 @@ class Char(Tokenizer):
         self.vocab_size = len(codes) + 1
         sizes = [len(c.encode()) for c in self.characters]
         self.token_bytes = np.array([*sizes, 0], np.int32)
-        self.fingerprint = f"char-{_digest(self.characters.encode())}"
+        self.fingerprint = f"char-{digest(self.characters.encode())}"
         self._ids = np.full(codes.max(initial=0) + 2, -1, np.int32)  # by code point
         self._ids[codes] = np.arange(len(codes))
 
     def encode(self, text: str) -> np.ndarray:
-        _checked(text)
+        checked(text)
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         unknown = np.flatnonzero(ids < 0)
@@ -133,7 +133,7 @@ class Char(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = f"{self.characters}\0{_UNKNOWN}"
+        known = f"{self.characters}\0{UNKNOWN}"
         return "".join(
             known[min(i, self.vocab_size)] for i in map(int, ids) if i != self.end_of_text
         )
@@ -153,7 +153,7 @@ class SentencePiece(Tokenizer):
         self.vocab_size = self._processor.get_piece_size()
         self.end_of_text = self._processor.eos_id()
         self.token_bytes = np.array([self._size(i) for i in range(self.vocab_size)], np.int32)
-        self.fingerprint = f"sentencepiece-{_digest(model)}"
+        self.fingerprint = f"sentencepiece-{digest(model)}"
         pieces = [f"<0x{byte:02X}>" for byte in _SPACE.encode()]
         self._space = np.array([self._processor.piece_to_id(p) for p in pieces], np.int32)
 
@@ -168,7 +168,7 @@ class SentencePiece(Tokenizer):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        chunks = [_chunks(_checked(text)) for text in texts]
+        chunks = [_chunks(checked(text)) for text in texts]
         # Ids do not depend on the number of threads: a chunk is encoded by itself.
         flat = [chunk for parts in chunks for chunk in parts]
         threads = min(os.cpu_count() or 1, 16)
@@ -188,7 +188,7 @@ class SentencePiece(Tokenizer):
                 known[-1].append(i)
             else:
                 known.append([])
-        return _UNKNOWN.join(self._processor.decode(part) for part in known)
+        return UNKNOWN.join(self._processor.decode(part) for part in known)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
@@ -208,7 +208,7 @@ def train(name: str, texts: Iterable[str], *, vocab_size: int, model: str) -> To
         for text in texts:
             characters.update(text)
         return Char(characters)
-    if name != "sentencepiece":
+    if name != "sentencepiece":  # "file" is opened, not trained: `lm.data.external`
         raise ConfigError(f"data.tokenizer={name}: no such tokenizer; use {', '.join(NAMES)}")
     lines = [line for text in texts for line in _lines(text)]
     return SentencePiece(_train_sentencepiece(_sample(lines), vocab_size, model))
@@ -223,6 +223,10 @@ def load(folder: str | Path) -> Tokenizer:
             return Byte()
         if name == "char":
             return Char(settings["characters"])
+        if name in ("huggingface", "llama2c"):
+            from lm.data import external  # here, because it imports this file
+
+            return external.restore(Path(folder), settings)
         return SentencePiece((Path(folder) / "sentencepiece.model").read_bytes())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(
@@ -230,11 +234,12 @@ def load(folder: str | Path) -> Tokenizer:
         ) from error
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """Return 16 bytes of BLAKE2b, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _checked(text: str) -> str:
+def checked(text: str) -> str:
     """Return `text`; ConfigError where it holds a lone surrogate, which has no bytes."""
     try:
         text.encode()

@@ -1,12 +1,14 @@
 """Decoder-only Transformer.
 
 "Language Models are Unsupervised Multitask Learners", Radford et al. 2019 (GPT-2), and what has been
-kept since: rotary positions (arXiv 2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202) or squared
-ReLU (2109.08668), grouped-query attention (2305.13245), query-key normalisation (2010.04245), logit
-soft-cap (Gemma 2, 2408.00118), sliding windows (2004.05150).
+kept since: rotary positions and their scaling (`lm.nn.rotary`), RMSNorm (arXiv 1910.07467), SwiGLU
+(2002.05202) or squared ReLU (2109.08668), grouped-query attention (2305.13245), query-key normalisation
+(2010.04245), logit soft-cap (Gemma 2, 2408.00118), sliding windows (2004.05150).
 
-What differs: the defaults are the current recipe; GPT-2 itself is the option set positions=learned,
-norm=layernorm, norm_bias=True, bias=True, activation=gelu, qk_norm=False, tied=True.
+What differs: the defaults are the current recipe. GPT-2 itself is the option set positions=learned,
+norm=layernorm, norm_bias=True, bias=True, activation=gelu, qk_norm=False; Llama (arXiv 2302.13971) is
+activation=swiglu, qk_norm=False, tied=False with its sizes and, from 3.1 on, rope_scaling=llama3.
+Dropout on attention's weights, which GPT-2 trained with, is left out.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
+from lm.nn.rotary import SCALINGS, Rotary
 from lm.nn.transformer import REMAT_POLICIES, Stack
 
 
@@ -39,11 +42,24 @@ class Config:
     max_length: int = 0  # positions; 0 = the task's row
     positions: str = "rotary"  # rotary or learned
     rope_base: float = 10000.0  # longest rotary wavelength is 2 pi times this
+    rope_scaling: str = "none"  # for more positions: none, linear, llama3 or yarn (lm/nn/rotary.py)
+    rope_factor: float = 1.0  # how many times as many positions
+    rope_original_length: int = 0  # positions before; 0 = max_length / rope_factor
+    rope_low_frequency: float = 1.0  # turns in these below which a frequency is scaled in full
+    rope_high_frequency: float = 4.0  # turns in these above which it is kept
+    rope_beta_fast: float = 32.0  # turns in these above which a frequency is kept
+    rope_beta_slow: float = 1.0  # turns in these below which it is scaled in full
+    rope_truncate: bool = True  # whole dimensions between these two
+    rope_attention_factor: float = 0.0  # of cosine and sine; 0 = by rope_factor and the next two
+    rope_mscale: float = 0.0  # m of 0.1 m log(rope_factor) + 1, in the numerator; 0 = 1
+    rope_mscale_all_dim: float = 0.0  # the same in the denominator; 0 = neither of the two
     norm: str = "rmsnorm"  # rmsnorm or layernorm
     norm_bias: bool = False  # layernorm with a bias
+    norm_epsilon: float = 1e-5  # added to the variance, or the mean square
     activation: str = "relu2"  # gelu, gelu_erf, relu, relu2, swiglu or geglu
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in the projections
+    bias_in: str = "all"  # which have them: all, attention or mlp
     tied: bool = True  # the head is the embedding
     dropout: float = 0.0  # probability, on embeddings and residual branches
     logit_softcap: float = 0.0  # logits = cap tanh(logits / cap); 0 = off
@@ -59,12 +75,26 @@ class Config:
 
     ONLY_FOR: ClassVar = {
         "rope_base": ("positions", ("rotary",)),
+        "rope_scaling": ("positions", ("rotary",)),
+        "rope_factor": ("rope_scaling", ("linear", "llama3", "yarn")),
+        "rope_original_length": ("rope_scaling", ("llama3", "yarn")),
+        "rope_low_frequency": ("rope_scaling", ("llama3",)),
+        "rope_high_frequency": ("rope_scaling", ("llama3",)),
+        "rope_beta_fast": ("rope_scaling", ("yarn",)),
+        "rope_beta_slow": ("rope_scaling", ("yarn",)),
+        "rope_truncate": ("rope_scaling", ("yarn",)),
+        "rope_attention_factor": ("rope_scaling", ("yarn",)),
+        "rope_mscale": ("rope_scaling", ("yarn",)),
+        "rope_mscale_all_dim": ("rope_scaling", ("yarn",)),
         "norm_bias": ("norm", ("layernorm",)),
+        "bias_in": ("bias", (True,)),
     }
 
     def __post_init__(self):
         check_option(self, "positions", ("rotary", "learned"))
+        check_option(self, "rope_scaling", SCALINGS)
         check_option(self, "norm", ("rmsnorm", "layernorm"))
+        check_option(self, "bias_in", ("all", "attention", "mlp"))
         check_option(self, "activation", tuple(ACTIVATIONS))
         check_option(self, "residual_init", ("scaled", "zero"))
         check_option(self, "remat", ("none", *REMAT_POLICIES))
@@ -77,8 +107,9 @@ class Config:
             least = 1 if field in positive else 0
             if getattr(self, field) < least:
                 raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
-        if self.rope_base <= 0:
-            raise ConfigError(f"model.rope_base={self.rope_base}: use a positive number")
+        self._check_rope()
+        if self.norm_epsilon <= 0:
+            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
         if not self.head_dim and self.model_dim % self.num_heads:
@@ -95,9 +126,27 @@ class Config:
                 f"model.head_dim={self.sizes['head_dim']}: rotary positions need it even"
             )
 
+    def _check_rope(self):
+        least = dict.fromkeys(("rope_original_length", "rope_attention_factor"), 0)
+        least |= dict.fromkeys(("rope_mscale", "rope_mscale_all_dim"), 0)
+        for field, value in (least | {"rope_factor": 1}).items():
+            if getattr(self, field) < value:
+                raise ConfigError(f"model.{field}={getattr(self, field)}: use {value} or more")
+        for field in ("rope_low_frequency", "rope_beta_slow"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(f"model.{field}={getattr(self, field)}: use a positive number")
+        pairs = (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast"))
+        for low, high in ((f"rope_{low}", f"rope_{high}") for low, high in pairs):
+            if getattr(self, high) <= getattr(self, low):
+                raise ConfigError(
+                    f"model.{high}={getattr(self, high)}: use more than model.{low}={getattr(self, low)}"
+                )
+        if self.rope_base <= 1:
+            raise ConfigError(f"model.rope_base={self.rope_base}: use a number above 1")
+
     @property
     def sizes(self) -> dict[str, int]:
-        """The derived sizes: num_kv_heads, head_dim, mlp_dim."""
+        """The derived sizes: num_kv_heads, head_dim, mlp_dim, rope_original_length."""
         wide = (
             -(-8 * self.model_dim // (3 * 64)) * 64
             if self.activation in GATED
@@ -107,7 +156,33 @@ class Config:
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.model_dim // self.num_heads,
             "mlp_dim": self.mlp_dim or wide,
+            "rope_original_length": self.rope_original_length
+            or int(self.max_length / self.rope_factor),
         }
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """The rotary positions; None where they are learned."""
+        if self.positions != "rotary":
+            return None
+        return Rotary(
+            base=self.rope_base,
+            scaling=self.rope_scaling,
+            factor=self.rope_factor,
+            original_length=self.sizes["rope_original_length"],
+            low_frequency=self.rope_low_frequency,
+            high_frequency=self.rope_high_frequency,
+            beta_fast=self.rope_beta_fast,
+            beta_slow=self.rope_beta_slow,
+            attention_factor=self.rope_attention_factor,
+            mscale=self.rope_mscale,
+            mscale_all_dim=self.rope_mscale_all_dim,
+            truncate=self.rope_truncate,
+        )
+
+    def biased(self, part: str) -> bool:
+        """Return whether the projections of "attention" or "mlp" have biases."""
+        return self.bias and self.bias_in in ("all", part)
 
 
 def attention_kernel(cfg: Config) -> str:
@@ -141,7 +216,7 @@ class Block(nn.Module):
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         init, out_init = nn.initializers.normal(0.02), residual_init(cfg)
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        y = Norm(cfg.norm, cfg.norm_bias, name="attention_norm")(x_BLD)
+        y = Norm(cfg.norm, cfg.norm_bias, cfg.norm_epsilon, name="attention_norm")(x_BLD)
         y = Attention(
             num_heads=cfg.num_heads,
             num_kv_heads=cfg.sizes["num_kv_heads"],
@@ -149,18 +224,24 @@ class Block(nn.Module):
             dtype=dtype,
             kernel_init=init,
             out_init=out_init,
-            rope_base=cfg.rope_base if cfg.positions == "rotary" else 0.0,
+            rotary=cfg.rotary,
             qk_norm=cfg.qk_norm,
-            bias=cfg.bias,
+            bias=cfg.biased("attention"),
             window=cfg.window,
             kernel=attention_kernel(cfg),
             decode_length=self.decode_length,
             name="attention",
         )(y, mask=mask, positions_BL=positions_BL, decode=self.decode)
         x_BLD = x_BLD + dropout(y)
-        y = Norm(cfg.norm, cfg.norm_bias, name="mlp_norm")(x_BLD)
+        y = Norm(cfg.norm, cfg.norm_bias, cfg.norm_epsilon, name="mlp_norm")(x_BLD)
         y = MLP(
-            cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init, bias=cfg.bias, name="mlp"
+            cfg.sizes["mlp_dim"],
+            cfg.activation,
+            dtype,
+            init,
+            out_init,
+            bias=cfg.biased("mlp"),
+            name="mlp",
         )(y)
         return x_BLD + dropout(y)
 
@@ -203,7 +284,7 @@ class Model(nn.Module):
             scan=cfg.scan,
             remat=cfg.remat,
         )
-        self.norm = Norm(cfg.norm, cfg.norm_bias)
+        self.norm = Norm(cfg.norm, cfg.norm_bias, cfg.norm_epsilon)
         self.dropout = nn.Dropout(cfg.dropout)
         if not cfg.tied:
             self.head = Head(cfg.vocab_size, cfg.model_dim, dtype, init)

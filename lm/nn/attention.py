@@ -1,8 +1,8 @@
 """Self-attention with grouped queries, rotary or relative positions, windows and a cache.
 
 Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245);
-rotary positions: Su et al. 2021 (arXiv 2104.09864), the two halves of a head rotated against each
-other; query-key normalisation: Henry et al. 2020 (arXiv 2010.04245), with RMSNorm.
+rotary positions: `lm.nn.rotary`; query-key normalisation: Henry et al. 2020 (arXiv 2010.04245), with
+RMSNorm.
 
 What differs: one kernel [D, G, H/G + 2, K] holds, for each of G key-value heads, its queries, its key
 and its value, so that a device of the tensor axis holds whole groups.
@@ -18,25 +18,12 @@ from flax import linen as nn
 from lm import sharding
 from lm.nn.linear import Linear
 from lm.nn.norm import Norm
+from lm.nn.rotary import Rotary, rotate
 
 BLOCK, MAX_BLOCKS = 128, 4  # queries at least, and blocks at most, that attend by themselves
 Blocks = tuple[tuple[int, int, int], ...]  # first query, end of the queries, keys seen
 Plan = tuple[Blocks, float]  # the blocks, and the scale of the scores
 MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
-
-
-def rotary_angles(positions_BL: jax.Array, head_dim: int, base: float) -> jax.Array:
-    """Return float32 angles [B, L, K/2] of rotary positions."""
-    frequencies_F = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions_BL[:, :, None].astype(jnp.float32) * frequencies_F[None, None]
-
-
-def rotate(x_BNLK: jax.Array, angles_BLF: jax.Array) -> jax.Array:
-    """Rotate the halves of each head of `x` by the angles of its position."""
-    cos, sin = jnp.cos(angles_BLF)[:, None], jnp.sin(angles_BLF)[:, None]
-    first, second = jnp.split(x_BNLK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BNLK.dtype)
 
 
 def causal_mask(length: int, *, window: int = 0, segments_BL: jax.Array | None = None) -> jax.Array:
@@ -202,7 +189,7 @@ class Attention(nn.Module):
     """Self-attention of one layer.
 
     Attributes:
-      rope_base: base of the rotary wavelengths; 0 = no rotary positions.
+      rotary: rotary positions; None = none.
       window: positions a query sees; 0 = all before it.
       causal: no query sees a later key, whatever the mask; else the mask alone says.
       scale: of the scores; 0 = 1 / sqrt(head_dim).
@@ -216,7 +203,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     kernel_init: Callable
     out_init: Callable
-    rope_base: float = 0.0
+    rotary: Rotary | None = None
     qk_norm: bool = False
     bias: bool = False
     window: int = 0
@@ -253,11 +240,11 @@ class Attention(nn.Module):
         key, value = key[:, :, :, 0].swapaxes(1, 2), value[:, :, :, 0].swapaxes(1, 2)
         if self.qk_norm:
             query, key = Norm(name="query_norm")(query), Norm(name="key_norm")(key)
-        if self.rope_base:
-            angles = rotary_angles(positions_BL, K, self.rope_base)
+        if self.rotary:
+            waves = self.rotary.waves(positions_BL, K)
             B, L = positions_BL.shape
-            query = rotate(query.reshape(B, G * R, L, K), angles).reshape(query.shape)
-            key = rotate(key, angles)
+            query = rotate(query.reshape(B, G * R, L, K), waves).reshape(query.shape)
+            key = rotate(key, waves)
         if decode:
             key, value, mask = self._cached(key, value, mask, positions_BL)
         if score_bias_BHLS is not None:

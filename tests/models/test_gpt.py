@@ -227,12 +227,48 @@ def test_flops_by_hand():
     assert gpt.flops_per_token(gated, 10) == 6 * matrices + 12 * 2 * 32 * 10
 
 
+@pytest.mark.parametrize("bias_in", ["all", "attention", "mlp"])
+def test_biases_are_where_they_are_asked_for(bias_in):
+    params = params_of(build(bias=True, bias_in=bias_in, num_layers=1))["layers"]["block_0"]
+    for part, names in (("attention", ("qkv", "out")), ("mlp", ("up", "down"))):
+        for name in names:
+            assert ("bias" in params[part][name]) == (bias_in in ("all", part)), (part, name)
+
+
+def test_the_scaling_of_positions_reaches_attention():
+    params = params_of(build())
+    batch = batch_of()
+    plain = features(build(), batch, params)
+    for scaling in ("linear", "llama3", "yarn"):
+        options = {"rope_scaling": scaling, "rope_factor": 2.0}
+        assert build(**options).cfg.rotary.original_length == L / 2
+        assert np.abs(features(build(**options), batch, params) - plain).max() > 1e-2
+
+
+def test_epsilon_reaches_every_norm():
+    params, batch = params_of(build(num_layers=1)), batch_of()
+    taken = {}
+
+    def see(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        if type(context.module).__name__ == "Norm":
+            taken.setdefault(context.module.name, []).append(context.module.epsilon)
+        return y
+
+    with nn.intercept_methods(see):
+        build(num_layers=1, norm_epsilon=0.125, qk_norm=False).apply({"params": params}, batch)
+    assert taken == {"attention_norm": [0.125], "mlp_norm": [0.125], "norm": [0.125]}
+
+
 def test_derived_sizes():
-    assert build().cfg.sizes == {"num_kv_heads": 4, "head_dim": 4, "mlp_dim": 64}
-    given = build(num_kv_heads=2, head_dim=6, mlp_dim=20).cfg
-    assert given.sizes == {"num_kv_heads": 2, "head_dim": 6, "mlp_dim": 20}
+    derived = {"num_kv_heads": 4, "head_dim": 4, "mlp_dim": 64, "rope_original_length": L}
+    assert build().cfg.sizes == derived
+    given = {"num_kv_heads": 2, "head_dim": 6, "mlp_dim": 20, "rope_original_length": 3}
+    assert build(**given).cfg.sizes == given
     gated = gpt.Config(activation="swiglu")
     assert gated.sizes["mlp_dim"] == 2048  # 8/3 of 768
+    longer = build(rope_scaling="yarn", rope_factor=2.0)
+    assert longer.cfg.sizes["rope_original_length"] == L // 2
 
 
 def test_dropout_acts_in_training_only():
@@ -285,6 +321,19 @@ def test_bfloat16_gives_bfloat16_features_and_float32_logits():
         {"window": -1},
         {"logit_softcap": -1.0},
         {"rope_base": 0.0},
+        {"rope_base": 1.0},
+        {"rope_scaling": "ntk"},
+        {"rope_factor": 0.5},
+        {"rope_original_length": -1},
+        {"rope_low_frequency": 0.0},
+        {"rope_high_frequency": 1.0},
+        {"rope_beta_fast": 0.5},
+        {"rope_beta_slow": 0.0},
+        {"rope_attention_factor": -1.0},
+        {"rope_mscale": -1.0},
+        {"rope_mscale_all_dim": -1.0},
+        {"norm_epsilon": 0.0},
+        {"bias_in": "head"},
         {"dropout": 1.0},
         {"dropout": -0.1},
     ],

@@ -12,9 +12,8 @@ from lm.nn.attention import (
     causal_attend,
     causal_mask,
     flash_attend,
-    rotary_angles,
-    rotate,
 )
+from lm.nn.rotary import Rotary
 
 B, L, D, H, K = 2, 9, 12, 4, 6
 BASE = 100.0
@@ -94,7 +93,7 @@ def rotated(x, positions):
     [
         {},
         {"num_kv_heads": 2, "bias": True},
-        {"num_kv_heads": 1, "rope_base": BASE, "qk_norm": True},
+        {"num_kv_heads": 1, "rotary": Rotary(BASE), "qk_norm": True},
         {"window": 3, "segments": SEGMENTS},
     ],
     ids=["heads", "groups-bias", "rotary-norm", "window-segments"],
@@ -105,14 +104,12 @@ def test_equals_numpy(options):
     layer, params = make(**options)
     x = inputs()
     y = run(layer, params, x, **context(window, segments))
-    expected = reference(
-        x, params, rope="rope_base" in options, window=window or L, segments=segments
-    )
+    expected = reference(x, params, rope="rotary" in options, window=window or L, segments=segments)
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
 def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
-    options = {"rope_base": BASE, "qk_norm": True}
+    options = {"rotary": Rotary(BASE), "qk_norm": True}
     grouped, params = make(num_kv_heads=2, **options)
     full, _ = make(num_kv_heads=H, **options)
     kernel = params["qkv"]["kernel"]  # [D, 2, 2 queries + key + value, K]
@@ -121,33 +118,6 @@ def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
     x = inputs()
     expected = run(full, repeated, x, **context())
     np.testing.assert_allclose(run(grouped, params, x, **context()), expected, atol=1e-5)
-
-
-def test_rotary_scores_depend_on_the_distance_alone():
-    query, key = normal(0)(2, K)
-
-    @jax.jit
-    def turned(x_K, positions_L):
-        angles = rotary_angles(positions_L[None], K, BASE)
-        return rotate(jnp.tile(x_K, (1, 1, len(positions_L), 1)), angles)[0, 0]
-
-    positions = np.arange(40)
-    scores = np.asarray(turned(query, positions)) @ np.asarray(turned(key, positions)).T
-    moved = np.asarray(turned(query, positions + 900)) @ np.asarray(turned(key, positions + 900)).T
-    np.testing.assert_allclose(moved, scores, atol=2e-3)  # angles of 900 are exact to 1e-4
-    for distance in range(-39, 40):
-        np.testing.assert_allclose(np.diff(np.diagonal(scores, distance)), 0, atol=1e-5)
-    np.testing.assert_allclose(scores[0, 0], query @ key, atol=1e-6)
-    by_distance = [*scores[0, :0:-1], *scores[:, 0]]
-    assert np.abs(np.diff(sorted(by_distance))).min() > 1e-5, "every distance has its own score"
-
-
-def test_rotary_wavelengths_run_from_two_pi_to_the_base():
-    angles = rotary_angles(jnp.array([[0, 1, 10]]), K, BASE)
-    assert angles.dtype == jnp.float32 and angles.shape == (1, 3, K // 2)
-    slowest = BASE ** (-(K - 2) / K)
-    np.testing.assert_allclose(angles[0, :, 0], [0, 1, 10])
-    np.testing.assert_allclose(angles[0, :, -1], np.array([0, 1, 10]) * slowest, rtol=1e-5)
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant():

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,14 @@ def expected(x, up, up_bias, down, down_bias, activation):
         h = gate / (1 + np.exp(-gate)) * value
     elif activation == "relu2":
         h = np.maximum(h, 0) ** 2
+    elif activation == "gelu_erf":
+        h = 0.5 * h * (1 + np.vectorize(math.erf)(h / np.sqrt(2)))
     else:
         h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
     return h @ down + down_bias
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu2", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "relu2", "swiglu"])
 def test_equals_numpy(activation):
     assert activation in ACTIVATIONS
     rng = np.random.default_rng(0)
@@ -37,6 +41,12 @@ def test_equals_numpy(activation):
     np.testing.assert_allclose(
         y, expected(x, up, up_bias, down, down_bias, activation), rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_two_gelus_are_not_the_same():
+    x = jnp.linspace(-3, 3, 61)
+    apart = np.abs(ACTIVATIONS["gelu"](x) - ACTIVATIONS["gelu_erf"](x)).max()
+    assert 1e-4 < apart < 1e-3
 
 
 def test_the_second_product_starts_by_its_own_initialiser():

@@ -11,7 +11,7 @@ from lm.data import pipeline
 from lm.tasks import causal_lm
 from tools import bench, bench_ours, bench_pipe
 
-EXPERIMENT = "experiments/gpt2.py"
+EXPERIMENT = "experiments/gpt2_small.py"
 TINY = {
     "model.num_layers": 1,
     "model.model_dim": 32,

@@ -2,7 +2,7 @@
 
 Paper: "Language Models are Unsupervised Multitask Learners", Radford et al. 2019; the optimizer's
 settings are GPT-3's (arXiv 2005.14165). Biases, LayerNorm, learned positions, GELU, tied embeddings.
-Command: python -m lm.main --config experiments/gpt2.py --config.data.path=corpus.jsonl
+Command: python -m lm.main --config experiments/gpt2_small.py --config.data.path=corpus.jsonl
 Hardware: one GPU of 40 GB or more, or any mesh.
 """
 

@@ -1,0 +1,381 @@
+"""Tokenizers that others trained: Hugging Face's `tokenizer.json` and llama2.c's `tok512.bin`.
+
+Behind the interface of `lm.data.tokenizers`, where one id ends a text and begins the next. Some have two:
+`end_of_text` is then the one that the tokenizer itself begins a text with (Llama's <s>), as a model never
+read a text without it, and `stop_tokens` are both. A token for a text's class (BERT's [CLS]) is neither.
+
+Some put a space before a text. `decode` takes it away where the ids begin with `end_of_text`; other ids are
+taken for what follows a text. `token_bytes` counts it: sums over a text are then one byte more. They are
+exact for byte-level BPE without normalisation, and a good guess where text is changed (WordPiece).
+"""
+
+import heapq
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers as huggingface
+
+from lm.config import ConfigError
+from lm.data import tokenizers
+from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
+
+MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published are about 35 MB
+SAVED = {"huggingface": "huggingface.json", "llama2c": "llama2c.bin"}  # in a run's tokenizer/
+OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
+SPACE = "\u2581"
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Where no file beside the tokenizer's names them.
+USUAL = {
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"),
+    "sep": ("[SEP]",),
+    "cls": ("[CLS]",),
+    "pad": ("<pad>", "[PAD]"),
+    "unk": ("<unk>", "[UNK]"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
+
+class HuggingFace(Tokenizer):
+    """Any `tokenizer.json`, given as its bytes.
+
+    `roles` names, for each of `ROLES`, tokens or ids of which the first in the vocabulary has the role. T5's
+    <extra_id_0> is sentinel_0, and so on.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, content: bytes, roles: Mapping[str, Sequence[str | int]]):
+        self.content = content
+        try:
+            self._library = huggingface.Tokenizer.from_str(content.decode())
+            settings = json.loads(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"not a tokenizer of Hugging Face's ({error})") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True  # in a text they are plain characters
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        self._tokens = {index: token for token, index in vocabulary.items()}
+        self.vocab_size = 1 + max(self._tokens, default=0)
+        self.specials = _first_known(roles, vocabulary)
+        number = 0
+        while (sentinel := f"<extra_id_{number}>") in vocabulary:
+            self.specials[f"sentinel_{number}"] = vocabulary[sentinel]
+            number += 1
+        added = self._library.get_added_tokens_decoder()
+        flagged = {i for i, token in added.items() if token.special} | set(self.specials.values())
+        ends = [self.specials[role] for role in ("eos", "sep", "bos") if role in self.specials][:1]
+        begins = self._library.encode("a").ids[:1]
+        if begins and begins[0] in flagged - {self.specials.get("cls")}:
+            ends.insert(0, begins[0])
+        if not ends:
+            raise ConfigError("it names no token for the end of a text (eos_token)")
+        self.end_of_text, self.stop_tokens = ends[0], tuple(sorted(set(ends)))
+        # GPT-2 gives all roles to one token: one that ends a text is not unknown text.
+        self._unknown = {self.specials.get("unk", self.end_of_text)} - set(ends)
+        self._special = flagged - self._unknown
+        self.fingerprint = f"huggingface-{digest(content)}-{self.end_of_text}"
+        self._set_sizes(_holds_type(settings["decoder"], "ByteLevel"), set(added))
+        # What stands for a special token that the model itself found in a text.
+        self._plain = {
+            i: [j for c in self._tokens[i] for j in self._id_of(c)] for i in self._special
+        }
+        first = self._library.encode("a", add_special_tokens=False).ids
+        prefixed = bool(first) and self._tokens[first[0]].startswith(SPACE)
+        self._anchor = first[-1:] if prefixed else []
+
+    def _id_of(self, character: str) -> set[int]:
+        index = self._library.token_to_id(character)
+        return self._unknown if index is None else {index}
+
+    def _set_sizes(self, byte_level: bool, added: set[int]) -> None:
+        def size(index: int) -> int:
+            token = self._tokens.get(index, "")
+            if index in self._special:
+                return 0
+            if byte_level:
+                return len(token.encode()) if index in added else len(token)
+            if len(token) == 6 and token.startswith("<0x"):
+                return 1
+            return len(token.removeprefix("##").replace(SPACE, " ").encode())
+
+        sizes = map(size, range(self.vocab_size))
+        self.token_bytes = np.fromiter(sizes, np.int32, self.vocab_size)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._library.encode_batch_fast(
+            [checked(text) for text in texts], add_special_tokens=False
+        )
+        return [self._without_special(np.array(one.ids, np.int32)) for one in encoded]
+
+    def _without_special(self, ids: np.ndarray) -> np.ndarray:
+        if not np.isin(ids, list(self._plain)).any():
+            return ids
+        parts = [self._plain.get(i, [i]) for i in ids.tolist()]
+        return np.array([i for part in parts for i in part], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known: list[list[int]] = [[]]
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if i not in self._tokens or i in self._unknown:
+                known.append([])
+            elif i not in self._special:
+                known[-1].append(i)
+        begins = ids[:1] == [self.end_of_text]
+        return UNKNOWN.join(
+            self._text(part, begins and number == 0) for number, part in enumerate(known)
+        )
+
+    def _text(self, ids: list[int], begins: bool) -> str:
+        if begins or not self._anchor:
+            return self._library.decode(ids)
+        # Behind a token, as what begins a text loses its space.
+        before = len(self._library.decode(self._anchor))
+        return self._library.decode([*self._anchor, *ids])[before:]
+
+    def role_tokens(self) -> dict[str, str]:
+        """Return the tokens of `ROLES` that there are."""
+        return {r: self._tokens[self.specials[r]] for r in ROLES if r in self.specials}
+
+    def save(self, folder: str | Path) -> None:
+        super().save(folder)
+        (Path(folder) / SAVED[self.name]).write_bytes(self.content)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"roles": {role: [index] for role, index in self.specials.items()}}
+
+
+class Llama2C(Tokenizer):
+    """The file format of llama2.c (Karpathy 2023), given as its bytes.
+
+    An int32, the longest piece's size; then for each piece a float32 score, an int32 size and its bytes.
+    Ids 0 to 2 are <unk>, <s> and </s>, then come the 256 bytes. Text, behind a space, is cut to
+    characters, or bytes where there is no such piece; then the neighbours whose joint piece has the best
+    score are joined, as SentencePiece's BPE does, until none are left.
+    """
+
+    name = "llama2c"
+    end_of_text = 1
+    stop_tokens = (1, 2)
+    specials: Mapping[str, int] = {"unk": 0, "bos": 1, "eos": 2}
+    BYTES = 3  # id of byte 0
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self._pieces, self._scores = _read_pieces(content)
+        self.vocab_size = len(self._pieces)
+        first_piece = self.BYTES + 256
+        ordinary = range(first_piece, self.vocab_size)
+        self._ids = {self._pieces[i]: i for i in reversed(ordinary)}
+        sizes = [0] * self.BYTES + [1] * 256 + [len(self._pieces[i]) for i in ordinary]
+        self.token_bytes = np.array(sizes, np.int32)
+        self.fingerprint = f"llama2c-{digest(content)}"
+
+    def encode(self, text: str) -> np.ndarray:
+        ids: list[int] = []
+        for character in f" {text}" if checked(text) else "":
+            piece = character.encode()
+            known = self._ids.get(piece)
+            ids += [self.BYTES + byte for byte in piece] if known is None else [known]
+        return np.array(self._joined(ids), np.int32)
+
+    def _joined(self, ids: list[int]) -> list[int]:
+        """Join neighbours, the best score first and of equals the leftmost."""
+        left = list(range(-1, len(ids) - 1))
+        right = [*range(1, len(ids)), -1]
+        heap: list[tuple[float, int, int, int]] = []
+
+        def consider(at: int) -> None:
+            if at >= 0 and right[at] >= 0:
+                pair = self._pieces[ids[at]] + self._pieces[ids[right[at]]]
+                joint = self._ids.get(pair)
+                if joint is not None:
+                    heapq.heappush(heap, (-self._scores[joint], at, ids[at], ids[right[at]]))
+
+        for at in range(len(ids)):
+            consider(at)
+        while heap:
+            _, at, first, second = heapq.heappop(heap)
+            gone = right[at]
+            if ids[at] != first or gone < 0 or ids[gone] != second:
+                continue  # one of the two has been joined since
+            ids[at] = self._ids[self._pieces[first] + self._pieces[second]]
+            ids[gone] = -1
+            right[at] = right[gone]
+            if right[at] >= 0:
+                left[right[at]] = at
+            consider(at)
+            consider(left[at])
+        return [i for i in ids if i >= 0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = [int(i) for i in ids]
+        known = [self._bytes(i) for i in ids]
+        text = b"".join(known).decode(errors="replace")
+        return text.removeprefix(" ") if ids[:1] == [self.end_of_text] else text
+
+    def _bytes(self, index: int) -> bytes:
+        if index in self.stop_tokens:
+            return b""
+        if not 0 < index < self.vocab_size:
+            return UNKNOWN.encode()
+        byte = index - self.BYTES
+        return bytes([byte]) if byte < 256 else self._pieces[index]
+
+    def save(self, folder: str | Path) -> None:
+        super().save(folder)
+        (Path(folder) / SAVED[self.name]).write_bytes(self.content)
+
+
+def _first_known(
+    roles: Mapping[str, Sequence[str | int]], vocabulary: Mapping[str, int]
+) -> dict[str, int]:
+    """Return for each role the id of its first candidate that the vocabulary has."""
+    ids, found = set(vocabulary.values()), {}
+    for role, candidates in roles.items():
+        known = [c if type(c) is int else vocabulary.get(str(c)) for c in candidates]
+        for index in reversed(known):
+            if index in ids:
+                found[role] = index
+    return found
+
+
+def _read_pieces(content: bytes) -> tuple[list[bytes], list[float]]:
+    """Return the pieces and scores of a llama2.c file. Raises ConfigError where it is none."""
+    pieces: list[bytes] = []
+    scores: list[float] = []
+    try:
+        (longest,) = struct.unpack_from("<i", content)
+        at = 4
+        while at < len(content):
+            score, size = struct.unpack_from("<fi", content, at)
+            at += 8 + size
+            if not 0 <= size <= longest or at > len(content) or score != score:
+                raise ValueError(f"piece {len(pieces)} has a size of {size} bytes, score {score}")
+            pieces.append(content[at - size : at])
+            scores.append(score)
+    except (struct.error, ValueError) as error:
+        raise ConfigError(f"not a tokenizer of llama2.c's ({error})") from None
+    bytes_of = [f"<0x{byte:02X}>".encode() for byte in range(256)]
+    if pieces[Llama2C.BYTES : Llama2C.BYTES + 256] != bytes_of:
+        raise ConfigError("not a tokenizer of llama2.c's (pieces 3 to 258 are not the 256 bytes)")
+    return pieces, scores
+
+
+def _holds_type(decoder: Any, name: str) -> bool:
+    """Return whether a decoder of a tokenizer.json is, or contains, one of this type."""
+    if not isinstance(decoder, dict):
+        return False
+    parts = decoder.get("decoders") or []
+    return decoder.get("type") == name or any(_holds_type(part, name) for part in parts)
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer in a file or folder, whichever kind it is.
+
+    Args:
+      path: a `tokenizer.json` of Hugging Face's, a llama2.c `.bin`, the folder `tokenizer/` of a run, or
+        a folder that holds one of these, or GPT-2's `vocab.json` and `merges.txt`.
+
+    Raises:
+      ConfigError: nothing of these is there, or it is damaged.
+    """
+    file = _find(Path(path))
+    if file.name == "tokenizer.json" and "name" in read_object(file):  # what `Tokenizer.save` wrote
+        return tokenizers.load(file.parent)
+    roles = read_roles(file.parent)
+    try:
+        if file.suffix == ".bin":
+            return Llama2C(read_bounded(file))
+        if file.name == "vocab.json":
+            return HuggingFace(_byte_pair_encoding(file.parent), roles)
+        return HuggingFace(read_bounded(file), roles)
+    except ConfigError as error:
+        raise ConfigError(f"tokenizer {file}: {error}; give another file") from None
+
+
+def restore(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer whose `save` wrote `settings` into `folder`."""
+    content = (folder / SAVED[settings["name"]]).read_bytes()
+    if settings["name"] == Llama2C.name:
+        return Llama2C(content)
+    return HuggingFace(content, settings["roles"])
+
+
+def _find(path: Path) -> Path:
+    """Return the file that `open_tokenizer` reads."""
+    if path.is_file():
+        if path.suffix in (".json", ".bin"):
+            return path
+        raise ConfigError(
+            f"tokenizer {path}: neither a tokenizer.json nor a llama2.c .bin; make the first with "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    found = [path / "tokenizer.json", *sorted(path.glob("tok*.bin"))]
+    found.append(path / OURS / "tokenizer.json")
+    if (path / "merges.txt").is_file():
+        found.append(path / "vocab.json")
+    for file in found:
+        if file.is_file():
+            return file
+    raise ConfigError(
+        f"tokenizer {path}: no tokenizer.json, tok*.bin or vocab.json with merges.txt there; make the first "
+        "with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def read_roles(folder: Path) -> dict[str, list[str | int]]:
+    """Return which tokens have a role, by the files of a Hugging Face folder and by what is usual."""
+    roles: dict[str, list[str | int]] = {role: [] for role in ROLES}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        settings = read_object(folder / name) if (folder / name).is_file() else {}
+        for role in ROLES:
+            for key in (f"{role}_token", f"{role}_token_id"):
+                value = settings.get(key)
+                values = value if isinstance(value, list) else [value]
+                contents = [v.get("content") if isinstance(v, dict) else v for v in values]
+                roles[role] += [c for c in contents if isinstance(c, str | int)]
+    return {role: [*found, *USUAL.get(role, ())] for role, found in roles.items()}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ConfigError where there is none."""
+    try:
+        value = json.loads(read_bounded(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not a JSON object ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: not a JSON object; restore the file")
+    return value
+
+
+def _byte_pair_encoding(folder: Path) -> bytes:
+    """Return the tokenizer.json of a folder's `vocab.json` and `merges.txt`, GPT-2's."""
+    try:
+        model = huggingface.models.BPE.from_file(
+            str(folder / "vocab.json"), str(folder / "merges.txt")
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"not GPT-2's vocab.json and merges.txt ({error})") from error
+    library = huggingface.Tokenizer(model)
+    library.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = huggingface.decoders.ByteLevel()
+    end = USUAL["eos"][0]
+    if library.token_to_id(end) is not None:
+        library.add_special_tokens([end])
+    return library.to_str().encode()
+
+
+def read_bounded(file: Path) -> bytes:
+    """Return a tokenizer's file; ConfigError where it is too large to be one."""
+    if file.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{file.stat().st_size:,} bytes are too many for a tokenizer")
+    return file.read_bytes()

@@ -1,0 +1,234 @@
+"""A run becomes a folder again: the same bytes, or the same model where it was trained."""
+
+import hashlib
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as library
+
+from lm import checkpoint, train
+from lm.config import ConfigError
+from lm.convert import architectures, exporter, importer, safetensors_file
+from lm.convert.settings import Settings
+from lm.models import gpt
+
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+def hashes(folder):
+    """Return the SHA-256 of every file of a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def shard(folder, pieces):
+    """Put the tensors of a folder's one file into `pieces` files with an index."""
+    path = folder / "model.safetensors"
+    arrays = dict(safetensors_file.read(path, safetensors_file.read_header(path).entries))
+    path.unlink()
+    weight_map = {}
+    for number in range(pieces):
+        file = f"model-{number + 1:05}-of-{pieces:05}.safetensors"
+        here = {name: arrays[name] for name in sorted(arrays)[number::pieces]}
+        (folder / file).write_bytes(library.save(here, {"format": "pt"}))
+        weight_map |= dict.fromkeys(here, file)
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("layout", ["one file", "three files", "mixed types"])
+def test_there_and_back_gives_the_same_files(name, layout, parity, folders, tmp_path):
+    fixture, types = parity(name), (np.float32, BFLOAT16, np.float16)
+    weights = dict(fixture.weight)
+    if layout == "mixed types":
+        weights = {k: weights[k].astype(types[i % 3]) for i, k in enumerate(sorted(weights))}
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    (theirs / "generation_config.json").write_text('{"eos_token_id": 2}\n')
+    (theirs / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    if layout == "three files":
+        shard(theirs, 3)
+    before = hashes(theirs)
+    importer.to_run(theirs, tmp_path / "run")
+    exporter.from_run(tmp_path / "run", tmp_path / "back")
+    assert hashes(tmp_path / "back") == before == hashes(theirs)
+
+
+def test_a_file_that_the_library_wrote_comes_back_bit_for_bit(parity, folders, tmp_path):
+    fixture = parity("gpt2")
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)
+    content = library.save(fixture.weight, {"format": "pt"})
+    (theirs / "model.safetensors").write_bytes(content)
+    importer.to_run(theirs, tmp_path / "run")
+    exporter.from_run(tmp_path / "run", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == content
+
+
+def test_old_gpt2_files_have_no_prefix_masks_and_a_second_head(parity, folders, tmp_path):
+    fixture = parity("gpt2")
+    weights = {k.removeprefix("transformer."): v for k, v in fixture.weight.items()}
+    length = fixture.config["n_positions"]
+    for number in range(2):
+        weights[f"h.{number}.attn.bias"] = np.tri(length, dtype=np.float32)[None, None]
+    weights["h.0.attn.bias"] = weights["h.0.attn.bias"].astype(np.uint8)
+    weights["lm_head.weight"] = weights["wte.weight"]
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    importer.to_run(theirs, tmp_path / "run")
+    logits, where = folders.logits_of(tmp_path / "run", fixture.input)
+    np.testing.assert_allclose(logits[where], fixture.output["logits"][where], rtol=0, atol=2e-5)
+    exporter.from_run(tmp_path / "run", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(theirs)
+    weights["h.1.attn.bias"] = weights["h.1.attn.bias"][:, :, ::-1]
+    folders.write_folder(tmp_path / "wrong", fixture.config, weights)
+    with pytest.raises(ConfigError, match=r"h\.1\.attn\.bias is not what config\.json makes it"):
+        importer.to_run(tmp_path / "wrong", tmp_path / "other")
+
+
+def test_old_llama_files_have_their_frequencies(parity, folders, tmp_path):
+    fixture = parity("llama_llama3")
+    cfg = gpt.Config(**architectures.architecture("llama").read(Settings(fixture.config, "")))
+    frequencies = cfg.rotary.frequencies(8).astype(np.float16)
+    weights = {**fixture.weight, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    importer.to_run(theirs, tmp_path / "run")
+    exporter.from_run(tmp_path / "run", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(theirs)
+
+
+def trained(tmp_path, tiny, **overrides):
+    """Return the folder of a run of a few steps."""
+    train.run(tiny(**overrides), tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+LLAMA = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "qk_norm": False}
+LLAMA |= {"name": "gpt", "activation": "swiglu", "norm_epsilon": 1e-4, "scan": True}
+YARN = {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_mscale": 0.7, "rope_mscale_all_dim": 0.5}
+GPT2 = {"name": "gpt", "num_layers": 1, "model_dim": 16, "num_heads": 2, "positions": "learned"}
+GPT2 |= {"norm": "layernorm", "norm_bias": True, "activation": "gelu_erf", "qk_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [
+        ("llama", LLAMA),
+        ("llama", {**LLAMA, **YARN, "tied": False, "bias": True, "bias_in": "mlp"}),
+        ("llama", {**LLAMA, "rope_scaling": "linear", "rope_factor": 2.0, "head_dim": 6}),
+        (
+            "llama",
+            {**LLAMA, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 4},
+        ),
+        ("gpt2", {**GPT2, "bias": True}),
+    ],
+)
+def test_a_trained_model_goes_out_and_comes_in_the_same(architecture, model, tiny, tmp_path):
+    run = trained(tmp_path, tiny, model=model)
+    made = exporter.from_run(run, tmp_path / "out", step=2)
+    assert made.architecture == architecture and made.dtypes == "F32"
+    importer.to_run(tmp_path / "out", tmp_path / "again")
+    (_, model, params), (_, other, same) = (
+        checkpoint.load(run, 2),
+        checkpoint.load(tmp_path / "again"),
+    )
+    batch = {"inputs": np.arange(16, dtype=np.int32)[None], "segments": np.ones((1, 16), np.int32)}
+    batch["positions"] = batch["inputs"]
+    logits = [
+        m.apply({"params": p}, batch, method=lambda module, b: module.logits(module(b)))
+        for m, p in ((model, params), (other, same))
+    ]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-6)
+    tokenizers = [
+        checkpoint.read_config(folder).data.tokenizer for folder in (run, tmp_path / "again")
+    ]
+    assert tokenizers == ["byte", "file"]
+    assert json.loads((tmp_path / "again" / "tokenizer" / "tokenizer.json").read_text()) == {
+        "name": "byte"
+    }
+
+
+def test_a_run_that_began_from_a_folder_goes_out_with_its_tokenizer(
+    parity, folders, tiny, tmp_path
+):
+    fixture = parity("gpt2")
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)
+    importer.to_run(theirs, tmp_path / "run")
+    (tmp_path / "text.txt").write_text("w3 w4 w5 w6 " * 400)
+    model = checkpoint.read_config(tmp_path / "run").model
+    data = {"path": (str(tmp_path / "text.txt"),), "batch_size": 8, "tokenizer": "file"}
+    data["tokenizer_path"] = str(tmp_path / "run" / "tokenizer")
+    run = trained(tmp_path, tiny, model=model, data=data, train__init_from=str(tmp_path / "run"))
+    exporter.from_run(run, tmp_path / "out")
+    ours, before = (tmp_path / "out", theirs)
+    assert (ours / "tokenizer.json").read_bytes() == (before / "tokenizer.json").read_bytes()
+    tokens = json.loads((ours / "tokenizer_config.json").read_text())
+    assert tokens["eos_token"] == "</s>" and tokens["unk_token"] == "<unk>"
+    config = json.loads((ours / "config.json").read_text())
+    assert config["eos_token_id"] == 2 and config["architectures"] == ["GPT2LMHeadModel"]
+    first, last = (
+        dict(safetensors_file.read(f / "model.safetensors", ["transformer.wte.weight"]))
+        for f in (before, ours)
+    )
+    moved = np.abs(first["transformer.wte.weight"] - last["transformer.wte.weight"]).max()
+    assert 1e-4 < moved < 0.2
+
+
+def test_numbers_that_16_bits_do_not_hold_are_written_in_32():
+    values = np.array([1.0, 1 / 3], np.float32)
+    assert exporter._as(values[:1], "BF16").dtype == BFLOAT16
+    assert exporter._as(values, "BF16").dtype == np.float32
+    assert exporter._as(np.array([np.nan], np.float32), "F16").dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"qk_norm": True}, "llama has no model.qk_norm=True"),
+        ({"activation": "relu2"}, "llama has no model.activation='relu2'"),
+        ({"window": 3}, "llama has no model.window=3"),
+        ({"logit_softcap": 5.0}, "llama has no model.logit_softcap=5.0"),
+        ({"norm": "layernorm"}, "llama has no model.norm='layernorm'"),
+        ({**GPT2, "bias": True, "bias_in": "mlp"}, "gpt2 has no model.bias_in='mlp'"),
+        ({**GPT2, "bias": True, "num_kv_heads": 1}, "gpt2 has no model.num_kv_heads=1"),
+        ({**GPT2, "bias": True, "head_dim": 6}, "gpt2 has no model.head_dim=6"),
+        ({**GPT2, "bias": False}, "gpt2 has no model.bias=False"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_no_known_architecture_says_why(model, words):
+    cfg = gpt.Config(**{**LLAMA, "vocab_size": 50, "max_length": 16, "scan": False, **model})
+    with pytest.raises(ConfigError) as caught:
+        exporter._expressed("gpt", cfg)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"model\.name='rnn': no Hugging Face architecture"):
+        exporter._expressed("rnn", cfg)
+
+
+def test_what_is_there_is_never_touched(tiny, tmp_path):
+    run = trained(tmp_path, tiny, model={**LLAMA, "num_layers": 1})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="there is something already"):
+        exporter.from_run(run, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_layout_is_one_line(parity, folders, tmp_path):
+    fixture = parity("llama")
+    theirs = folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)
+    importer.to_run(theirs, tmp_path / "run")
+    path = tmp_path / "run" / "huggingface" / "layout.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("model.norm.weight", "model.nor.weight"))
+    with pytest.raises(ConfigError, match=r"tensor 'model\.nor\.weight' is not known"):
+        exporter.from_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    path.write_text(whole[:-9])
+    with pytest.raises(ConfigError, match=r"layout\.json: not a JSON object"):
+        exporter.from_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_headers_are_padded_to_eight_bytes(tmp_path):
+    safetensors_file.write(tmp_path / "x", {"a": np.ones(1)}, order=["a"], metadata={"k": "v"})
+    (length,) = struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])
+    assert length % 8 == 0

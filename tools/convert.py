@@ -1,0 +1,54 @@
+"""Turn a Hugging Face folder into a run, or a run into a Hugging Face folder.
+
+    python -m tools.convert --from gpt2 --to runs/gpt2      (then tools.generate, or train.init_from)
+    python -m tools.convert --from runs/mine --to mine_hf   (then AutoModelForCausalLM.from_pretrained)
+
+What --from is decides the way. Weights are read from safetensors only, and their numbers do not change.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm import command, startup
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the flags, convert, return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="source", required=True, help="folder to read")
+    parser.add_argument("--to", dest="target", required=True, help="folder to make")
+    parser.add_argument("--step", default="last", help="of a run: a number, last or best")
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="tokenizer.json, llama2.c's .bin or a folder, if --from has none",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    args = parser.parse_args(argv)
+    return command.exit_on_user_error(lambda: _run(args), debug=args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    startup.prepare()
+    from lm.convert import exporter, importer
+
+    if (Path(args.source) / "checkpoints").is_dir():
+        made = exporter.from_run(args.source, args.target, args.step)
+        following = f"AutoModelForCausalLM.from_pretrained({args.target!r}) in transformers"
+    else:
+        made = importer.to_run(args.source, args.target, args.tokenizer)
+        following = f"python -m tools.generate --workdir {args.target}"
+    print(
+        f"{made.architecture}: {made.num_parameters:,} parameters in {made.dtypes}, tokenizer "
+        f"{made.tokenizer} -> {args.target}\nnext: {following}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
