@@ -1,5 +1,6 @@
 """A run becomes a folder again: the same bytes, or the same model where it was trained."""
 
+import functools
 import hashlib
 import json
 import struct
@@ -102,6 +103,7 @@ def trained(tmp_path, tiny, **overrides):
     return tmp_path / "mine"
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 LLAMA = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "qk_norm": False}
 LLAMA |= {"name": "gpt", "activation": "swiglu", "norm_epsilon": 1e-4, "scan": True}
 YARN = {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_mscale": 0.7, "rope_mscale_all_dim": 0.5}
@@ -113,9 +115,9 @@ GPT2 |= {"norm": "layernorm", "norm_bias": True, "activation": "gelu_erf", "qk_n
     ("architecture", "model"),
     [
         ("llama", LLAMA),
-        ("llama", {**LLAMA, **YARN, "tied": False, "bias": True, "bias_in": "mlp"}),
-        ("llama", {**LLAMA, "rope_scaling": "linear", "rope_factor": 2.0, "head_dim": 6}),
-        (
+        slow("llama", {**LLAMA, **YARN, "tied": False, "bias": True, "bias_in": "mlp"}),
+        slow("llama", {**LLAMA, "rope_scaling": "linear", "rope_factor": 2.0, "head_dim": 6}),
+        slow(
             "llama",
             {**LLAMA, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 4},
         ),

@@ -249,7 +249,7 @@ def test_a_step_learns_the_next_sentence():
         ),
         ({"num_classes": 3}, {"pooler", "classifier"}),
     ],
-    ids=str,
+    ids=["language model", "next sentence", "classes"],
 )
 def test_parameters_are_those_that_the_options_use(fields, has):
     always = {"embed", "position_embedding", "type_embedding", "embed_norm", "layers"}

@@ -305,8 +305,10 @@ def test_sharded_is_one_device(name):
     mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
     found, other = steps(name, mesh, count=1, tx=trace)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Additive attention's query has, at first, no gradient but rounding's: it moves all scores alike.
+    least = 1e-3 * max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(state.opt_state.trace))
     errors = jax.tree.map(
-        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6),
+        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), least),
         other.opt_state.trace,
         state.opt_state.trace,
     )

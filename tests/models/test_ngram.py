@@ -2,6 +2,7 @@ import functools
 import json
 import runpy
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import models, sharding, step
+from lm import models, sharding, step, tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
 from lm.generate import generate
@@ -142,7 +143,9 @@ def test_probabilities_are_those_of_independent_implementations(fixed):
     end, order = FILE["end_of_text"], fixed["order"]
     stream = np.array([end, *(t for words in FILE["documents"] for t in (*words, end))], np.uint16)
     starts = np.flatnonzero(stream[:-1] == end)
-    task = causal_lm.Task(causal_lm.Config(length=7, context=order - 1))
+    tokenizer = types.SimpleNamespace(vocab_size=end + 1)
+    cfg = causal_lm.Config(length=7, context=order - 1)
+    task = causal_lm.Task(cfg, tasks.Setting("causal", tokenizer))
     split = corpus.Split("train", stream, starts, 0)
     made = pipeline.Batches(split, task, batch_size=1, seed=0, order="shuffle")
     batches = [made[index] for index in range(made.num_rows)]
@@ -432,7 +435,8 @@ def shakespeare():
 def test_nats_per_character_of_tiny_shakespeare(fields, least, most):
     """Order 6, each character after its five; 1.5385 was published for one discount of 0.75."""
     text = shakespeare()
-    task = causal_lm.Task(causal_lm.Config(length=256, context=5))
+    cfg = causal_lm.Config(length=256, context=5)
+    task = causal_lm.Task(cfg, tasks.Setting("causal", text.tokenizer))
     model = build(text.tokenizer.vocab_size, order=6, **fields)
     rows = pipeline.EvalBatches(text.train, task, batch_size=256)
     params = trained(model, list(rows))

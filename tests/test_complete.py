@@ -1,0 +1,116 @@
+"""Text in, text out: going on, answering, filling in, classifying, through a run of each kind."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lm import checkpoint, generate, train
+from lm import workdir as workdirs
+from lm.complete import Sampling
+from lm.config import ConfigError
+from tools import generate as generate_tool
+
+GREEDY = Sampling(max_tokens=4, temperature=0.0, top_k=3)
+ENCODER = {"name": "bert", "num_layers": 1, "model_dim": 32, "num_heads": 2}
+SEQ2SEQ = {"name": "seq2seq", "num_layers": 1, "model_dim": 32}
+
+
+def run(tiny, folder, model, task, **overrides):
+    """Train a tiny run and return what completes with it."""
+    config = tiny(**{"train__num_steps": 2, "eval__every_steps": 0, **overrides})
+    config.model, config.task = ConfigDict(model), ConfigDict(task)
+    train.run(config, folder)
+    return workdirs.completer(folder, checkpoint.load(folder))
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    rows = [("good fine great", "yes"), ("bad poor awful", "no")] * 60
+    path = tmp_path / "labels.tsv"
+    path.write_text("".join(f"{text} {i}\t{label}\n" for i, (text, label) in enumerate(rows)))
+    return {"data__path": (str(path),), "data__source_field": "0", "data__label_field": "1"}
+
+
+def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
+    completer = run(
+        tiny, tmp_path, ENCODER, {"name": "masked_lm", "length": 24}, train__sample_tokens=4
+    )
+    assert "[MASK]" in capsys.readouterr().out, "the sample shows what was masked"
+    (text,) = completer.complete(["the [MASK]at [MASK]"], GREEDY)
+    places = text.splitlines()
+    assert len(places) == 2 and all(len(place.split("  ")) == 3 for place in places)
+    row = completer.encode("the [MASK]at [MASK]")
+    (found,) = generate.fill_masks(
+        completer.model, completer.params, [row], mask=completer.task.ids["mask"], top_k=400
+    )
+    for place in found:
+        assert sum(probability for _, probability in place) == pytest.approx(1, abs=1e-5)
+        assert [p for _, p in place] == sorted((p for _, p in place), reverse=True)
+    assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]"]) == 0
+    assert capsys.readouterr().out.count("0.") >= 3
+    with pytest.raises(ConfigError, match=r"nothing to fill in.*\[MASK\]"):
+        completer.complete(["the cat"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("model", "lines"),
+    [
+        (ENCODER, 1),
+        (SEQ2SEQ, None),
+        ({"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2}, None),
+    ],
+    ids=["encoder", "encoder-decoder", "decoder"],
+)
+def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines):
+    task = {"name": "classify", "length": 24, "label_length": 6}
+    completer = run(tiny, tmp_path / "run", model, task, **labelled)
+    (text,) = completer.complete(["good great"], GREEDY)
+    if lines:
+        assert text.startswith(("yes 0.", "no 0.")) and len(text.split("  ")) == 2
+    else:
+        assert not completer.goes_on and "good" not in text
+    row = checkpoint.load(tmp_path / "run").config.task
+    assert row.name == "classify"
+
+
+def test_an_encoder_decoder_answers_with_what_it_was_trained_on(tiny, tmp_path, capsys):
+    """A source alone and one among longer ones give the same answer."""
+    task = {"name": "seq2seq", "source_length": 16, "length": 16}
+    completer = run(tiny, tmp_path, SEQ2SEQ, task, train__sample_tokens=4)
+    assert " -> " in capsys.readouterr().out
+    alone = completer.complete(["the cat"], GREEDY)[0]
+    together = completer.complete(["the cat sat on the mat and ran", "the cat"], GREEDY)[1]
+    assert alone == together
+    assert (
+        generate_tool.main(
+            ["--workdir", str(tmp_path), "--prompt", "the cat", "--temperature", "0"]
+        )
+        == 0
+    )
+
+
+def test_gaps_in_a_prompt_are_sentinels(tiny, tmp_path):
+    model = {"name": "t5", "num_layers": 1, "model_dim": 32, "num_heads": 2}
+    completer = run(tiny, tmp_path, model, {"name": "span_corruption", "source_length": 48})
+    row = completer.encode("the [MASK] sat [MASK].")
+    marks = [token for token in row if token >= completer.tokenizer.vocab_size]
+    assert marks == completer.task.sentinels[:2].tolist()
+    assert completer.decode([*b"ab", marks[0], *b"cd"]) == "ab [0] cd"
+    with pytest.raises(ConfigError, match="times"):
+        completer.encode("[MASK]" * 99)
+
+
+def test_a_mask_means_nothing_to_a_classifier(tiny, tmp_path, labelled):
+    completer = run(tiny, tmp_path / "run", SEQ2SEQ, {"name": "classify", "length": 24}, **labelled)
+    with pytest.raises(ConfigError, match="leave it out"):
+        completer.complete(["good [MASK]"], GREEDY)
+
+
+def test_counting_families_write(tiny, tmp_path, capsys):
+    completer = run(
+        tiny, tmp_path, {"name": "ngram", "order": 4}, {"name": "causal_lm", "length": 32, "context": 3},
+        train__num_steps="1 epochs",
+    )  # fmt: skip
+    (text,) = completer.complete(["the "], Sampling(max_tokens=12, temperature=0.0, top_k=0))
+    assert len(text) == 12 and set(text) <= set("abcdefghijklmnopqrstuvwxyz .\n")
+    assert np.isfinite(np.asarray(next(iter(completer.params.values())))).all()
