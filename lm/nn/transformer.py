@@ -48,7 +48,8 @@ class Stack(nn.Module):
 
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0, "cache": 0},
+            # In the carry the batch stays the first axis, along which it is split.
+            variable_axes={"params": 0, "cache": 0, "carry": 1},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

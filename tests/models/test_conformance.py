@@ -22,6 +22,7 @@ VOCAB, LENGTH = 99, 12
 TINY = {
     "bert": {"num_layers": 2, "model_dim": 32, "num_heads": 2},
     "gpt": {"num_layers": 2, "model_dim": 32, "num_heads": 2},
+    "linear_rnn": {"num_layers": 2, "model_dim": 32, "num_heads": 2, "chunk": 4},
     "rnn": {"num_layers": 2, "model_dim": 32},
     "seq2seq": {"num_layers": 2, "model_dim": 32},
     "t5": {"num_layers": 2, "model_dim": 32, "num_heads": 2, "head_dim": 12},
@@ -36,6 +37,7 @@ INSTEAD = {
     "task": {
         "bert": {"name": "masked_lm", "length": 16},
         "gpt": {"name": "causal_lm", "length": 16},
+        "linear_rnn": {"name": "causal_lm", "length": 16},
         "rnn": {"name": "causal_lm", "length": 16},
         "ngram": {"name": "causal_lm", "length": 16, "context": 2},
         "seq2seq": {"name": "seq2seq", "source_length": 16, "length": 16},
