@@ -1,0 +1,33 @@
+"""One table and one picture of models trained on the same text, and what is asked for by a wrong name."""
+
+import csv
+
+import pytest
+
+from tools import history
+
+
+def test_a_model_is_trained_once_and_put_into_table_and_picture(text_file, tmp_path, capfd):
+    flags = [
+        *("--workdir", str(tmp_path), "--only", "trigram_kneser_ney"),
+        *(f"--config.data.path={text_file}", "--config.data.tokenizer=byte"),
+        "--config.eval.max_tokens=512",
+    ]
+    assert history.main(flags) == 0
+    with (tmp_path / "history.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["model"] == "trigram_kneser_ney" and row["year"] == "1999"
+    assert 0 < float(row["bits per byte"]) < 4 and int(row["parameters"]) > 100
+    assert row["sample"].startswith(history.PROMPT)
+    assert "trigram_kneser_ney" in (tmp_path / "history.md").read_text()
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+    capfd.readouterr()
+    assert history.main(flags) == 0
+    assert "trigram_kneser_ney: finished" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "near"), [("lstn", "lstm"), ("gpt9", "gpt2")])
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys, name, near):
+    assert history.main(["--workdir", str(tmp_path), "--only", name]) == 2
+    said = capsys.readouterr().err
+    assert name in said and near in said and len(said.splitlines()) == 1
