@@ -128,10 +128,11 @@ LLAMA = {
     "max_position_embeddings": 24,
     "rms_norm_eps": 1e-5,
 }
-ROPE = {"rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 6}
+# Some frequencies are kept, some scaled, and some between.
+ROPE = {"rope_theta": 10.0, "factor": 4.0, "original_max_position_embeddings": 12}
 ONE_LAYER = {"num_hidden_layers": 1}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"beta_fast": 3.0, "beta_slow": 0.5, "mscale": 0.9, "mscale_all_dim": 0.4, "truncate": False}
+LLAMA3 = {"low_freq_factor": 0.5, "high_freq_factor": 1.5}
+YARN = {"beta_fast": 1.5, "beta_slow": 0.4, "mscale": 0.9, "mscale_all_dim": 0.4, "truncate": False}
 BERT = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -168,6 +169,7 @@ CASES = {
         **ONE_LAYER,
         attention_bias=True,
         tie_word_embeddings=True,
+        rms_norm_eps=0.01,
     ),
     "llama_llama3": _llama({"rope_type": "llama3", **ROPE, **LLAMA3}, **ONE_LAYER),
     "llama_yarn": _llama({"rope_type": "yarn", **ROPE}, **ONE_LAYER),

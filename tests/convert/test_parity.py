@@ -1,6 +1,7 @@
 """Our models against transformers': committed logits, and with PyTorch installed live ones of other sizes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,11 @@ def test_biases_and_norm_weights_are_off_0_and_1(name, parity):
         if values.ndim == 1:
             least = np.abs(values - ("norm" in tensor.lower() and "bias" not in tensor)).mean()
             assert least > 0.1 and values.std() > 0.1, tensor
+
+
+def test_the_fixtures_are_small():
+    files = list((Path(__file__).parents[1] / "fixtures").glob("*.safetensors"))
+    assert len(files) >= 13 and sum(file.stat().st_size for file in files) <= 300_000
 
 
 # Sizes of the live models, which no fixture has; what an architecture does not know is left out.
