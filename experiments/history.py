@@ -2,11 +2,11 @@
 
 Paper: each family's, in `PAPERS`.
 Command: python -m tools.history --config experiments/history.py --workdir runs/history
-Hardware: two CPU cores, within an hour.
+Hardware: two CPU cores. Not yet run whole.
 
-Every model is asked for the same 1.2M tokens of the embedded corpus, once or nearly so (n-grams count all of
-it, which is less than that), and has about a million parameters. Encoders are asked for masked tokens, which
-is another question: their nats are no bits per byte. Encoder-decoders read 64 tokens and write the next 64.
+Every model reads 1.2M tokens of the embedded corpus, 1.9 times all of it (n-grams count it once), and has 0.9
+(trigrams) to 1.6 (T5) million parameters. Encoders are asked for masked tokens, which is another question:
+their nats are no bits per byte. Encoder-decoders read 64 tokens and write the next 64.
 """
 
 from ml_collections import ConfigDict

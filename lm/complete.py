@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import linen as nn
 
-from lm import generate
+from lm import generate, tasks
 from lm.config import ConfigError
 
 MASK = "[MASK]"  # in a prompt: what an encoder fills in, or where a span was cut out
@@ -41,7 +41,7 @@ class Completer:
     @property
     def kind(self) -> str:
         """The kind of rows that the model reads: "causal", "source" or "masked"."""
-        return next(kind for kind in self.task.KINDS if kind in self.model.accepts)
+        return tasks.kind_for(self.task.KINDS, self.model.accepts)
 
     @property
     def goes_on(self) -> bool:
@@ -66,6 +66,10 @@ class Completer:
         rows = [self.encode(prompt) for prompt in prompts]
         if self.kind == "masked":
             return self._fill(rows, sampling.top_k or 5)
+        return self._write(rows, sampling, on_tokens)
+
+    def _write(self, rows: Sequence[list[int]], sampling: Sampling, on_tokens=None) -> list[str]:
+        """Return what follows each row; of an encoder-decoder, what it makes of the row as a source."""
         end = self.tokenizer.end_of_text
         sources = rows if self.kind == "source" else None
         made = generate.generate(
@@ -155,25 +159,13 @@ class Completer:
         if prompt:
             return f"{prompt} -> {self.complete([prompt], sampling)[0]}"
         batch = self.task.rows(split, np.array([0]))
-        end = self.tokenizer.end_of_text
         if self.kind == "source":
             read = batch["source"][0][batch["source_segments"][0] > 0].tolist()
-            (row,) = generate.generate(
-                self.model,
-                self.params,
-                [[end]],
-                sources=[read],
-                stop_token=end,
-                **sampling._asdict(),
-            )
-            return f"{self.decode(read)} -> {self.decode(row)}"
+            return f"{self.decode(read)} -> {self._write([read], sampling)[0]}"
         tokens = batch["inputs"][0][batch["segments"][0] > 0]
         if self.kind == "causal":
             first = int(np.flatnonzero(batch["weights"][0])[0])
-            (row,) = generate.generate(
-                self.model, self.params, [tokens[: first + 1].tolist()], stop_token=end,
-                **sampling._asdict(),
-            )  # fmt: skip
-            return f"{self.decode(tokens[:first])} -> {self.decode(row)}"
+            (text,) = self._write([tokens[: first + 1].tolist()], sampling)
+            return f"{self.decode(tokens[:first])} -> {text}"
         shown = tokens[:64].tolist()
         return f"{self.decode(shown)} -> {' | '.join(self._fill([shown], 1)[0].splitlines())}"

@@ -247,7 +247,7 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
                 f"{field}={size} does not divide by {divisor} (train.accumulate_steps x the devices "
                 f"that split a batch); use a multiple of {divisor}"
             )
-    return next(kind for kind in kinds if kind in accepts)
+    return tasks.kind_for(kinds, accepts)
 
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:

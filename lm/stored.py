@@ -129,4 +129,5 @@ def _assemble(name, leaf, sources, arrays) -> jax.Array:
 
 
 def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array that a manifest describes."""
     return {name: tuple(shape) for name, (shape, _) in stored.items()}

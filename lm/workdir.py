@@ -58,7 +58,7 @@ def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Comple
         )
     section = config_lib.complete(loaded.config, experiment.SCHEMA).task
     cfg: Any = config_lib.freeze(tasks.config_class(section.name), section, where="task")
-    kind = next(kind for kind in tasks.kinds(cfg) if kind in loaded.model.accepts)
+    kind = tasks.kind_for(tasks.kinds(cfg), loaded.model.accepts)
     setting = tasks.Setting(kind, tokenizer, tuple(described["labels"]))
     task = tasks.build(cfg, setting)
     return complete.Completer(loaded.model, loaded.params, task, tokenizer, described["paired"])

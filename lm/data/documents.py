@@ -105,6 +105,7 @@ def table(
 
 
 def whole(content: str) -> Document:
+    """Return a text as a document, lone surrogates, which no UTF-8 holds, replaced and counted."""
     return Document(*_SURROGATE.subn("\ufffd", content))
 
 

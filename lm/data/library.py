@@ -64,6 +64,7 @@ def python_pairs(files: Iterable[Path]) -> Iterator[Document]:
 
 
 def library_folder() -> Path:
+    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

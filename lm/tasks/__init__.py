@@ -52,6 +52,11 @@ def kinds(cfg: Any) -> tuple[str, ...]:
     return importlib.import_module(type(cfg).__module__).Task.KINDS
 
 
+def kind_for(kinds: Sequence[str], accepts: frozenset[str]) -> str:
+    """Return the first of a task's kinds of rows that a family accepts; there must be one."""
+    return next(kind for kind in kinds if kind in accepts)
+
+
 def build(cfg: Any, setting: Setting) -> Any:
     """Return the task that the frozen `cfg`, a task's `Config`, describes."""
     return importlib.import_module(type(cfg).__module__).Task(cfg, setting)

@@ -45,11 +45,9 @@ class Task:
         self.labels = {label: number for number, label in enumerate(setting.labels)}
         self._check_lengths()
         self.at_first = setting.kind == "masked"
-        self._written = seq2seq.Task(
-            seq2seq.Config(source_length=cfg.length, length=cfg.label_length), setting
-        )
         if not self.at_first:
-            written = self._written
+            texts = seq2seq.Config(source_length=cfg.length, length=cfg.label_length)
+            written = self._written = seq2seq.Task(texts, setting)
             self.row_length, self.source_length = written.row_length, written.source_length
             self.max_scored, self.num_classes = written.max_scored, 0
             self.vocab_size = written.vocab_size
@@ -57,8 +55,9 @@ class Task:
         self.row_length, self.source_length, self.max_scored = cfg.length, 0, 1
         self.num_classes = len(self.labels)
         # As for masked_lm, whose parameters such a model starts from.
-        self.cls = special_ids(self.tokenizer, ("cls", "sep", "mask"))["cls"]
-        self.vocab_size = max(self.tokenizer.vocab_size, 3 + self.tokenizer.vocab_size)
+        ids = special_ids(self.tokenizer, ("cls", "sep", "mask"))
+        self.cls = ids["cls"]
+        self.vocab_size = max(self.tokenizer.vocab_size, 1 + max(ids.values()))
 
     def _check_lengths(self) -> None:
         for label in self.labels:
