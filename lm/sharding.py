@@ -113,6 +113,13 @@ def batch_shards(mesh: Mesh) -> int:
     return ways(mesh, "act_batch")
 
 
+def row_shards(num_rows: int) -> int:
+    """Return over how many devices of the mesh in use `num_rows` rows split; 1 where they do not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else ways(mesh, "act_batch")
+    return shards if num_rows % shards == 0 else 1
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Return the mesh axes of logical `axes` (None = not split)."""
     return PartitionSpec(*[RULES[axis] or None if axis else None for axis in axes])

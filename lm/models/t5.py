@@ -124,12 +124,12 @@ class EncoderBlock(nn.Module):
     decode: bool
 
     @nn.compact
-    def __call__(self, x_BSD, mask, positions_BS, score_bias_BHSS) -> jax.Array:
+    def __call__(self, x_BSD, mask, positions_BS, score_bias_NHSS) -> jax.Array:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         y = Norm(epsilon=cfg.norm_epsilon, name="attention_norm")(x_BSD)
         y = self_attention(cfg, causal=False)(
-            y, mask=mask, positions_BL=positions_BS, score_bias_BHLS=score_bias_BHSS
+            y, mask=mask, positions_BL=positions_BS, score_bias_NHLS=score_bias_NHSS
         )
         x_BSD = x_BSD + dropout(y)
         y = feed_forward(cfg)(Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BSD))
@@ -150,7 +150,7 @@ class DecoderBlock(nn.Module):
         x_BLD,
         mask,
         positions_BL,
-        score_bias_BHLS,
+        score_bias_NHLS,
         segments_BL,
         source_BSD,
         source_segments_BS,
@@ -159,7 +159,7 @@ class DecoderBlock(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         y = Norm(epsilon=cfg.norm_epsilon, name="attention_norm")(x_BLD)
         y = self_attention(cfg, causal=True, decode_length=self.decode_length)(
-            y, mask=mask, positions_BL=positions_BL, score_bias_BHLS=score_bias_BHLS,
+            y, mask=mask, positions_BL=positions_BL, score_bias_NHLS=score_bias_NHLS,
             decode=self.decode,
         )  # fmt: skip
         x_BLD = x_BLD + dropout(y)
@@ -238,7 +238,7 @@ class Model(nn.Module):
             slots_11S = jnp.arange(self.decode_length)[None, None]
             score_bias = self.decoder_positions.at(slots_11S - positions_BL[:, :, None])
         else:
-            score_bias = self.decoder_positions(length)
+            score_bias = self.decoder_positions(length, num_rows=len(segments_BL))
         x_BLD = self.dropout(self.embed(batch["inputs"]), deterministic=not train)
         x_BLD = self.decoder(
             x_BLD, mask, positions_BL, score_bias, segments_BL, source_BSD, source_segments_BS,
@@ -250,9 +250,10 @@ class Model(nn.Module):
         """Return features [B, S, D] of the source."""
         segments_BS = batch["source_segments"]
         x_BSD = self.dropout(self.embed(batch["source"]), deterministic=not train)
+        num_rows, length = segments_BS.shape
         x_BSD = self.encoder(
             x_BSD, segment_mask(segments_BS, segments_BS), batch["source_positions"],
-            self.encoder_positions(segments_BS.shape[1]), train=train, decode=False,
+            self.encoder_positions(length, num_rows=num_rows), train=train, decode=False,
         )  # fmt: skip
         return self.dropout(self.encoder_norm(x_BSD), deterministic=not train)
 

@@ -56,7 +56,7 @@ def attend(query, key, value, mask, *, score_bias=None, scale: float = 0.0) -> j
       query: [B, G, R, L, K], R query heads for each of G key-value heads.
       key, value: [B, G, S, K].
       mask: bool [1 or B, L, S].
-      score_bias: float32 [1 or B, G, R, L, S], or None.
+      score_bias: float32 [N, G, R, L, S], each for the next B / N rows, or None.
       scale: of the scores; 0 = 1 / sqrt(K).
 
     Returns:
@@ -100,7 +100,9 @@ def _attend_forward(plan: Plan, query, key, value, mask, score_bias):
         )
         if score_bias is not None:
             bias = score_bias[:, :, :, start:end, :seen]
-            scores += bias.reshape(len(bias), *scores.shape[1:])
+            bias = bias.reshape(len(bias), 1, *scores.shape[1:])
+            apart = scores.reshape(len(bias), -1, *scores.shape[1:])
+            scores = (apart + bias).reshape(scores.shape)
         scores = jnp.where(_seen(mask, query, start, end, seen), scores, MASKED_SCORE)
         exp_BGQS = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         sum_BGQ1 = exp_BGQS.sum(axis=-1, keepdims=True)
@@ -128,8 +130,8 @@ def _attend_backward(plan: Plan, residuals, dout):
         dscores = exp_BGQS * (dexp_BGQS - inner_BGQ1)
         dscores = jnp.where(_seen(mask, query, start, end, seen), dscores, 0)
         if score_bias is not None:
-            dbias = dscores if len(score_bias) > 1 else dscores.sum(axis=0, keepdims=True)
-            dbias = dbias.reshape(*score_bias.shape[:3], end - start, seen)
+            apart = dscores.reshape(len(score_bias), -1, *dscores.shape[1:])
+            dbias = apart.sum(axis=1).reshape(*score_bias.shape[:3], end - start, seen)
             dbiases.append(jnp.pad(dbias, (*((0, 0),) * 4, (0, key.shape[2] - seen))))
         dscores = dscores.astype(key.dtype)
         dquery_BGQK = jnp.einsum("bgqs,bgsk->bgqk", dscores, key[:, :, :seen])
@@ -214,14 +216,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD, *, mask, positions_BL, score_bias_BHLS=None, decode: bool = False
+        self, x_BLD, *, mask, positions_BL, score_bias_NHLS=None, decode: bool = False
     ) -> jax.Array:
         """Return [B, L, D].
 
         Args:
           mask: bool [1 or B, L, L], unused by a decoding step of one token.
-          score_bias_BHLS: float32 [1 or B, H, L, L], added to the scores; in a decoding step of one
-            token [1 or B, H, 1, decode_length].
+          score_bias_NHLS: float32 [N, H, L, L], each added to the scores of the next B / N rows; in a
+            decoding step of one token [N, H, 1, decode_length].
         """
         G, R, K, D = (
             self.num_kv_heads,
@@ -247,16 +249,16 @@ class Attention(nn.Module):
             key = rotate(key, waves)
         if decode:
             key, value, mask = self._cached(key, value, mask, positions_BL)
-        if score_bias_BHLS is not None:
-            B, _, *pairs = score_bias_BHLS.shape
-            score_bias_BHLS = score_bias_BHLS.reshape(B, G, R, *pairs)
+        if score_bias_NHLS is not None:
+            N, _, *pairs = score_bias_NHLS.shape
+            score_bias_NHLS = score_bias_NHLS.reshape(N, G, R, *pairs)
         if self.kernel == "cudnn" and not decode:
-            assert self.causal and score_bias_BHLS is None and not self.scale
+            assert self.causal and score_bias_NHLS is None and not self.scale
             out = flash_attend(query, key, value, window=self.window)
         else:
             step = decode and x_BLD.shape[1] == 1
             function = causal_attend if self.causal and not step else attend
-            out = function(query, key, value, mask, score_bias=score_bias_BHLS, scale=self.scale)
+            out = function(query, key, value, mask, score_bias=score_bias_NHLS, scale=self.scale)
         out_BLGRK = out.transpose(0, 3, 1, 2, 4)
         out_BLHK = out_BLGRK.reshape(*x_BLD.shape[:2], G * R, K)
         y_BLD = Linear(

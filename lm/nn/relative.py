@@ -4,7 +4,8 @@
 (arXiv 1910.10683), section 2.1; relative positions: Shaw et al. 2018 (arXiv 1803.02155).
 
 What differs: the table is read once for each distance, not for each pair, and each row of the bias is
-the one before it moved by one; the gradient of the table then needs no scatter over all pairs.
+the one before it moved by one; the gradient of the table then needs no scatter over all pairs. Each share
+of the batch has a copy, so that its gradient is summed over distances before it is over devices.
 """
 
 from collections.abc import Callable
@@ -51,15 +52,17 @@ class RelativeBias(nn.Module):
             (self.num_buckets, self.num_heads),
         )
 
-    def __call__(self, length: int) -> jax.Array:
-        """Return float32 [1, H, L, L], of queries and keys at the same positions."""
-        L, width = length, 2 * length
+    def __call__(self, length: int, *, num_rows: int) -> jax.Array:
+        """Return float32 [N, H, L, L], of queries and keys at the same positions; N copies for B rows."""
+        L, H, N, width = length, self.num_heads, sharding.row_shards(num_rows), 2 * length
         # One column more than there are distances: the rows of the flat array then move by one.
         values_WH = self._values(np.arange(1 - L, L + 1))
-        rows = jnp.broadcast_to(values_WH.T[:, None], (self.num_heads, L, width))
-        flat = rows.reshape(self.num_heads, L * width)[:, L - 1 :][:, : L * (width - 1)]
-        bias_1HLL = flat.reshape(1, self.num_heads, L, width - 1)[..., :L]
-        return sharding.constrain(bias_1HLL, None, "act_heads", None, None)
+        values_NHW = jnp.broadcast_to(values_WH.T[None], (N, H, width))
+        values_NHW = sharding.constrain(values_NHW, "act_batch", "act_heads", None)
+        rows = jnp.broadcast_to(values_NHW[:, :, None], (N, H, L, width))
+        flat = rows.reshape(N, H, L * width)[..., L - 1 :][..., : L * (width - 1)]
+        bias_NHLL = flat.reshape(N, H, L, width - 1)[..., :L]
+        return sharding.constrain(bias_NHLL, "act_batch", "act_heads", None, None)
 
     def at(self, distances_BLS: jax.Array) -> jax.Array:
         """Return float32 [B, H, L, S] of distances that are known when it runs only."""

@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -441,29 +442,46 @@ def random_batch(rows, length, source_length, vocab):
     return batch
 
 
+ROWS, LENGTH, SOURCE_LENGTH, VOCAB = 16, 16, 24, 99
+
+
+def on_mesh(mesh, **fields):
+    """Return (state, jitted step, batch) on a mesh, which must be in use."""
+    model = build(model_dim=64, num_heads=8, head_dim=12, vocab_size=VOCAB, **fields)
+    tx = optax.trace(0.9)
+    init = step.make_init(model, tx, seed=0, shape=(2, ROWS, LENGTH), average=False, stateful=False)
+    axes, _ = step.parameter_axes(model)
+    placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
+    objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
+    update = functools.partial(step.train_step, model=model, tx=tx, objective=objective, seed=0)
+    state = jax.jit(init, out_shardings=placed)()
+    batch = sharding.place_batch(mesh, random_batch(ROWS, LENGTH, SOURCE_LENGTH, VOCAB))
+    return state, jax.jit(update, out_shardings=(placed, None)), batch
+
+
 def train(sizes, num_devices, **fields):
     """Return (loss, gradients) of a step on a mesh."""
-    rows, length, vocab = 16, 16, 99
-    model = build(model_dim=64, num_heads=8, head_dim=12, vocab_size=vocab, **fields)
     mesh = sharding.make_mesh(sharding.Config(*sizes), jax.devices()[:num_devices])
-    tx = optax.trace(0.9)
     with sharding.use(mesh):
-        init = step.make_init(
-            model, tx, seed=0, shape=(2, rows, length), average=False, stateful=False
-        )
-        axes, _ = step.parameter_axes(model)
-        placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
-        update = functools.partial(
-            step.train_step,
-            model=model,
-            tx=tx,
-            objective=step.Objective(max_scored=length, vocab_size=vocab),
-            seed=0,
-        )
-        state = jax.jit(init, out_shardings=placed)()
-        batch = sharding.place_batch(mesh, random_batch(rows, length, 24, vocab))
-        state, sums = jax.jit(update, out_shardings=(placed, None))(state, batch)
+        state, update, batch = on_mesh(mesh, **fields)
+        state, sums = update(state, batch)
         return np.array(sums["loss"]), jax.device_get(state.opt_state.trace)
+
+
+def test_biases_of_all_pairs_are_not_summed_over_devices():
+    """Their gradient is, once a stack, as one number a head and distance."""
+    mesh = sharding.make_mesh(sharding.Config(8, 1, 1))
+    with sharding.use(mesh):
+        state, update, batch = on_mesh(mesh)
+        text = update.lower(state, batch).compile().as_text()
+    found = re.findall(
+        r" = (.*?) (all-[a-z]+|reduce-scatter|collective-permute)(?:-start)?\(", text
+    )
+    assert {kind for _, kind in found} == {"all-reduce"}
+    shapes = [dims for shape, _ in found for dims in re.findall(r"\[([\d,]+)\]", shape)]
+    for length in (LENGTH, SOURCE_LENGTH):
+        assert not [dims for dims in shapes if dims.endswith(f"{length},{length}")]
+        assert shapes.count(f"8,{2 * length}") == 1, shapes
 
 
 def check_mesh(sizes, **fields):

@@ -231,17 +231,18 @@ def test_without_causality_the_mask_alone_says_what_is_seen():
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2], ids=["one-for-all", "of-each-row"])
+@pytest.mark.parametrize("copies", [1, 2, 4], ids=["one-for-all", "of-two-rows", "of-each-row"])
 @pytest.mark.parametrize("length", [9, 260])
-def test_scores_and_their_gradient_take_a_bias(length, rows):
+def test_scores_and_their_gradient_take_a_bias(length, copies):
     """Against the formula, for heads in groups, whole and in blocks."""
     draw = normal(7)
-    query, key, value = draw(2, 2, 3, length, 4), draw(2, 2, length, 4), draw(2, 2, length, 4)
-    bias, wanted = draw(rows, 2, 3, length, length), draw(2, 2, 3, length, 4)
+    query, key, value = draw(4, 2, 3, length, 4), draw(4, 2, length, 4), draw(4, 2, length, 4)
+    bias, wanted = draw(copies, 2, 3, length, length), draw(4, 2, 3, length, 4)
     mask = causal_mask(length, window=length // 2)
 
     def formula(query, key, value, bias):
-        scores = 0.3 * jnp.einsum("bgrlk,bgsk->bgrls", query, key) + bias
+        scores = 0.3 * jnp.einsum("bgrlk,bgsk->bgrls", query, key)
+        scores += jnp.repeat(bias, 4 // copies, axis=0)
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
         return jnp.einsum("bgrls,bgsk->bgrlk", weights, value)
 
@@ -272,10 +273,10 @@ def test_the_bias_of_a_layer_is_one_number_a_head_and_pair():
     y = run(layer, params, x, **context())
     same = jnp.ones((1, H, L, L)) * jnp.arange(H).reshape(1, H, 1, 1)
     np.testing.assert_allclose(
-        run(layer, params, x, **context(), score_bias_BHLS=same), y, atol=1e-5
+        run(layer, params, x, **context(), score_bias_NHLS=same), y, atol=1e-5
     )
     first = jnp.zeros((1, H, L, L)).at[:, 2, :, 0].set(1e4)
-    at_first = run(layer, params, x, **context(), score_bias_BHLS=first)
+    at_first = run(layer, params, x, **context(), score_bias_NHLS=first)
     kernel, out = params["qkv"]["kernel"], params["out"]["kernel"]  # head 2: query 0 of group 1
     value = x[:, 0] @ kernel[:, 1, 3]
     others = {**params, "out": {"kernel": out * (np.arange(H) != 2)[:, None, None]}}

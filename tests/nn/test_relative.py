@@ -56,7 +56,7 @@ def test_the_bias_and_its_gradient_are_those_of_a_lookup_for_each_pair(length, b
         return looked_up(params["bias"], distances, bidirectional)[None]
 
     def ours(params):
-        return module.apply({"params": params}, length)
+        return module.apply({"params": params}, length, num_rows=6)
 
     assert ours(params).shape == (1, H, length, length) and ours(params).dtype == jnp.float32
     np.testing.assert_array_equal(jax.jit(ours)(params), plain(params))
@@ -72,12 +72,23 @@ def test_distances_of_a_step_find_the_same_biases(bidirectional):
     distances = slots[None, None] - positions[:, :, None]  # [B, 1, S]
     found = jax.jit(lambda d: module.apply({"params": params}, d, method="at"))(distances)
     assert found.shape == (3, H, 1, 40)
-    whole = module.apply({"params": params}, 40)
+    whole = module.apply({"params": params}, 40, num_rows=3)
     for b, (position,) in enumerate(positions):
         np.testing.assert_array_equal(found[b, :, 0], whole[0, :, position])
 
 
 def test_the_table_names_its_axes():
     module, _ = make(True)
-    boxed = jax.jit(lambda: module.init(jax.random.key(0), 4))()["params"]
+    boxed = jax.jit(lambda: module.init(jax.random.key(0), 4, num_rows=1))()["params"]
     assert sharding.logical_axes(boxed) == {"bias": ("relpos", "heads")}
+
+
+def test_each_share_of_the_batch_has_a_copy_on_its_device():
+    module, params = make(True)
+    expected = module.apply({"params": params}, 5, num_rows=8)
+    with sharding.use(sharding.make_mesh(sharding.Config(4, 2, 1))):
+        apart = jax.jit(lambda: module.apply({"params": params}, 5, num_rows=16))()
+        odd = jax.jit(lambda: module.apply({"params": params}, 5, num_rows=12))()
+    assert apart.shape == (8, H, 5, 5) and apart.sharding.shard_shape(apart.shape) == (1, H, 5, 5)
+    np.testing.assert_array_equal(apart, np.broadcast_to(expected, apart.shape))
+    np.testing.assert_array_equal(odd, expected)
