@@ -1,7 +1,7 @@
 """Turn a Hugging Face folder into a run, or a run into a Hugging Face folder.
 
     python -m tools.convert --from gpt2 --to runs/gpt2      (then tools.generate, or train.init_from)
-    python -m tools.convert --from runs/mine --to mine_hf   (then AutoModelForCausalLM.from_pretrained)
+    python -m tools.convert --from runs/mine --to mine_hf   (then from_pretrained of transformers)
 
 What --from is decides the way. Weights are read from safetensors only, and their numbers do not change.
 """
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if (Path(args.source) / "checkpoints").is_dir():
         made = exporter.from_run(args.source, args.target, args.step)
-        following = f"AutoModelForCausalLM.from_pretrained({args.target!r}) in transformers"
+        following = f"from_pretrained({args.target!r}) of transformers' class"
     else:
         made = importer.to_run(args.source, args.target, args.tokenizer)
         following = f"python -m tools.generate --workdir {args.target}"

@@ -218,7 +218,11 @@ def make(case: Case, seed: int, **settings: Any) -> Made:
             config["tie_word_embeddings"] = False
     with torch.no_grad():
         for name, value in model.named_parameters():
-            drawn = torch.randn(value.shape, generator=rng) * (0.3 if value.ndim < 2 else 0.25)
+            # By the width: a wider model's numbers, and so the rounding of its sums, are no larger.
+            size = 0.3 if value.ndim < 2 else max(16, min(value.shape)) ** -0.5
+            if name.endswith("Attention.q.weight"):  # T5's, which does not divide its scores
+                size *= model.config.d_kv**-0.5
+            drawn = torch.randn(value.shape, generator=rng) * size
             value.copy_((drawn + (1 if _is_scale(name) else 0)).bfloat16())
         inputs, outputs, gradients = case.run(model, rng)
     weights = {name: value.detach() for name, value in model.named_parameters()}

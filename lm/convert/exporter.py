@@ -15,7 +15,7 @@ from lm import config as config_lib
 from lm.config import ConfigError
 from lm.convert import architectures, safetensors_file
 from lm.convert.folder import WEIGHTS
-from lm.convert.places import KEPT, LAYOUT, Converted, placed
+from lm.convert.places import KEPT, LAYOUT, UNUSED, Converted, placed
 from lm.convert.safetensors_file import DTYPES, shown
 from lm.convert.settings import Settings
 from lm.data import external, tokenizers
@@ -35,7 +35,10 @@ def from_run(workdir: str | Path, target: str | Path, step: int | str = "last") 
     workdir, target = Path(workdir), Path(target)
     config, model, params = checkpoint.load(workdir, step=step)
     cfg = model.cfg
-    name, settings = _expressed(config.model.name, cfg)
+    kept = _kept(workdir)
+    name, settings = _expressed(config.model.name, cfg, kept["architecture"] if kept else "")
+    if kept and not _is_unchanged(workdir / KEPT, kept, name, cfg):
+        kept = None
     tokenizer = tokenizers.load(workdir / "tokenizer")
     flat = traverse_util.flatten_dict(params, sep=".")
     arrays: dict[str, np.ndarray] = {}
@@ -44,24 +47,24 @@ def from_run(workdir: str | Path, target: str | Path, step: int | str = "last") 
         for (theirs, shape), value in zip(part.theirs, part.split(array), strict=True):
             assert value.shape == shape, theirs
             arrays[theirs] = value
-    kept = _kept(workdir, name, cfg)
     with placed(target, "--to") as unfinished:
         if kept is None:
             _write_plainly(unfinished, settings, arrays, tokenizer)
         else:
-            arrays = _write_as_before(unfinished, workdir / KEPT, kept, name, cfg, arrays)
+            arrays = _write_as_before(unfinished, workdir / KEPT, kept["files"], name, cfg, arrays)
     dtypes = sorted({safetensors_file.dtype_name(array) for array in arrays.values()})
     count = sum(int(leaf.size) for leaf in flat.values())
     return Converted(name, count, "/".join(dtypes), f"{tokenizer.name} of {tokenizer.vocab_size:,}")
 
 
-def _expressed(family: str, cfg: Any) -> tuple[str, dict[str, Any]]:
+def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, Any]]:
     """Return the architecture that a model is, and its config.json.
 
-    It is one if what is written is read as the same config, but for what training alone needs.
+    It is one if what is written is read as the same config, but for what training alone needs. `first`
+    is tried first, and RoBERTa before BERT, of which it is a case.
     """
     reasons = []
-    for name in architectures.names():
+    for name in sorted(architectures.names(), key=lambda name: (name == first, name), reverse=True):
         architecture = architectures.architecture(name)
         if family != architecture.FAMILY:
             continue
@@ -70,9 +73,14 @@ def _expressed(family: str, cfg: Any) -> tuple[str, dict[str, Any]]:
             "architectures": [architecture.CLASSES[0]],
             **architecture.write(cfg),
         }
-        fields = architecture.read(Settings(settings, "config.json"))
-        again = _deciding(config_lib.freeze(type(cfg), fields, where="model"))
-        differing = [key for key, value in _deciding(cfg).items() if again.get(key) != value]
+        try:
+            fields = architecture.read(Settings(settings, "config.json"))
+            again = _deciding(config_lib.freeze(type(cfg), fields, where="model"), architecture)
+        except ConfigError as error:
+            reasons.append(f"{name} has no such model ({error})")
+            continue
+        values = _deciding(cfg, architecture)
+        differing = [key for key, value in values.items() if again.get(key) != value]
         if not differing:
             return name, settings
         shown_fields = [f"model.{key}={getattr(cfg, key)!r}" for key in differing]
@@ -83,7 +91,7 @@ def _expressed(family: str, cfg: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _deciding(cfg: Any) -> dict[str, Any]:
+def _deciding(cfg: Any, architecture: Any) -> dict[str, Any]:
     """Return the fields that decide what a model computes, derived sizes filled, unused ones left out."""
     values = {**dataclasses.asdict(cfg), **getattr(cfg, "sizes", {})}
     rules = getattr(cfg, "ONLY_FOR", {})
@@ -92,7 +100,8 @@ def _deciding(cfg: Any) -> dict[str, Any]:
         option, wanted = rules.get(key, ("", ()))
         return not option or (values[option] in wanted and used(option))
 
-    return {key: value for key, value in values.items() if key not in FREE and used(key)}
+    free = FREE | architecture.FREE
+    return {key: value for key, value in values.items() if key not in free and used(key)}
 
 
 def _unrolled(flat: Mapping[str, Any], ours: str) -> Any:
@@ -104,18 +113,21 @@ def _unrolled(flat: Mapping[str, Any], ours: str) -> Any:
     return flat[f"{before}{SCANNED}.{rest}"][int(number)]
 
 
-def _kept(workdir: Path, name: str, cfg: Any) -> dict[str, Any] | None:
+def _kept(workdir: Path) -> dict[str, Any] | None:
     """Return the layout of the files that a run was made of; None where it was made otherwise."""
-    place = workdir / KEPT
-    if not (place / LAYOUT).is_file():
-        return None
-    layout = external.read_object(place / LAYOUT)
-    settings = Settings(external.read_object(place / "config.json"), str(place / "config.json"))
-    if layout["architecture"] != name:
-        return None
-    fields = architectures.architecture(name).read(settings)
-    before = _deciding(config_lib.freeze(type(cfg), fields, where="model"))
-    return layout["files"] if before == _deciding(cfg) else None
+    path = workdir / KEPT / LAYOUT
+    return external.read_object(path) if path.is_file() else None
+
+
+def _is_unchanged(place: Path, kept: Mapping[str, Any], name: str, cfg: Any) -> bool:
+    """Return whether a model is still the one that its kept config.json says."""
+    if kept["architecture"] != name:
+        return False
+    config, architecture = place / "config.json", architectures.architecture(name)
+    tensors = {theirs for file in kept["files"].values() for _, _, theirs in file["tensors"]}
+    fields = architecture.read(Settings(external.read_object(config), str(config), tensors))
+    before = _deciding(config_lib.freeze(type(cfg), fields, where="model"), architecture)
+    return before == _deciding(cfg, architecture)
 
 
 def _write_as_before(
@@ -132,24 +144,34 @@ def _write_as_before(
     """
     architecture = architectures.architecture(name)
     copies, constants = architecture.copies(cfg), architecture.constants(cfg)
-    prefix = architecture.PREFIX
+    unused = {}
+    if (kept / UNUSED).is_file():
+        entries = safetensors_file.read_header(kept / UNUSED).entries
+        unused = dict(safetensors_file.read(kept / UNUSED, entries))
 
-    def stored_as(tensor: str, dtype: str) -> np.ndarray:
-        for known in (tensor, f"{prefix}{tensor}"):
-            if known in constants:
-                return constants[known]().astype(DTYPES[dtype])
-            if copies.get(known, known) in arrays:
-                return _as(arrays[copies.get(known, known)], dtype)
-        raise ConfigError(f"{kept / LAYOUT}: tensor {shown(tensor)} is not known; restore the file")
+    def stored_as(dtype: str, tensor: str) -> np.ndarray:
+        if tensor in constants:
+            return constants[tensor]().astype(DTYPES[dtype])
+        tensor = copies.get(tensor, tensor)
+        if tensor not in arrays:
+            if tensor in unused:
+                return unused[tensor]
+            raise ConfigError(f"{kept / LAYOUT}: tensor {shown(tensor)} is not known; restore it")
+        array = _as(arrays[tensor], dtype)
+        if tensor in unused:
+            rows = unused[tensor]
+            array[: len(rows)] = rows
+        return array
 
     stored: dict[str, np.ndarray] = {}
     for file, described in layout.items():
-        order = [tensor for tensor, _ in described["tensors"]]
-        here = {tensor: stored_as(tensor, dtype) for tensor, dtype in described["tensors"]}
-        safetensors_file.write(unfinished / file, here, order=order, metadata=described["metadata"])
+        here = {tensor: stored_as(*rest) for tensor, *rest in described["tensors"]}
+        safetensors_file.write(
+            unfinished / file, here, order=list(here), metadata=described["metadata"]
+        )
         stored |= here
     for path in kept.iterdir():
-        if path.name != LAYOUT:
+        if path.name not in (LAYOUT, UNUSED):
             shutil.copyfile(path, unfinished / path.name)
     return stored
 
@@ -173,7 +195,7 @@ def _write_plainly(
     ids = {f"{role}_token_id": tokenizer.specials.get(role) for role in ("bos", "eos", "pad")}
     if tokenizer.name not in external.SAVED:
         ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    text = json.dumps({**settings, **ids, "dtype": "float32"}, indent=2)
+    text = json.dumps({**ids, **settings, "dtype": "float32"}, indent=2)
     manifests.write_whole(unfinished / "config.json", text + "\n")
     _write_tokenizer(unfinished, tokenizer)
 

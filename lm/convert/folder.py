@@ -1,6 +1,6 @@
 """A Hugging Face folder: config.json, and tensors in one or more files. Nothing of it is unpickled or run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,17 @@ class Folder:
             here = [name for name in header.entries if name in wanted]
             yield from safetensors_file.read(self.path / file, here)
 
-    def layout(self) -> dict[str, Any]:
-        """Return what it takes to write the same files again from the same numbers."""
+    def layout(self, renamed: Mapping[str, str]) -> dict[str, Any]:
+        """Return what it takes to write the same files again from the same numbers.
+
+        Of each tensor its name, its type, and the name that `renamed` has for it.
+        """
         return {
             file: {
                 "metadata": header.metadata,
-                "tensors": [[name, entry.dtype] for name, entry in header.entries.items()],
+                "tensors": [
+                    [name, entry.dtype, renamed[name]] for name, entry in header.entries.items()
+                ],
             }
             for file, header in self.headers.items()
         }

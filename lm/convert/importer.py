@@ -18,9 +18,10 @@ from flax import traverse_util
 from lm import checkpoint, experiment, manifests, models
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.convert import architectures
+from lm.convert import architectures, safetensors_file
 from lm.convert.folder import Folder
-from lm.convert.places import KEPT, LAYOUT, Converted, placed
+from lm.convert.mapping import Part
+from lm.convert.places import KEPT, LAYOUT, UNUSED, Converted, placed
 from lm.convert.safetensors_file import shown
 from lm.convert.settings import Settings
 from lm.data import external
@@ -41,10 +42,11 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
     source, workdir = Path(source), Path(workdir)
     folder = Folder(source)
     name, architecture = _architecture(folder)
-    settings = Settings(folder.config, str(source / "config.json"))
+    tensors = {architectures.current_name(architecture, n, bare=False) for n in folder.entries}
+    settings = Settings(folder.config, str(source / "config.json"), tensors)
     cfg = _config(architecture, settings, folder)
-    parts = {part.ours: part for part in architecture.parts(cfg)}
-    renamed = _check_names(folder, architecture, cfg, list(parts.values()))
+    parts = architecture.parts(cfg)
+    renamed = _check_names(folder, architecture, cfg, parts)
     tokenizer = external.open_tokenizer(tokenizer_path or source)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ConfigError(
@@ -52,7 +54,7 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
             f"{settings.where} has {cfg.vocab_size}; give the tokenizer that belongs to it (--tokenizer)"
         )
     with placed(workdir, "--to") as unfinished:
-        params = _read_parameters(folder, list(parts.values()), renamed)
+        params = _read_parameters(folder, parts, renamed)
         _check_rest(folder, architecture, cfg, renamed)
         saver = checkpoint.Checkpointer(unfinished, checkpoint.Config())
         try:
@@ -60,7 +62,7 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
         finally:
             saver.close()
         _write_run_files(unfinished, workdir, architecture, cfg, tokenizer)
-        _keep(unfinished / KEPT, folder, name)
+        _keep(unfinished / KEPT, folder, architecture, cfg, renamed)
     dtypes = sorted({entry.dtype for entry in folder.entries.values()})
     count = sum(int(array.size) for array in params.values())
     return Converted(name, count, "/".join(dtypes), f"{tokenizer.name} of {tokenizer.vocab_size:,}")
@@ -88,11 +90,12 @@ def _config(architecture: Any, settings: Settings, folder: Folder) -> Any:
     """Return the family's frozen config."""
     fields = architecture.read(settings)
     # Before anything is made for each layer.
-    if fields["num_layers"] > len(folder.entries):
-        raise ConfigError(
-            f"{settings.where}: {fields['num_layers']} layers, and {folder.where} has "
-            f"{len(folder.entries)} tensors; get the folder again"
-        )
+    for field in (field for field in fields if field.endswith("_layers")):
+        if fields[field] > len(folder.entries):
+            raise ConfigError(
+                f"{settings.where}: {fields[field]} layers, and {folder.where} has "
+                f"{len(folder.entries)} tensors; get the folder again"
+            )
     cls: Any = models.config_class(architecture.FAMILY)
     if "mask" in {field.name for field in dataclasses.fields(cls)}:
         fields["mask"] = "segments"
@@ -102,28 +105,29 @@ def _config(architecture: Any, settings: Settings, folder: Folder) -> Any:
         raise ConfigError(f"{settings.where}: {error}") from None
 
 
-def _check_names(folder: Folder, architecture: Any, cfg: Any, parts: list[Any]) -> dict[str, str]:
+def _check_names(folder: Folder, architecture: Any, cfg: Any, parts: list[Part]) -> dict[str, str]:
     """Return {name of a tensor in the folder: its name in the architecture}.
 
     Raises:
       ConfigError: tensors are missing, too many or of another shape.
     """
     wanted = {name: shape for part in parts for name, shape in part.theirs}
-    prefix = architecture.PREFIX
-    bare = prefix and not any(name.startswith(prefix) for name in folder.entries)
-    headless = {name.removeprefix(prefix) for name in wanted if name.startswith(prefix)}
-    headless |= {name.removeprefix(prefix) for name in architecture.constants(cfg)}
-    renamed = {
-        name: f"{prefix}{name}" if bare and name in headless else name for name in folder.entries
-    }
+    constants, copies = architecture.constants(cfg), architecture.copies(cfg)
+    spare = architecture.spare(cfg)
+    known = {*wanted, *constants, *copies, *spare}
+    bare = not any(name.startswith(architecture.PREFIX) for name in folder.entries)
+    renamed = {}
+    for name in folder.entries:
+        names = [architectures.current_name(architecture, name, bare=b) for b in (bare, False)]
+        renamed[name] = names[0] if names[0] in known else names[1]
     found = {theirs: folder.entries[name].shape for name, theirs in renamed.items()}
-    optional = {*architecture.copies(cfg), *architecture.constants(cfg)}
+    shapes = {**wanted, **{name: shape for name, shape in spare.items() if name in found}}
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "not known": [name for name in found if name not in wanted and name not in optional],
+        "not known": [name for name in found if name not in known],
         "of another shape": [
             f"{name} {list(found[name])} and not {list(shape)}"
-            for name, shape in wanted.items()
+            for name, shape in shapes.items()
             if name in found and found[name] != shape
         ],
         f"of a type that is not {', '.join(FLOATS)}": [
@@ -148,7 +152,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _read_parameters(
-    folder: Folder, parts: list[Any], renamed: Mapping[str, str]
+    folder: Folder, parts: list[Part], renamed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return our parameters by path, in float32."""
     waiting: dict[str, np.ndarray] = {}
@@ -209,10 +213,22 @@ def _write_run_files(
     manifests.write_whole(unfinished / "data.json", json.dumps(data, indent=2) + "\n")
 
 
-def _keep(target: Path, folder: Folder, name: str) -> None:
+def _keep(
+    target: Path, folder: Folder, architecture: Any, cfg: Any, renamed: Mapping[str, str]
+) -> None:
     """Keep what the way back needs to give the same files."""
     target.mkdir()
     for file in folder.beside():
         shutil.copyfile(file, target / file.name)
-    layout = {"architecture": name, "files": folder.layout()}
+    layout = {"architecture": folder.config["model_type"], "files": folder.layout(renamed)}
     manifests.write_whole(target / LAYOUT, json.dumps(layout) + "\n")
+    unused = {name: part.unused for part in architecture.parts(cfg) for name, _ in part.theirs}
+    unused = {name: rows for name, rows in unused.items() if rows}
+    spare = architecture.spare(cfg)
+    names = [name for name, theirs in renamed.items() if theirs in spare or theirs in unused]
+    kept = {
+        renamed[name]: array[: unused.get(renamed[name], len(array))]
+        for name, array in folder.read(names)
+    }
+    if kept:
+        safetensors_file.write(target / UNUSED, kept, order=list(kept), metadata=None)

@@ -19,12 +19,14 @@ class Part(NamedTuple):
       theirs: names and shapes of the tensors it is made of.
       join: their arrays, in this order -> ours.
       split: ours -> their arrays.
+      unused: rows at the head of theirs that ours has not, and that the way back takes from the folder.
     """
 
     ours: str
     theirs: tuple[tuple[str, Shape], ...]
     join: Callable[..., np.ndarray]
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
+    unused: int = 0
 
 
 def reshaped(ours: str, name: str, shape: Shape, our_shape: Shape | None = None) -> Part:
@@ -52,6 +54,26 @@ def table(ours: str, name: str, vocab_size: int, model_dim: int) -> Part:
         ((name, (vocab_size, model_dim)),),
         lambda x: np.pad(x, ((0, rows), (0, 0))),
         lambda x: [x[:vocab_size]],
+    )
+
+
+def padded(ours: str, name: str, vocab_size: int) -> Part:
+    """Return a vector [V], ours padded with zeros."""
+    rest = pad_vocab(vocab_size) - vocab_size
+    return Part(
+        ours, ((name, (vocab_size,)),), lambda x: np.pad(x, (0, rest)), lambda x: [x[:vocab_size]]
+    )
+
+
+def rows(ours: str, name: str, shape: Shape, *, unused: int) -> Part:
+    """Return a table of our shape [R, D]; theirs has `unused` rows before ours."""
+    theirs = (shape[0] + unused, *shape[1:])
+    return Part(
+        ours,
+        ((name, theirs),),
+        lambda x: x[unused:],
+        lambda x: [np.pad(x, ((unused, 0), (0, 0)))],
+        unused,
     )
 
 

@@ -13,6 +13,7 @@ from lm.config import ConfigError
 
 KEPT = "huggingface"  # in a run's folder: the files that it was made of, but for the weights
 LAYOUT = "layout.json"  # there: how the weights lay in theirs
+UNUSED = "unused.safetensors"  # there: numbers of theirs that the model does not use
 
 
 class Converted(NamedTuple):

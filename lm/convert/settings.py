@@ -1,6 +1,6 @@
 """The settings in a folder's config.json, each read with its type and its default."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lm.config import ConfigError
@@ -10,13 +10,15 @@ MOST = 1 << 31  # no size of a model is larger
 
 
 class Settings:
-    """A config.json's object; `where` names it in errors.
+    """A config.json's object; `where` names it in errors, and `tensors` are the folder's, where there is one.
 
     A default is the one that transformers has for the architecture: configs leave such settings out.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
+    def __init__(
+        self, values: Mapping[str, Any], where: str, tensors: Collection[str] = ()
+    ) -> None:
+        self.values, self.where, self.tensors = values, where, tensors
 
     def __contains__(self, key: str) -> bool:
         return key in self.values and self.values[key] is not None

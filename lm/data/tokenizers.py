@@ -43,15 +43,16 @@ _CHUNK = 1 << 16  # characters encoded at a time: bounds the memory of one long 
 class Tokenizer:
     """Encode text as int32 ids below `vocab_size` and decode them.
 
-    `end_of_text` is the id between documents, counted in `vocab_size`. `token_bytes` int32
-    [vocab_size] is how many bytes of UTF-8 text each id stands for (0 for end of text), so the sum
-    over an encoded text is the text's size. `fingerprint` is a hex digest of all that encoding
-    depends on.
+    `end_of_text` is the id between documents, counted in `vocab_size`; a text that is made ends before any
+    of `stop_tokens`. `token_bytes` int32 [vocab_size] is how many bytes of UTF-8 text each id stands for (0
+    for end of text), so the sum over an encoded text is the text's size. `fingerprint` is a hex digest of
+    all that encoding depends on.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
+    stop_tokens: tuple[int, ...]
     token_bytes: np.ndarray
     fingerprint: str
     specials: Mapping[str, int] = {}  # ids by the tasks' names: cls, sep, mask, sentinel_0, ...
@@ -87,6 +88,7 @@ class Byte(Tokenizer):
     name = "byte"
     vocab_size = 257
     end_of_text = 256
+    stop_tokens = (256,)
     token_bytes = np.array([1] * 256 + [0], np.int32)
     fingerprint = "byte"
 
@@ -111,6 +113,7 @@ class Char(Tokenizer):
         self.characters = "".join(sorted(set(characters)))
         codes = np.array([ord(c) for c in self.characters], np.int64)
         self.end_of_text = len(codes)
+        self.stop_tokens = (self.end_of_text,)
         self.vocab_size = len(codes) + 1
         sizes = [len(c.encode()) for c in self.characters]
         self.token_bytes = np.array([*sizes, 0], np.int32)
@@ -152,6 +155,7 @@ class SentencePiece(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.get_piece_size()
         self.end_of_text = self._processor.eos_id()
+        self.stop_tokens = (self.end_of_text,)
         self.token_bytes = np.array([self._size(i) for i in range(self.vocab_size)], np.int32)
         self.fingerprint = f"sentencepiece-{digest(model)}"
         pieces = [f"<0x{byte:02X}>" for byte in _SPACE.encode()]

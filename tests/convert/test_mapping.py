@@ -41,14 +41,16 @@ def test_split_undoes_join(name, parity):
     for part in architecture.parts(cfg):
         arrays = [fixture.weight[name] for name, _ in part.theirs]
         for before, after in zip(arrays, part.split(part.join(*arrays)), strict=True):
-            np.testing.assert_array_equal(before, after)
+            np.testing.assert_array_equal(before[part.unused :], after[part.unused :])
+            assert not after[: part.unused].any()
 
 
 def test_what_is_written_is_read_as_the_same_config(name, parity):
     architecture, cfg = config_of(parity(name))
     written = Settings(architecture.write(cfg), "config.json")
     again = type(cfg)(**architecture.read(written))
-    derived = getattr(cfg, "sizes", {})
+    names = {field.name for field in dataclasses.fields(cfg)}
+    derived = {name: size for name, size in cfg.sizes.items() if name in names}
     assert dataclasses.replace(again, **derived) == dataclasses.replace(cfg, **derived)
 
 

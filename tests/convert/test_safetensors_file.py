@@ -70,7 +70,8 @@ def test_all_numbers_of_16_bits_are_exact_in_float32(tmp_path, dtype):
     safetensors_file.write(path, {"x": numbers}, order=["x"], metadata=None)
     ((_, found),) = safetensors_file.read(path, safetensors_file.read_header(path).entries)
     assert found.tobytes() == numbers.tobytes()
-    wide, nan = found.astype(np.float32), np.isnan(numbers)
+    wide = found.astype(np.float32)
+    nan = np.isnan(wide)
     np.testing.assert_array_equal(
         wide[~nan].astype(dtype).view(np.uint16), numbers[~nan].view(np.uint16)
     )

@@ -92,6 +92,7 @@ def test_the_vocabulary_counts_end_of_text_which_is_no_text(tokenizer):
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
     assert tokenizer.token_bytes[tokenizer.end_of_text] == 0
     assert tokenizer.decode([tokenizer.end_of_text]) == ""
+    assert tokenizer.stop_tokens == (tokenizer.end_of_text,)
 
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):

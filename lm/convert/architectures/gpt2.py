@@ -13,6 +13,8 @@ from lm.models import gpt
 FAMILY = "gpt"
 CLASSES = ("GPT2LMHeadModel", "GPT2Model")
 PREFIX = "transformer."
+ALIASES: tuple[tuple[str, str], ...] = ()
+FREE: frozenset[str] = frozenset()
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu"}
 
 
@@ -125,3 +127,8 @@ def constants(cfg: gpt.Config) -> dict[str, Callable[[], np.ndarray]]:
         return np.tri(cfg.max_length, dtype=np.float32)[None, None]
 
     return {f"{PREFIX}h.{n}.attn.bias": mask for n in range(cfg.num_layers)}
+
+
+def spare(cfg: gpt.Config) -> dict[str, mapping.Shape]:
+    """Return nothing: no file holds any."""
+    return {}

@@ -13,6 +13,8 @@ from lm.models import gpt
 FAMILY = "gpt"
 CLASSES = ("LlamaForCausalLM",)
 PREFIX = "model."
+ALIASES: tuple[tuple[str, str], ...] = ()
+FREE: frozenset[str] = frozenset()
 SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
@@ -194,3 +196,8 @@ def constants(cfg: gpt.Config) -> dict[str, Callable[[], np.ndarray]]:
 
     names = [f"{PREFIX}layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(cfg.num_layers)]
     return dict.fromkeys(names, frequencies)
+
+
+def spare(cfg: gpt.Config) -> dict[str, mapping.Shape]:
+    """Return nothing: no file holds any."""
+    return {}
