@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,14 @@ Schedule = Callable[[Any], Any]
 class Config:
     name: str = "adamw"  # adamw, adam (no decay), rmsprop, sgd, adafactor, lion or muon
     peak_lr: float = 1e-3  # learning rate after warm-up; under muon too it is of AdamW's size
-    schedule: str = "cosine"  # after warm-up: constant, linear, cosine, wsd or inverse_sqrt
+    schedule: str = (
+        "cosine"  # after warm-up: constant, linear, cosine, wsd, inverse_sqrt, exponential
+    )
     warmup: Duration = "2%"  # duration of the linear rise to peak_lr
     decay: Duration = "20%"  # duration of the linear fall that ends a wsd schedule
+    hold: Duration = "6 epochs"  # duration at peak_lr before an exponential schedule falls
+    fall_every: Duration = "1 epoch"  # duration between its falls, the first of which ends the hold
+    fall_factor: float = 1 / 1.2  # of the learning rate, at each fall
     final_lr_fraction: float = 0.1  # learning rate at the last step over peak_lr
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.95  # decay of the second moment (lion: of its only one)
@@ -50,6 +55,9 @@ class Config:
 
     ONLY_FOR: ClassVar = {
         "decay": ("schedule", ("wsd",)),
+        "hold": ("schedule", ("exponential",)),
+        "fall_every": ("schedule", ("exponential",)),
+        "fall_factor": ("schedule", ("exponential",)),
         "final_lr_fraction": ("schedule", ("linear", "cosine", "wsd")),
         "beta1": ("name", ("adamw", "adam", "lion", "muon")),
         "beta2": ("name", ("adamw", "adam", "rmsprop", "lion", "muon")),
@@ -77,6 +85,7 @@ class Config:
         _check(
             self, "final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "use a number in [0, 1]"
         )
+        _check(self, "fall_factor", 0 < self.fall_factor <= 1, "use a number in (0, 1]")
         for field in ("weight_decay_rules", "lr_rules"):
             for pattern, factor in getattr(self, field):
                 _check(self, field, factor >= 0, f"the factor of {pattern!r} must be >= 0")
@@ -183,43 +192,65 @@ def _scale_leaves(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-# Schedules: (config, steps after warm-up, steps of decay, steps of warm-up) -> schedule that counts
-# from the end of warm-up.
+class Steps(NamedTuple):
+    """Durations of a schedule, in steps."""
+
+    warmup: int
+    length: int  # after warm-up
+    decay: int
+    hold: int
+    fall_every: int
 
 
-def _constant(cfg, length, decay, warmup):
+# Schedules: (config, durations) -> schedule that counts from the end of warm-up.
+
+
+def _constant(cfg, steps):
     return optax.constant_schedule(cfg.peak_lr)
 
 
-def _linear(cfg, length, decay, warmup):
-    return optax.linear_schedule(cfg.peak_lr, cfg.peak_lr * cfg.final_lr_fraction, max(1, length))
+def _linear(cfg, steps):
+    last = cfg.peak_lr * cfg.final_lr_fraction
+    return optax.linear_schedule(cfg.peak_lr, last, max(1, steps.length))
 
 
-def _cosine(cfg, length, decay, warmup):
-    return optax.cosine_decay_schedule(cfg.peak_lr, max(1, length), alpha=cfg.final_lr_fraction)
+def _cosine(cfg, steps):
+    length = max(1, steps.length)
+    return optax.cosine_decay_schedule(cfg.peak_lr, length, alpha=cfg.final_lr_fraction)
 
 
-def _wsd(cfg, length, decay, warmup):
+def _wsd(cfg, steps):
     """Warm-up, stable, decay: Hu et al. 2024 (MiniCPM), arXiv 2404.06395, with a linear decay."""
-    decay = min(decay, length)
-    return optax.join_schedules(
-        [optax.constant_schedule(cfg.peak_lr), _linear(cfg, decay, decay, warmup)], [length - decay]
-    )
+    decay = min(steps.decay, steps.length)
+    fall = _linear(cfg, steps._replace(length=decay))
+    constant = optax.constant_schedule(cfg.peak_lr)
+    return optax.join_schedules([constant, fall], [steps.length - decay])
 
 
-def _inverse_sqrt(cfg, length, decay, warmup):
+def _inverse_sqrt(cfg, steps):
     """peak sqrt(warmup / step), as in Vaswani et al. 2017, arXiv 1706.03762."""
-    start = max(1, warmup)
+    start = max(1, steps.warmup)
     # optax asks for counts before the schedule's start too, and drops the answer.
     return lambda count: cfg.peak_lr * (start / (start + jnp.maximum(count, 0))) ** 0.5
 
 
-SCHEDULES: dict[str, Callable[[Config, int, int, int], Schedule]] = {
+def _exponential(cfg, steps):
+    """Constant, then smaller by one factor at each fall, as in Zaremba et al. 2014, arXiv 1409.2329."""
+
+    def schedule(count):
+        falls = (count - steps.hold) // max(1, steps.fall_every) + 1
+        return cfg.peak_lr * cfg.fall_factor ** jnp.maximum(falls, 0)
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[Config, Steps], Schedule]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
     "wsd": _wsd,
     "inverse_sqrt": _inverse_sqrt,
+    "exponential": _exponential,
 }
 
 
@@ -236,11 +267,16 @@ def build_schedule(
     """
     warmup, decay = to_steps(cfg.warmup, "optim.warmup"), to_steps(cfg.decay, "optim.decay")
     used = {"warmup": warmup} | ({"decay": decay} if cfg.schedule == "wsd" else {})
-    for field, steps in used.items():
+    for field, span in used.items():
         fix = f"longer than the run of {num_steps} steps; shorten it, for example to '10%'"
-        _check(cfg, field, 0 <= steps <= num_steps, fix)
+        _check(cfg, field, 0 <= span <= num_steps, fix)
     rise = optax.linear_schedule(cfg.peak_lr / (warmup + 1), cfg.peak_lr, max(1, warmup))
-    rest = SCHEDULES[cfg.schedule](cfg, num_steps - warmup, decay, warmup)
+    hold, fall_every = (
+        to_steps(getattr(cfg, field), f"optim.{field}") if cfg.schedule == "exponential" else 0
+        for field in ("hold", "fall_every")
+    )
+    steps = Steps(warmup, num_steps - warmup, decay, hold, fall_every)
+    rest = SCHEDULES[cfg.schedule](cfg, steps)
     return optax.join_schedules([rise, rest], [warmup])
 
 

@@ -93,6 +93,7 @@ ENDS = {
     "cosine": 2e-4,
     "wsd": 2e-4,
     "inverse_sqrt": 2e-3 * 0.1**0.5,
+    "exponential": 2e-3 / 1.2**7,  # 42 steps of holding, then a fall every 7
 }
 
 
@@ -115,6 +116,18 @@ def test_every_schedule_hits_its_end_points(name):
 def test_a_run_of_a_step_has_a_rate(name, num_steps):
     _, schedule = build(num_steps, schedule=name)
     assert all(0 < schedule(step) <= 1e-3 for step in range(num_steps))
+
+
+def test_an_exponential_schedule_holds_and_then_falls_by_a_factor_each_time():
+    """The medium recipe of Zaremba et al. 2014: six epochs at 1, then each epoch 1.2 times smaller."""
+    _, schedule = build(schedule="exponential", peak_lr=1.0, warmup=0)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(100)))
+    epochs = np.arange(100) // 7
+    np.testing.assert_allclose(rates, 1.2 ** -np.maximum(epochs - 5, 0.0), rtol=1e-6)
+    fields = {"schedule": "exponential", "hold": 3, "fall_every": "20 tokens", "fall_factor": 0.5}
+    _, schedule = build(**fields, peak_lr=1.0, warmup=0)
+    rates = [float(schedule(step)) for step in range(8)]
+    np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125], rtol=1e-6)
 
 
 def test_no_warmup_starts_at_the_peak():
@@ -167,7 +180,7 @@ def test_a_parameter_that_no_rule_matches_is_named(field):
         {"name": "adam2"}, {"schedule": "cosin"}, {"peak_lr": 0.0}, {"beta1": 1.0},
         {"clip_norm": -1.0}, {"final_lr_fraction": 2.0}, {"ema_decay": 1.0},
         {"lr_rules": (("(", 1.0),)},
-        {"weight_decay_rules": ((".*", -1.0),)}, {"muon_steps": 0},
+        {"weight_decay_rules": ((".*", -1.0),)}, {"muon_steps": 0}, {"fall_factor": 1.1},
     ],
 )  # fmt: skip
 def test_bad_values_are_named(fields):

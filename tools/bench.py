@@ -3,6 +3,7 @@
     python -m tools.bench --config experiments/gpt_small.py
     python -m tools.bench --config experiments/gpt2_small.py --peer transformers
     python -m tools.bench --config experiments/gpt2_small.py --decode --peer transformers
+    python -m tools.bench --config experiments/lstm_small.py --config.optim.name=adamw --peer torch
 
 The tokens are random, of a vocabulary as large as the config's. Machines are noisy: what is compared
 takes turns, A B A B, in one run, and the ratio of each round counts, not those of separate runs.
@@ -20,14 +21,43 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm import command
 from lm import config as config_lib
 from lm.config import ConfigError
 from tools.bench_pipe import Side, SideError
 
-PEERS = {"transformers": "tools.bench_peer"}
+
+class Peer(NamedTuple):
+    """Somebody else's models.
+
+    Attributes:
+      module: what their process runs.
+      needs: libraries of its interpreter.
+      families: of our models that it has one like.
+    """
+
+    module: str
+    needs: tuple[str, ...]
+    families: tuple[str, ...]
+
+
+PEERS = {
+    "transformers": Peer("tools.bench_peer", ("torch", "transformers"), ("bert", "gpt", "t5")),
+    "torch": Peer("tools.bench_peer", ("torch",), ("rnn",)),
+    "flax": Peer("tools.bench_flax", ("flax", "optax"), ("rnn",)),
+}
+# Fields of a family that a peer has nothing like, and the only values that can be compared.
+ALIKE: dict[str, dict[str, tuple]] = {
+    "bert": {"next_sentence": (False,), "activation": ("gelu_erf", "gelu", "relu")},
+    "gpt": {},
+    "rnn": {
+        "embed_dim": (0,), "num_heads": (0,), "dropout_mask": ("position",),
+        "hidden_dropout": (0.0,), "weight_dropout": (0.0,), "embed_dropout": (0.0,),
+    },
+    "t5": {"activation": ("relu", "geglu")},
+}  # fmt: skip
 TRAIN_STEPS, DECODE_STEPS = 3, 128
 
 
@@ -50,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--decode", action="store_true", help="measure generation at batch 1 instead of training"
     )
     parser.add_argument(
-        "--peer", choices=sorted(PEERS), help="take turns with GPT-2 of the same shape"
+        "--peer", choices=sorted(PEERS), help="take turns with a model of the same shape"
     )
     parser.add_argument(
         "--peer_python",
@@ -99,13 +129,8 @@ def checked_config(args: argparse.Namespace, assignments: list[str]) -> Any:
 
     given = config_lib.override(config_lib.load(args.config), assignments, SCHEMA)
     config = config_lib.complete(given, SCHEMA)
-    if args.peer and config.model.name != "gpt":
-        raise ConfigError(f"--peer: is a GPT-2, and model.name={config.model.name!r}; leave it out")
-    if args.peer and not args.decode and config.optim.name != "adamw":
-        raise ConfigError(
-            f"--peer: trains with AdamW, and optim.name={config.optim.name!r}; "
-            "add --config.optim.name=adamw"
-        )
+    if args.peer:
+        _check_alike(config, args)
     length = config.task.length + config.task.context
     if args.decode and args.steps + 16 > length:
         raise ConfigError(
@@ -114,8 +139,32 @@ def checked_config(args: argparse.Namespace, assignments: list[str]) -> Any:
     return given
 
 
+def _check_alike(config: Any, args: argparse.Namespace) -> None:
+    """Refuse what the peer cannot be compared in."""
+    name = config.model.name
+    if name not in PEERS[args.peer].families:
+        others = [peer for peer, kind in PEERS.items() if name in kind.families]
+        fix = f"use {' or '.join(others)}" if others else "leave it out"
+        raise ConfigError(f"--peer={args.peer}: has nothing like model.name={name!r}; {fix}")
+    if args.decode and name != "gpt":
+        raise ConfigError(f"--peer={args.peer}: decodes GPT-2 alone; leave --decode or --peer out")
+    if not args.decode and config.optim.name != "adamw":
+        raise ConfigError(
+            f"--peer: trains with AdamW, and optim.name={config.optim.name!r}; "
+            "add --config.optim.name=adamw"
+        )
+    for field, values in ALIKE[name].items():
+        if config.model[field] not in values:
+            raise ConfigError(
+                f"--peer={args.peer}: has nothing like model.{field}={config.model[field]!r}; "
+                f"add --config.model.{field}={values[0]}"
+            )
+
+
 def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Return all that was measured of `config`: facts of each side, and times by turn."""
+    if args.peer:
+        _check_peer(args)
     # On a GPU shared with a peer, memory is taken as it is needed.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if args.peer else {}
     load, started = os.getloadavg()[0], time.time()
@@ -130,8 +179,8 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         turns = {"ours": partial(ours.call, turn, steps=args.steps)}
         with contextlib.ExitStack() as stack:
             if args.peer:
-                _check_peer(args.peer_python)
-                peer = stack.enter_context(Side(PEERS[args.peer], python=args.peer_python))
+                side = Side(PEERS[args.peer].module, python=args.peer_python, **shared)
+                peer = stack.enter_context(side)
                 report["peer"] = {"name": args.peer, **_prepare_peer(peer, facts, args)}
                 for mode in report["peer"]["modes"]:
                     turns[mode] = partial(peer.call, "run", mode=mode, steps=args.steps)
@@ -146,11 +195,13 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _check_peer(python: str) -> None:
-    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+def _check_peer(args: argparse.Namespace) -> None:
+    needs = PEERS[args.peer].needs
+    imports = [args.peer_python, "-c", f"import {', '.join(needs)}"]
+    if subprocess.run(imports, capture_output=True).returncode:
         raise ConfigError(
-            f"--peer: {python} has no torch or transformers; pip install -e '.[bench]', or name another "
-            "interpreter with --peer_python"
+            f"--peer: {args.peer_python} has no {' or '.join(needs)}; pip install -e '.[bench]', or name "
+            "another interpreter with --peer_python"
         )
 
 
@@ -210,9 +261,11 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 def describe(report: dict[str, Any]) -> str:
     """Return the report in words."""
     ours, steps = report["ours"], report["steps_per_turn"]
+    sizes = ("family", "num_layers", "model_dim", "vocab_size", "rows", "length")
+    shape = " ".join(f"{key}={ours['shape'][key]}" for key in sizes if key in ours["shape"])
     lines = [
         f"device      {ours['devices']} x {ours['device']}, jax {ours['jax']}",
-        f"model       {ours['parameters']:,} parameters; {ours['shape']}",
+        f"model       {ours['parameters']:,} parameters; {shape}",
         f"first step  {ours['first_step_s']:.1f} s after the start of the process",
         f"peak memory {ours['peak_bytes'] / 2**20:,.0f} MiB",
     ]
@@ -267,7 +320,7 @@ def _comparison(report: dict[str, Any]) -> list[str]:
     """Return the lines on the peer: its modes, and the ratio of each round to its fastest."""
     peer, seconds = report["peer"], report["seconds"]
     lines = [
-        f"peer        {peer['name']} on torch {peer['torch']}: {peer['parameters']:,} parameters; "
+        f"peer        {peer['name']} on {peer['library']}: {peer['parameters']:,} parameters; "
         f"peak memory {peer['peak_bytes'] / 2**20:,.0f} MiB"
     ]
     fastest = min(peer["modes"], key=lambda mode: statistics.median(seconds[mode]))

@@ -127,19 +127,20 @@ class Ours:
         )
 
     def _shape(self) -> dict[str, Any]:
+        """Return what a peer needs to know: the model's fields, and of the task and the batch."""
         made, cfg = self.made, self.made.cfg["model"]
-        shape = {
-            "vocab_size": cfg.vocab_size,
+        return {
+            **dataclasses.asdict(cfg),
+            **getattr(cfg, "sizes", {}),
+            "family": cfg.name,
+            "stateful": made.stateful,
+            "source_length": made.task.source_length,
+            "max_scored": made.task.max_scored,
             "length": made.task.row_length,
             "rows": made.cfg["data"].batch_size,
             "accumulate_steps": made.cfg["train"].accumulate_steps,
             "prompt": PROMPT,
-            "num_layers": cfg.num_layers,
-            "model_dim": cfg.model_dim,
         }
-        if cfg.name == "gpt":
-            shape |= {"num_heads": cfg.num_heads, "mlp_dim": cfg.sizes["mlp_dim"]}
-        return shape
 
     def _prepare_training(self) -> dict[str, Any]:
         with sharding.use(self.made.mesh):

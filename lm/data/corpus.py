@@ -144,6 +144,8 @@ def _key(cfg: Config, source: sources.Source, tokenizer: Tokenizer | None) -> st
     settings: list[Any] = [cfg.tokenizer, None, None]
     if cfg.tokenizer == "sentencepiece":
         settings[1:] = [cfg.vocab_size, cfg.sentencepiece_model]
+    if cfg.tokenizer == "word":
+        settings[1] = cfg.vocab_size
     encoder = tokenizer.fingerprint if tokenizer else settings
     parts = [FORMAT, source.fingerprint(), encoder, cfg.validation_fraction]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

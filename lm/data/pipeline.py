@@ -30,7 +30,9 @@ class Config:
     target_field: str = ""  # of pairs: the target's name, or column number
     label_field: str = ""  # of labelled texts: the label's name, or column number
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
-    tokenizer: str = "sentencepiece"  # byte, char, sentencepiece or file (one that is given)
+    tokenizer: str = (
+        "sentencepiece"  # byte, char, word (between spaces), sentencepiece or file (given)
+    )
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
     sentencepiece_model: str = "unigram"  # unigram or bpe
@@ -41,7 +43,7 @@ class Config:
     prefetch_batches: int = 8  # batches made ahead
 
     ONLY_FOR: ClassVar[dict[str, tuple[str, tuple]]] = {
-        "vocab_size": ("tokenizer", ("sentencepiece",)),
+        "vocab_size": ("tokenizer", ("sentencepiece", "word")),
         "sentencepiece_model": ("tokenizer", ("sentencepiece",)),
         "tokenizer_path": ("tokenizer", ("file",)),
     }

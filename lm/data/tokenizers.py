@@ -25,7 +25,7 @@ import sentencepiece
 
 from lm.config import ConfigError
 
-NAMES = ("byte", "char", "sentencepiece", "file")
+NAMES = ("byte", "char", "word", "sentencepiece", "file")
 _SPACE = "\u2581"
 # One space fewer than the usual indentations as well: the last one belongs to the word after it.
 _NEWLINES = [
@@ -202,8 +202,8 @@ class SentencePiece(Tokenizer):
 def train(name: str, texts: Iterable[str], *, vocab_size: int, model: str) -> Tokenizer:
     """Return the tokenizer `name` for `texts`, which are read once.
 
-    `vocab_size` and `model` ("unigram" or "bpe") are SentencePiece's; `texts` is of use to it and
-    to char. Raises ConfigError for an unknown name or a size that the texts do not allow.
+    `vocab_size` is of use to SentencePiece and word, `model` ("unigram" or "bpe") to the former, `texts`
+    to both and to char. Raises ConfigError for an unknown name or a size that the texts do not allow.
     """
     if name == "byte":
         return Byte()
@@ -212,6 +212,10 @@ def train(name: str, texts: Iterable[str], *, vocab_size: int, model: str) -> To
         for text in texts:
             characters.update(text)
         return Char(characters)
+    if name == "word":
+        from lm.data import words  # here, because it imports this file
+
+        return words.train(texts, vocab_size=vocab_size)
     if name != "sentencepiece":  # "file" is opened, not trained: `lm.data.external`
         raise ConfigError(f"data.tokenizer={name}: no such tokenizer; use {', '.join(NAMES)}")
     lines = [line for text in texts for line in _lines(text)]
@@ -227,6 +231,10 @@ def load(folder: str | Path) -> Tokenizer:
             return Byte()
         if name == "char":
             return Char(settings["characters"])
+        if name == "word":
+            from lm.data import words  # here, because it imports this file
+
+            return words.Word(settings["words"])
         if name in ("huggingface", "llama2c"):
             from lm.data import external  # here, because it imports this file
 

@@ -2,7 +2,9 @@
 
 "Recurrent neural network based language model", Mikolov et al. 2010; "Recurrent Neural Network
 Regularization", Zaremba et al. 2014 (arXiv 1409.2329); the head tied to the embedding: Press and Wolf
-2017 (1608.05859), through a projection where the widths differ: Inan et al. 2016 (1611.01462);
+2017 (1608.05859), through a projection where the widths differ: Inan et al. 2016 (1611.01462); one dropout
+mask a row, dropout of words: Gal and Ghahramani 2016 (1512.05287); DropConnect: Merity et al. 2017
+(1708.02182);
 self-attention over the recurrent features: Cheng et al. 2016 (1601.06733), Merity 2019 (1911.11423).
 
 What differs: attention is one pre-normed residual block above the recurrent layers, without
@@ -24,7 +26,8 @@ from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear
 from lm.nn.norm import Norm
-from lm.nn.recurrent import CELLS, Recurrent
+from lm.nn.recurrence import CELLS
+from lm.nn.recurrent import Recurrent, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,19 @@ class Config:
     max_length: int = 0  # positions of a row; 0 = the task's row
     tied: bool = True  # the head is the embedding
     dropout: float = 0.0  # probability, on the input of every layer and on the features
+    dropout_mask: str = "position"  # of dropout: one a position, or one a row for all its positions
+    hidden_dropout: float = 0.0  # probability, on the state in recurrent products, one mask a row
+    weight_dropout: float = 0.0  # probability, on the elements of recurrent kernels (DropConnect)
+    embed_dropout: float = 0.0  # probability, on whole words of the vocabulary, as inputs
+    init_scale: float = (
+        0.0  # parameters start uniform in +- this, biases too; 0 = each layer's own way
+    )
     mask: str = ""  # of attention: causal or segments (documents apart); "" = as the task packs
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     def __post_init__(self):
         check_option(self, "cell", tuple(CELLS))
+        check_option(self, "dropout_mask", ("position", "row"))
         check_option(self, "mask", ("", "causal", "segments"))
         check_option(self, "dtype", ("", "float32", "bfloat16"))
         for field, least in (
@@ -54,8 +65,13 @@ class Config:
         ):
             if getattr(self, field) < least:
                 raise ConfigError(f"model.{field}={getattr(self, field)}: use at least {least}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
+        for field in ("dropout", "hidden_dropout", "weight_dropout", "embed_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(
+                    f"model.{field}={getattr(self, field)}: use a probability in [0, 1)"
+                )
+        if self.init_scale < 0:
+            raise ConfigError(f"model.init_scale={self.init_scale}: use 0 or more")
         if self.num_heads and self.model_dim % self.num_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
@@ -89,9 +105,14 @@ class Model(nn.Module):
     def setup(self):
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         D, E = cfg.model_dim, cfg.sizes["embed_dim"]
-        init = nn.initializers.lecun_normal()
-        self.embed = Embed(cfg.vocab_size, E, dtype, nn.initializers.normal(E**-0.5))
-        self.recurrent = Recurrent(cfg.cell, cfg.num_layers, D, dtype, cfg.dropout)
+        init = uniform(cfg.init_scale) if cfg.init_scale else nn.initializers.lecun_normal()
+        embed_init = init if cfg.init_scale else nn.initializers.normal(E**-0.5)
+        self.embed = Embed(cfg.vocab_size, E, dtype, embed_init)
+        self.embed_dropout = nn.Dropout(cfg.embed_dropout)
+        self.recurrent = Recurrent(
+            cfg.cell, cfg.num_layers, D, dtype, cfg.dropout, cfg.dropout_mask == "row",
+            cfg.hidden_dropout, cfg.weight_dropout, cfg.init_scale,
+        )  # fmt: skip
         if cfg.num_heads:
             self.attention_norm = Norm()
             self.attention = Attention(
@@ -116,8 +137,12 @@ class Model(nn.Module):
         cfg = self.cfg
         tokens_BL, segments_BL = batch["inputs"], batch["segments"]
         prompt = decode and tokens_BL.shape[1] > 1
-        x_BLD = self.recurrent(
-            self.embed(tokens_BL), segments_BL=segments_BL, positions_BL=batch["positions"],
+        x_BLD = self.embed(tokens_BL)
+        if train and cfg.embed_dropout:
+            kept_V = self.embed_dropout(jnp.ones(cfg.vocab_size, x_BLD.dtype), deterministic=False)
+            x_BLD = x_BLD * jnp.take(kept_V, tokens_BL, axis=0)[..., None]
+        x_BLD, _ = self.recurrent(
+            x_BLD, segments_BL=segments_BL, positions_BL=batch["positions"],
             train=train, memory="cache" if decode else "carry", fresh=prompt,
         )  # fmt: skip
         if cfg.num_heads:

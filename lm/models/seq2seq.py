@@ -22,7 +22,8 @@ from lm.config import ConfigError
 from lm.models import check_option
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear
-from lm.nn.recurrent import CELLS, Layer, State
+from lm.nn.recurrence import CELLS, State
+from lm.nn.recurrent import Layer
 
 UNSEEN = -1e30  # a score; finite, so that a source of padding alone gives numbers
 
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
                 zeros = jnp.zeros(
                     (cfg.model_dim, x.shape[0]), jnp.promote_types(self.dtype, "float32")
                 )
-                h_SHB, last = Layer(cfg.cell, cfg.model_dim, self.dtype, name=name)(
+                h_SHB, last, _ = Layer(cfg.cell, cfg.model_dim, self.dtype, name=name)(
                     x.transpose(1, 2, 0),
                     (zeros,) * CELLS[cfg.cell].num_states,
                     fresh_L1B=jnp.zeros_like(valid_S1B),
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
         valid_L1B, x_LDB = valid_BL.T[:, None], x_BLD.transpose(1, 2, 0)
         lasts = []
         for layer, state in zip(self.layers, states, strict=True):
-            x_LDB, last = layer(
+            x_LDB, last, _ = layer(
                 self.dropout(x_LDB),
                 tuple(s.T for s in state),
                 fresh_L1B=jnp.zeros_like(valid_L1B),

@@ -1,6 +1,7 @@
 """Turns are taken in order, ratios are of rounds, and mistakes end with one line and exit code 2."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_the_ratio_is_the_median_over_rounds_against_the_fastest_mode():
         "seconds": {"ours": [1.0, 10.0, 2.0], "slow": [9.0, 90.0, 9.0], "fast": [2.0, 20.0, 3.0]},
         "peer": {
             "name": "other",
-            "torch": "1",
+            "library": "other 1",
             "parameters": 2,
             "peak_bytes": 3,
             "modes": {"slow": 1.0, "fast": 2.0},
@@ -131,7 +132,24 @@ def test_calls_cross_the_pipe(side):
         (["--rounds", "0"], ["--rounds=0", "use 1 or more"]),
         (["--decode", "--steps", "17"], ["--steps=17", "32 positions"]),
         (["--peer", "transformers", *flags(**{"optim.name": "lion"})], ["optim.name=adamw"]),
-        (["--peer", "transformers", "--config.model.name=rnn"], ["model.name='rnn'"]),
+        (
+            ["--peer", "transformers", "--config.model.name=rnn"],
+            ["model.name='rnn'", "torch or flax"],
+        ),
+        (["--peer", "flax", "--config.model.name=gpt"], ["model.name='gpt'", "use transformers"]),
+        (
+            ["--peer", "flax", "--config.model.name=seq2seq"],
+            ["model.name='seq2seq'", "leave it out"],
+        ),
+        (["--peer", "torch", "--config.model.name=rnn", "--decode"], ["decodes GPT-2 alone"]),
+        (
+            ["--peer", "torch", "--config.model.name=rnn", "--config.model.num_heads=2"],
+            ["model.num_heads=2", "--config.model.num_heads=0"],
+        ),
+        (
+            ["--peer", "torch", "--peer_python", shutil.which("false"), "--config.model.name=rnn"],
+            ["has no torch;"],
+        ),
         (["--config.model.layers=2"], ["did you mean", "num_layers"]),
     ],
 )
