@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +28,10 @@ print(prepared, min(faults() for _ in range(8)))
 """
 
 
-def run(*arguments):
+def run(*arguments, script=FAULTS):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", FAULTS, *arguments]
+    command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -48,3 +49,24 @@ def test_an_installed_accelerator_is_left_alone(monkeypatch):
     monkeypatch.setattr(startup, "ACCELERATOR_PLUGINS", ("json",))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert startup.prepare() is False
+
+
+HUGE = """
+import re, sys
+from lm import startup
+if "prepare" in sys.argv:
+    assert startup.prepare()
+import jax, jax.numpy as jnp
+jnp.ones(2**26).block_until_ready()
+print(re.search(r"AnonHugePages: +(\\d+) kB", open("/proc/self/smaps_rollup").read())[1])
+"""
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not THP.exists() or "[madvise]" not in THP.read_text(), reason="of this kernel's setting"
+)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_large_arrays_lie_in_huge_pages():
+    """An array of 256 MiB, where the system gives such pages to those that ask."""
+    assert int(run("prepare", script=HUGE)[0]) > 200 * 1024 > int(run(script=HUGE)[0])

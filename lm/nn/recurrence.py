@@ -40,9 +40,8 @@ class Cell(NamedTuple):
     reads: tuple[int, ...]  # states that `update` reads
     gates: Callable[[jax.Array], jax.Array]  # pre-activations [K, H, B] -> gates [K, H, B], kept
     update: Callable[[jax.Array, State], State]  # (gates, state) -> state
-    pull: Callable[
-        [jax.Array, jax.Array], jax.Array
-    ]  # (gates, their gradient) -> of pre-activations
+    # (gates, states before and after, gradients of these) -> gradients of pre-activations, states before
+    pull: Callable[[jax.Array, State, State, State], tuple[jax.Array, State]]
 
 
 def _slots(array_KHB: jax.Array) -> list[jax.Array]:
@@ -59,8 +58,9 @@ def _elman_update(gates_KHB: jax.Array, state: State) -> State:
     return (gates_KHB[0],)
 
 
-def _elman_pull(gates_KHB: jax.Array, d_KHB: jax.Array) -> jax.Array:
-    return d_KHB * (1 - gates_KHB) * (1 + gates_KHB)
+def _elman_pull(gates_KHB, before: State, after: State, dafter: State):
+    (dh,) = dafter
+    return dh[None] * (1 - gates_KHB) * (1 + gates_KHB), (jnp.zeros_like(dh),)
 
 
 def _lstm_gates(pre_KHB: jax.Array) -> jax.Array:
@@ -76,10 +76,15 @@ def _lstm_update(gates_KHB: jax.Array, state: State) -> State:
     return o * jnp.tanh(cell), cell
 
 
-def _lstm_pull(gates_KHB: jax.Array, d_KHB: jax.Array) -> jax.Array:
+def _lstm_pull(gates_KHB, before: State, after: State, dafter: State):
+    i, f, u, o = _slots(gates_KHB)
+    dh, tanh = dafter[0], jnp.tanh(after[1])
+    dcell = dafter[1] + dh * o * (1 - tanh) * (1 + tanh)
+    dgates_KHB = jnp.stack([dcell * u, dcell * before[1], dcell * i, dh * tanh])
     # The slope of a sigmoid s is (1 - s) s, that of a tanh t is (1 - t) (1 + t).
     is_tanh_K11 = jnp.array([0.0, 0.0, 1.0, 0.0], gates_KHB.dtype)[:, None, None]
-    return d_KHB * (1 - gates_KHB) * (gates_KHB + is_tanh_K11)
+    dpre_KHB = dgates_KHB * (1 - gates_KHB) * (gates_KHB + is_tanh_K11)
+    return dpre_KHB, (jnp.zeros_like(dh), dcell * f)
 
 
 def _gru_gates(pre_KHB: jax.Array) -> jax.Array:
@@ -99,11 +104,12 @@ def _gru_update(gates_KHB: jax.Array, state: State) -> State:
     return (new + z * (state[0] - new),)
 
 
-def _gru_pull(gates_KHB: jax.Array, d_KHB: jax.Array) -> jax.Array:
+def _gru_pull(gates_KHB, before: State, after: State, dafter: State):
     new, r, z, n_recurrent = _slots(gates_KHB)
-    dnew, _, dz, _ = _slots(d_KHB)
-    dn = dnew * (1 - new) * (1 + new)
-    return jnp.stack([dn, dn * n_recurrent * r * (1 - r), dz * z * (1 - z), dn * r])
+    dh = dafter[0]
+    dn = dh * (1 - z) * (1 - new) * (1 + new)
+    dz = dh * (before[0] - new) * z * (1 - z)
+    return jnp.stack([dn, dn * n_recurrent * r * (1 - r), dz, dn * r]), (dh * z,)
 
 
 # Order of the gates. rnn: a. lstm: i f u o. gru: of the input n r z, recurrent r z n, biases n r z n.
@@ -256,16 +262,19 @@ def _run_backward(cell: Cell, residuals, gradients):
             dpre_KHTB, dstate = carry
             t, dothers, (begin, fresh_1B, valid_1B) = inputs
             before = [jnp.zeros((H, B), wide)] * cell.num_states  # of what is not read, any value
+            after = list(before)
             for stack, i in zip(stacks, cell.reads, strict=True):
                 before[i] = _at(stack, number * T + t, 0)
+                after[i] = _at(stack, number * T + t + 1, 0)
             state = _reset(tuple(before), begin, fresh_1B)
             gates_KHB = _at(gates_LKHB, number * T + t, 0).astype(wide)
             dnew = (_at(dh_HTB, t, 1).astype(wide), *dothers)
             dnew = tuple(a + b for a, b in zip(dstate, dnew, strict=True))
-            _, pull = jax.vjp(lambda g, s: _hold(cell, g, s, valid_1B), gates_KHB, state)
-            dgates_KHB, dstate = pull(dnew)
+            dpre_KHB, dbefore = cell.pull(gates_KHB, state, tuple(after), _only(valid_1B, dnew))
+            held = _only(~valid_1B, dnew)
+            dstate = tuple(a + b for a, b in zip(dbefore, held, strict=True))
             # Behind the barrier it is computed once, not for the product and for what is kept.
-            dpre_KHB = jax.lax.optimization_barrier(cell.pull(gates_KHB, dgates_KHB).astype(dtype))
+            dpre_KHB = jax.lax.optimization_barrier(dpre_KHB.astype(dtype))
             through_DB = jnp.einsum(
                 "dgh,ghb->db", loop.weights.recurrent, dpre_KHB[K - cell.num_gates :],
                 preferred_element_type=wide,
