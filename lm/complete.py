@@ -77,7 +77,7 @@ class Completer:
             self.params,
             rows if sources is None else [[end]] * len(rows),
             sources=sources,
-            stop_token=end,
+            stop_tokens=self.tokenizer.stop_tokens,
             on_tokens=on_tokens,
             **sampling._asdict(),
         )

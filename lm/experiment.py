@@ -96,6 +96,11 @@ class Experiment:
         """Scored tokens of a full batch."""
         return self.cfg["data"].batch_size * self.task.max_scored
 
+    @property
+    def positions_per_step(self) -> int:
+        """Positions that an update computes, scored or not."""
+        return self.cfg["data"].batch_size * self.task.row_length
+
     def steps_of(self, section: str, field: str) -> int:
         """Return a duration of the config in steps."""
         value = getattr(self.cfg[section], field)
@@ -237,6 +242,12 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
         raise ConfigError(
             f"data.order='stream' goes with task.name='causal_lm', not {cfg['task'].name!r}; use shuffle"
         )
+    asked = [getattr(cfg[part], "next_sentence", False) for part in ("task", "model")]
+    if asked[0] != asked[1]:
+        raise ConfigError(
+            f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
+            "model's head go together; set both or neither"
+        )
     shards = sharding.batch_shards(mesh)
     sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
     if stateful:
@@ -372,7 +383,7 @@ def describe(made: Experiment) -> str:
             config_lib.to_json(made.config).rstrip(),
             table,
             f"mesh: {dict(made.mesh.shape)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
-            f"{flops:.3g} training FLOPs a token; the state takes {state / 2**30:.3f} GiB a device "
+            f"{flops:.3g} training FLOPs a position; the state takes {state / 2**30:.3f} GiB a device "
             "(gradients and activations come on top)",
             describe_batch(made),
         ]

@@ -9,7 +9,7 @@ encoder-decoder reads its sources in the same call.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_tokens: Collection[int] = (),
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Return for each prompt the tokens that follow it.
@@ -60,7 +60,7 @@ def generate(
       top_k: sample from the k most probable tokens only; 0 = all.
       top_p: sample from the smallest set of tokens with this probability (arXiv 1904.09751); 1 = all.
       seed: of the sampling. Token n of row b depends on (seed, b, n), not on the other rows.
-      stop_token: a row ends before this token.
+      stop_tokens: a row ends before any of these.
       on_tokens: called with (row, new tokens) as they come.
 
     Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
@@ -89,7 +89,7 @@ def generate(
             rows[b] += made
             if b in open_rows:
                 so_far = rows[b][prompted[b] :]
-                before, new[b] = len(new[b]), _cut(so_far, max_tokens, stop_token)
+                before, new[b] = len(new[b]), _cut(so_far, max_tokens, stop_tokens)
                 if len(new[b]) < len(so_far) or len(new[b]) == max_tokens:
                     open_rows.remove(b)
                 if on_tokens is not None and new[b][before:]:
@@ -112,9 +112,9 @@ def context_start(length: int, prompt_length: int, limit: int) -> int:
     return start
 
 
-def _cut(tokens: list[int], max_tokens: int, stop_token: int | None) -> list[int]:
-    tokens = tokens[:max_tokens]
-    return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
+def _cut(tokens: list[int], max_tokens: int, stop_tokens: Collection[int]) -> list[int]:
+    ends = (place for place, token in enumerate(tokens) if token in stop_tokens)
+    return tokens[: next(ends, max_tokens)][:max_tokens]
 
 
 def fill_masks(

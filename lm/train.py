@@ -231,7 +231,8 @@ class Log:
         self.latest: dict[str, float] = {}
         self._made, self._writers = made, writers
         self._every = made.cfg["train"].log_every_steps
-        self._flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
+        flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
+        self._flops_per_step = flops * made.positions_per_step
         self._peak = hardware.peak_flops() * made.mesh.size
         self._waiting: tuple[int, Any] | None = None
         self._healthy = True
@@ -274,8 +275,9 @@ class Log:
         if self._since is None or self._since[0] >= now:
             return {}
         (then, start), self._since = self._since, (now, time.perf_counter())
-        rate = (now - then) * self._made.tokens_per_step / (time.perf_counter() - start)
-        return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak}
+        rate = (now - then) / (time.perf_counter() - start)
+        mfu = rate * self._flops_per_step / self._peak
+        return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
 
 
 class Profile:

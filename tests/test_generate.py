@@ -132,17 +132,18 @@ def test_max_tokens_cuts_and_none_makes_none():
         assert greedy("learned", max_tokens=count) == [tokens[:count] for tokens in whole]
 
 
-def test_a_row_ends_before_the_stop_token_and_the_others_go_on():
+def test_a_row_ends_before_the_first_stop_token_and_the_others_go_on():
     whole, heard = greedy("learned"), {}
-    stop = whole[1][7]
-    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    stops = (whole[1][9], whole[1][7])
+    ends = [[i for i, token in enumerate(row) if token in stops] for row in whole]
+    expected = [row[: end[0]] if end else row for row, end in zip(whole, ends, strict=True)]
     assert max(map(len, expected)) > len(expected[1])
 
     def hear(row, new):
         assert new
         heard.setdefault(row, []).extend(new)
 
-    assert greedy("learned", stop_token=stop, on_tokens=hear) == expected
+    assert greedy("learned", stop_tokens=stops, on_tokens=hear) == expected
     assert heard == {row: tokens for row, tokens in enumerate(expected) if tokens}
 
 

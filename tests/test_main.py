@@ -191,7 +191,7 @@ def test_dry_run_trains_nothing(experiment, tmp_path, capsys):
         '"peak_lr": 0.01',
         "layers/block_0/attention/qkv/kernel",
         "embed heads qkv kv",
-        "FLOPs a token",
+        "FLOPs a position",
     ):
         assert word in said
     # (32, 2, 3, 16) float32 over 4 devices of fsdp.

@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from lm import checkpoint, manifests, train
+from lm import checkpoint, experiment, hardware, manifests, models, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import pipeline
@@ -67,6 +68,33 @@ class StopAfter:
                 yield batch
 
         monkeypatch.setattr(train, "place_ahead", counting)
+
+
+ENCODER = {"name": "bert", "num_layers": 1, "model_dim": 32, "num_heads": 2}
+
+
+def test_utilisation_counts_every_position_not_the_scored_ones(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda: 1e12)
+    config = tiny(
+        model=ConfigDict(ENCODER), task=ConfigDict({"name": "masked_lm", "length": 20}),
+        eval__every_steps=0,
+    )  # fmt: skip
+    train.run(config, tmp_path)
+    cfg = experiment.build(config).cfg["model"]
+    flops = models.flops_per_token(cfg, 20) * 20 / 3  # 15 % of 20 positions are scored
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "mfu" in row]
+    assert rows
+    for row in rows:
+        mfu = row["tokens_per_second"] * flops / 1e12 / len(jax.devices())
+        assert row["mfu"] == pytest.approx(mfu, rel=1e-6)
+
+
+@pytest.mark.parametrize("section", ["task", "model"])
+def test_next_sentence_is_asked_of_the_task_and_the_model(tiny, tmp_path, section):
+    sections = {"task": {"name": "masked_lm", "length": 20}, "model": dict(ENCODER)}
+    sections[section]["next_sentence"] = True
+    with pytest.raises(ConfigError, match=r"task\.next_sentence=.*set both or neither"):
+        train.run(tiny(**{name: ConfigDict(s) for name, s in sections.items()}), tmp_path)
 
 
 def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):

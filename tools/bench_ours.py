@@ -107,6 +107,8 @@ class Ours:
             self._prepare_decode()
             return {**facts, "weights": weights, "first_step_s": time.time() - started}
         full, empty = (models.flops_per_token(cfg, length) for length in (made.task.row_length, 0))
+        scored = made.tokens_per_step / made.positions_per_step
+        full, empty = full / scored, empty / scored  # of a token that is scored
         facts |= {
             "flops_full": full,
             "flops_half": (full + empty) / 2,  # causal attention counted as what it needs
