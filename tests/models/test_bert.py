@@ -95,26 +95,6 @@ def test_the_first_position_of_a_long_row_sees_the_last():
     assert moved[0, 0].max() > 1e-4
 
 
-def test_packed_documents_equal_rows_of_their_own():
-    model, packed = build(), batch_of()
-    together = features(model, packed)
-    for segment in (1, 2, 3):
-        at = np.flatnonzero(SEGMENTS[0] == segment)
-        alone = {name: np.zeros_like(x) for name, x in packed.items()}
-        for name, x in packed.items():
-            alone[name][0, : len(at)] = x[0, at]
-        np.testing.assert_allclose(together[0, at], features(model, alone)[0, : len(at)], atol=1e-5)
-
-
-def test_padding_on_the_right_changes_nothing():
-    model = build()
-    short = {name: x[:, :6] for name, x in batch_of(np.ones((B, L), np.int32)).items()}
-    padded = {name: np.pad(x, ((0, 0), (0, L - 6))) for name, x in short.items()}
-    padded["inputs"][:, 6:] = 7  # whatever stands there
-    expected = features(model, short)
-    np.testing.assert_allclose(features(model, padded)[:, :6], expected, atol=1e-5)
-
-
 def loss_of(model, params, batch):
     logits = model.apply({"params": params}, batch, method=lambda m, b: m.logits(m(b)))
     return jnp.square(logits[..., :V] / 10).mean()
@@ -458,10 +438,6 @@ def check_mesh(sizes, **fields):
     ):
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
         assert error < 1e-5 or np.abs(b).max() < 1e-7, (sharding.path_name(path), error)
-
-
-def test_a_mixed_mesh_equals_one_device():
-    check_mesh((2, 2, 2), num_layers=1)
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from safetensors import safe_open
-from safetensors.flax import load_file
 
 from lm import models, optim, sharding, step
 from lm.config import ConfigError
@@ -117,39 +114,6 @@ def test_the_first_position_of_a_long_source_sees_the_last():
     other = {**batch, "source": np.where(row == 299, 7, batch["source"])}
     encode = jax.jit(lambda b: model.apply({"params": params_of(model)}, b, method="encode"))
     assert np.abs(encode(other) - encode(batch))[0, 0].max() > 1e-4
-
-
-def alone(batch, row, segment):
-    """Return the batch with one document of a row and its source, at the begin of the first row."""
-    out = {name: np.zeros_like(x) for name, x in batch.items()}
-    for prefix in ("", "source_"):
-        at = np.flatnonzero(batch[f"{prefix}segments"][row] == segment)
-        tokens = "source" if prefix else "inputs"
-        for name in (tokens, f"{prefix}positions"):
-            out[name][0, : len(at)] = batch[name][row, at]
-        out[f"{prefix}segments"][0, : len(at)] = 1
-    return out
-
-
-@pytest.mark.parametrize("fields", [{}, V1_1], ids=["v1.0", "v1.1"])
-def test_packed_documents_equal_rows_of_their_own(fields):
-    model, packed = build(**fields), batch_of()
-    together = features(model, packed)
-    for segment in (1, 2, 3):
-        at = np.flatnonzero(SEGMENTS[0] == segment)
-        apart = features(model, alone(packed, 0, segment))
-        np.testing.assert_allclose(together[0, at], apart[0, : len(at)], atol=1e-5)
-
-
-def test_padding_on_the_right_changes_nothing():
-    model, batch = build(), batch_of(np.ones((B, L), np.int32), np.ones((B, S), np.int32))
-    short = {name: x[:, : (7 if "source" in name else 5)] for name, x in batch.items()}
-    padded = {}
-    for name, x in short.items():
-        width = (S if "source" in name else L) - x.shape[1]
-        padded[name] = np.pad(x, ((0, 0), (0, width)))
-    padded["inputs"][:, 5:] = padded["source"][:, 7:] = 7  # whatever stands there
-    np.testing.assert_allclose(features(model, padded)[:, :5], features(model, short), atol=1e-5)
 
 
 def test_positions_are_relative():
@@ -497,114 +461,7 @@ def check_mesh(sizes, **fields):
         assert error < 1e-5, (sharding.path_name(path), error)
 
 
-def test_a_mixed_mesh_equals_one_device():
-    check_mesh((2, 2, 2), num_layers=1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
 def test_every_mesh_equals_one_device(sizes):
     check_mesh(sizes, num_layers=3, scan=True, **V1_1)
-
-
-def from_transformers(weights, cfg):
-    """Return our parameters of the weights of transformers' model."""
-    H, K = cfg.num_heads, cfg.head_dim
-
-    def padded(array):
-        return np.pad(array, ((0, 128 - len(array)), (0, 0)))
-
-    def norm(name):
-        return {"scale": weights[f"{name}.weight"]}
-
-    def kernels(name, *parts):
-        return [weights[f"{name}.{part}.weight"].T.reshape(-1, H, K) for part in parts]
-
-    def out(name):
-        return {"kernel": weights[f"{name}.o.weight"].T.reshape(H, K, -1)}
-
-    def block(name, *, decoder):
-        attention, mlp = f"{name}.layer.0.SelfAttention", f"{name}.layer.{2 if decoder else 1}"
-        dense = f"{mlp}.DenseReluDense"
-        if cfg.activation == "geglu":
-            up = np.stack([weights[f"{dense}.wi_{i}.weight"].T for i in (0, 1)], axis=1)
-        else:
-            up = weights[f"{dense}.wi.weight"].T
-        made = {
-            "attention_norm": norm(f"{name}.layer.0.layer_norm"),
-            "attention": {
-                "qkv": {"kernel": np.stack(kernels(attention, "q", "k", "v"), axis=2)},
-                "out": out(attention),
-            },
-            "mlp_norm": norm(f"{mlp}.layer_norm"),
-            "mlp": {"up": {"kernel": up}, "down": {"kernel": weights[f"{dense}.wo.weight"].T}},
-        }
-        if decoder:
-            cross = f"{name}.layer.1.EncDecAttention"
-            made["cross_attention_norm"] = norm(f"{name}.layer.1.layer_norm")
-            made["cross_attention"] = {
-                "query": {"kernel": kernels(cross, "q")[0]},
-                "key_value": {"kernel": np.stack(kernels(cross, "k", "v"), axis=2)},
-                "out": out(cross),
-            }
-        return made
-
-    made = {"embed": {"embedding": padded(weights["shared.weight"])}}
-    counts = {"encoder": cfg.num_layers, "decoder": cfg.sizes["num_decoder_layers"]}
-    for stack, count in counts.items():
-        first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        made[f"{stack}_positions"] = {"bias": weights[first]}
-        made[f"{stack}_norm"] = norm(f"{stack}.final_layer_norm")
-        made[stack] = {
-            UNROLLED.format(n): block(f"{stack}.block.{n}", decoder=stack == "decoder")
-            for n in range(count)
-        }
-    if not cfg.tied:
-        made["head"] = {"kernel": padded(weights["lm_head.weight"]).T}
-    return made
-
-
-@pytest.mark.parametrize("name", ["t5", "t5_v1_1"])
-def test_equals_transformers(name):
-    path = FIXTURES / f"{name}.safetensors"
-    tensors = {key: np.asarray(x.astype(jnp.float32)) for key, x in load_file(path).items()}
-    with safe_open(path, "numpy") as file:
-        theirs = json.loads(file.metadata()["fixture"])["config"]
-    weights = {k.removeprefix("weight:"): x for k, x in tensors.items() if k.startswith("weight:")}
-    cfg = t5.Config(
-        num_layers=theirs["num_layers"],
-        num_decoder_layers=theirs["num_decoder_layers"],
-        model_dim=theirs["d_model"],
-        num_heads=theirs["num_heads"],
-        head_dim=theirs["d_kv"],
-        mlp_dim=theirs["d_ff"],
-        vocab_size=theirs["vocab_size"],
-        num_buckets=theirs["relative_attention_num_buckets"],
-        max_distance=theirs["relative_attention_max_distance"],
-        activation={"relu": "relu", "gated-gelu": "geglu"}[theirs["feed_forward_proj"]],
-        norm_epsilon=theirs["layer_norm_epsilon"],
-        tied=theirs["tie_word_embeddings"],
-    )
-    model = t5.Model(cfg)
-    params = from_transformers(weights, cfg)
-    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, params_of(model))
-    inputs = {
-        k.removeprefix("input:"): x.astype(np.int32) for k, x in tensors.items() if "input:" in k
-    }
-    batch = {
-        "inputs": inputs["decoder_input_ids"],
-        "segments": inputs["decoder_attention_mask"],
-        "source": inputs["input_ids"],
-        "source_segments": inputs["attention_mask"],
-    }
-    batch["positions"] = restarting(batch["segments"])
-    batch["source_positions"] = restarting(batch["source_segments"])
-    encoded = jax.jit(lambda: model.apply({"params": params}, batch, method="encode"))()
-    _, logits = compiled(model)(params, batch)
-    seen, source_seen = batch["segments"] > 0, batch["source_segments"] > 0
-    np.testing.assert_allclose(
-        encoded[source_seen], tensors["output:features"][source_seen], atol=2e-5
-    )
-    np.testing.assert_allclose(
-        logits[..., : cfg.vocab_size][seen], tensors["output:logits"][seen], atol=2e-5
-    )
