@@ -21,7 +21,7 @@ from lm import hardware, sharding
 from lm.config import ConfigError
 from lm.models import check_option
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
-from lm.nn.linear import Linear
+from lm.nn.linear import Linear, wide
 from lm.nn.recurrence import CELLS, State
 from lm.nn.recurrent import Layer
 
@@ -89,9 +89,7 @@ class Encoder(nn.Module):
                 if backwards:
                     x = jnp.take_along_axis(x, turned_BS[..., None], axis=1)
                 name = f"layer_{layer}{'_backwards' if backwards else ''}"
-                zeros = jnp.zeros(
-                    (cfg.model_dim, x.shape[0]), jnp.promote_types(self.dtype, "float32")
-                )
+                zeros = jnp.zeros((cfg.model_dim, x.shape[0]), wide(self.dtype))
                 h_SHB, last, _ = Layer(cfg.cell, cfg.model_dim, self.dtype, name=name)(
                     x.transpose(1, 2, 0),
                     (zeros,) * CELLS[cfg.cell].num_states,
@@ -132,7 +130,7 @@ class Attend(nn.Module):
         else:
             scores_BLS = jnp.einsum("bld,bsd->bls", h_BLD, keys_BSD)
         seen_B1S = (segments_BS > 0)[:, None]
-        scores_BLS = jnp.where(seen_B1S, scores_BLS.astype(jnp.float32), UNSEEN)
+        scores_BLS = jnp.where(seen_B1S, scores_BLS.astype(wide(self.dtype)), UNSEEN)
         weights_BLS = jax.nn.softmax(scores_BLS).astype(self.dtype)
         context_BLE = jnp.einsum("bls,bse->ble", weights_BLS, source_BSE)
         both = jnp.concatenate([context_BLE, h_BLD], axis=-1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
-from lm.nn.linear import Linear
+from lm.nn.linear import Linear, wide
 from lm.nn.norm import Norm
 from lm.nn.rotary import Rotary, rotate
 
@@ -96,7 +96,10 @@ def _attend_forward(plan: Plan, query, key, value, mask, score_bias):
     for start, end, seen in blocks:
         query_BGQK = _queries(query, start, end, scale)
         scores = jnp.einsum(
-            "bgqk,bgsk->bgqs", query_BGQK, key[:, :, :seen], preferred_element_type=jnp.float32
+            "bgqk,bgsk->bgqs",
+            query_BGQK,
+            key[:, :, :seen],
+            preferred_element_type=wide(value.dtype),
         )
         if score_bias is not None:
             bias = score_bias[:, :, :, start:end, :seen]
@@ -108,7 +111,10 @@ def _attend_forward(plan: Plan, query, key, value, mask, score_bias):
         sum_BGQ1 = exp_BGQS.sum(axis=-1, keepdims=True)
         exp_BGQS = exp_BGQS.astype(value.dtype)
         out_BGQK = jnp.einsum(
-            "bgqs,bgsk->bgqk", exp_BGQS, value[:, :, :seen], preferred_element_type=jnp.float32
+            "bgqs,bgsk->bgqk",
+            exp_BGQS,
+            value[:, :, :seen],
+            preferred_element_type=wide(value.dtype),
         )
         outs.append((out_BGQK / sum_BGQ1).astype(value.dtype))
         kept.append((exp_BGQS, sum_BGQ1))
@@ -125,7 +131,10 @@ def _attend_backward(plan: Plan, residuals, dout):
         inner_BGQ1 = (dout_BGQK * out_BGQK).sum(axis=-1, keepdims=True)
         dout_BGQK = dout_BGQK.astype(value.dtype)
         dexp_BGQS = jnp.einsum(
-            "bgqk,bgsk->bgqs", dout_BGQK, value[:, :, :seen], preferred_element_type=jnp.float32
+            "bgqk,bgsk->bgqs",
+            dout_BGQK,
+            value[:, :, :seen],
+            preferred_element_type=wide(value.dtype),
         )
         dscores = exp_BGQS * (dexp_BGQS - inner_BGQ1)
         dscores = jnp.where(_seen(mask, query, start, end, seen), dscores, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
-from lm.nn.linear import product
+from lm.nn.linear import product, wide
 
 LANES = 128  # vocabularies are padded to a multiple of it: matrix units and meshes divide it
 MASKED_LOGIT = -1e9  # finite, so that 0 * MASKED_LOGIT is 0
@@ -67,7 +67,7 @@ class Head(nn.Module):
 def _float32_product(x_BLD: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
     """Return x kernel, or x kernel^T, summed and given in float32 whatever the type of the kernel."""
     x_BLD = x_BLD.astype(kernel.dtype)
-    if kernel.dtype == jnp.float32:
+    if kernel.dtype == wide(kernel.dtype):
         return product(x_BLD, kernel, transposed)
     axes = "vd" if transposed else "dv"
     return jnp.einsum(f"bld,{axes}->blv", x_BLD, kernel, preferred_element_type=jnp.float32)

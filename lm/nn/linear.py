@@ -13,6 +13,11 @@ from lm import sharding
 ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
 
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the type of sums, norms and states: float32, or `dtype` where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Linear(nn.Module):
     """y[..., out] = x[..., in] @ kernel[in, out] (+ bias[out]), where `in` and `out` may be several axes.
 

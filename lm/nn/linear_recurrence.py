@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
-from lm.nn.linear import Linear
+from lm.nn.linear import Linear, wide
 from lm.nn.norm import Norm
 
 # Of one token. What is below it leaves nothing (2e-9), and would cost the sums over a chunk their last bits.
@@ -233,17 +233,19 @@ class LinearRecurrence(nn.Module):
 
     def _decay(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return d and log a [B, H, L], float32 or wider."""
-        H, wide = self.num_heads, jnp.promote_types(self.dtype, jnp.float32)
+        H, state_dtype = self.num_heads, wide(self.dtype)
         shape, axes = (x_BLD.shape[-1], H), ("embed", "heads")
         step_BLH = Linear(shape, axes, self.dtype, self.kernel_init, name="step")(x_BLD)
         step_BHL = sharding.constrain(step_BLH, "act_batch", "act_length", "act_heads").swapaxes(
             1, 2
         )
         bias_H, scale_H = (
-            self.param(name, nn.with_logical_partitioning(init, ("heads",)), (H,)).astype(wide)
+            self.param(name, nn.with_logical_partitioning(init, ("heads",)), (H,)).astype(
+                state_dtype
+            )
             for name, init in (("step_bias", _step_bias), ("decay_scale", _decay_scale))
         )
-        size_BHL = jax.nn.softplus(step_BHL.astype(wide) + bias_H[None, :, None])
+        size_BHL = jax.nn.softplus(step_BHL.astype(state_dtype) + bias_H[None, :, None])
         return size_BHL, jnp.maximum(-jnp.exp(scale_H)[None, :, None] * size_BHL, MIN_LOG_DECAY)
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.nn.linear import wide
+
 
 class Norm(nn.Module):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), which never has a bias.
@@ -23,7 +25,7 @@ class Norm(nn.Module):
         scale = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), width
         )
-        y = x.astype(jnp.float32)
+        y = x.astype(wide(x.dtype))
         if self.kind == "layernorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn.linear import wide
 from lm.nn.recurrence import CELLS, FORGET, State, Weights, recur
 
 # Of each layer, of each direction: h and, of an LSTM, c. Arrays [B, L, H], float32 or wider.
@@ -209,7 +210,7 @@ class Recurrent(nn.Module):
 
     def _backward(self, x_LDB, n: int, *, begin, train: bool, **masks):
         """Run the row from right to left: padding comes first, and leaves the state at zero."""
-        start = (jnp.zeros((self.hidden_dim, x_LDB.shape[2]), _wide(self.dtype)),)
+        start = (jnp.zeros((self.hidden_dim, x_LDB.shape[2]), wide(self.dtype)),)
         x_LDB, masks, begin = jax.tree.map(lambda a: jnp.flip(a, 0), (x_LDB, masks, begin))
         h_LHB, _, others = self._layer(f"layer_{n}_backward")(
             x_LDB, start * CELLS[self.cell].num_states, begin=begin, train=train, **masks
@@ -218,7 +219,7 @@ class Recurrent(nn.Module):
 
     def _remembered(self, memory: str, name: str, batch_size: int) -> Any:
         """Return the variable of a state, or a stand-in of zeros where there is no such memory."""
-        shape, dtype = (batch_size, self.hidden_dim), _wide(self.dtype)
+        shape, dtype = (batch_size, self.hidden_dim), wide(self.dtype)
         if not memory or not (
             self.is_mutable_collection(memory) or self.has_variable(memory, name)
         ):
@@ -275,9 +276,4 @@ def _to_loop(state: State) -> State:
 
 
 def _from_loop(h_LHB: jax.Array, others: State) -> State:
-    return tuple(s_LHB.transpose(2, 0, 1).astype(_wide(h_LHB.dtype)) for s_LHB in (h_LHB, *others))
-
-
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the type of states: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return tuple(s_LHB.transpose(2, 0, 1).astype(wide(h_LHB.dtype)) for s_LHB in (h_LHB, *others))

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.nn.linear import wide
+
 SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -108,6 +110,6 @@ class Rotary:
 def rotate(x_BNLK: jax.Array, waves: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the halves of each head of `x` by what `Rotary.waves` gives for its positions."""
     cos, sin = (wave_BLF[:, None] for wave_BLF in waves)
-    first, second = jnp.split(x_BNLK.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BNLK.astype(wide(x_BNLK.dtype)), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BNLK.dtype)

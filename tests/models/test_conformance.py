@@ -287,6 +287,38 @@ def steps(name, mesh, *, count, tx, rows=8):
         return losses, jax.device_get(state)
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_are_finite_differences(name):
+    """In float64, of every parameter, along a random direction."""
+    model, params = made(name)
+    model = build(name)
+    object.__setattr__(model.cfg, "dtype", "float64")  # no user needs it, so no config allows it
+    words, random = texts([5, 3, 4, 6]), np.random.default_rng(0)
+    batch = batch_of(model, [words[:2]], [words[2:]])
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        # Off the start, where some parameters have no gradient yet.
+        params = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), params)
+
+        @jax.jit
+        def loss(params):
+            logits_BLV = model.apply({"params": params}, batch, method=lambda m, b: m.logits(m(b)))
+            assert logits_BLV.dtype == jnp.float64
+            log_p_BLV = jax.nn.log_softmax(logits_BLV[..., :VOCAB])
+            return -(log_p_BLV[..., 7] * batch["weights"]).sum()
+
+        leaves, tree = jax.tree.flatten(params)
+        gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+        for place, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            step = 1e-6 * random.normal(size=leaf.shape)
+            ends = [
+                loss(tree.unflatten([*leaves[:place], leaf + s, *leaves[place + 1 :]]))
+                for s in (step, -step)
+            ]
+            found, along = (ends[0] - ends[1]) / 2, (gradient * step).sum()
+            assert abs(found - along) <= 1e-5 * abs(along) + 1e-13, (place, leaf.shape)
+
+
 def one_device():
     return sharding.make_mesh(sharding.Config(), jax.devices()[:1])
 
