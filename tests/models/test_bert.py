@@ -14,7 +14,7 @@ from safetensors.flax import load_file
 from lm import models, optim, sharding, step
 from lm.config import ConfigError
 from lm.models import bert
-from lm.nn.transformer import SCANNED, UNROLLED
+from lm.nn.transformer import UNROLLED
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 B, L, V, D = 2, 10, 50, 16
@@ -93,35 +93,6 @@ def test_the_first_position_of_a_long_row_sees_the_last():
     other = {**batch, "inputs": np.where(row == 299, 7, batch["inputs"])}
     moved = np.abs(features(model, other) - features(model, batch))
     assert moved[0, 0].max() > 1e-4
-
-
-def loss_of(model, params, batch):
-    logits = model.apply({"params": params}, batch, method=lambda m, b: m.logits(m(b)))
-    return jnp.square(logits[..., :V] / 10).mean()
-
-
-def restack(model, params):
-    layers = [params["layers"][UNROLLED.format(n)] for n in range(model.cfg.num_layers)]
-    return {**params, "layers": {SCANNED: jax.tree.map(lambda *x: np.stack(x), *layers)}}
-
-
-@pytest.mark.parametrize(
-    "options", [{"scan": True}, {"remat": "full"}, {"scan": True, "remat": "dots"}], ids=str
-)
-def test_scanned_and_rematerialised_layers_equal_the_plain_loop(options):
-    plain, other = build(), build(**options)
-    params, batch = params_of(plain), batch_of()
-    expected, gradient = jax.jit(jax.value_and_grad(functools.partial(loss_of, plain)))(
-        params, batch
-    )
-    if "scan" in options:
-        params, gradient = restack(plain, params), restack(plain, gradient)
-        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, params_of(other))
-    value, found = jax.jit(jax.value_and_grad(functools.partial(loss_of, other)))(params, batch)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, gradient
-    )
 
 
 def head_by_hand(params, x, activation=lambda h: jax.nn.gelu(h, approximate=False)):

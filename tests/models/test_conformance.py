@@ -251,8 +251,9 @@ def test_scanned_layers_and_rematerialisation_change_nothing(name):
         return features(model, params, batch), jax.grad(total)(params)
 
     plain, gradient = run(model, params)
-    for fields, change in (({"scan": True}, stacked), ({"remat": "full"}, lambda tree: tree)):
-        other, others = run(build(name, **fields), change(params))
+    for scan, remat in ((True, "none"), (False, "full"), (True, "dots")):
+        change = stacked if scan else lambda tree: tree
+        other, others = run(build(name, scan=scan, remat=remat), change(params))
         np.testing.assert_allclose(other, plain, atol=1e-5)
         errors = jax.tree.map(
             lambda a, b: float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-6)),

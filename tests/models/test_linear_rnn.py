@@ -11,7 +11,7 @@ from lm import models, sharding, step
 from lm.config import ConfigError
 from lm.generate import generate
 from lm.models import linear_rnn
-from lm.nn.transformer import SCANNED, UNROLLED
+from lm.nn.transformer import UNROLLED
 
 B, L, V, D = 4, 12, 50, 16
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 0, 0]], np.int32)
@@ -61,12 +61,6 @@ def features(model, batch, params=None):
 
 def window(batch, start, stop):
     return {name: x[:, start:stop] for name, x in batch.items()}
-
-
-def stacked(params, num_layers=2):
-    """Return the parameters of unrolled layers as scanned ones have them."""
-    layers = [params["layers"][UNROLLED.format(n)] for n in range(num_layers)]
-    return {**params, "layers": {SCANNED: jax.tree.map(lambda *x: np.stack(x), *layers)}}
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -209,36 +203,6 @@ def test_greedy_generation_equals_the_uncached_model(scan):
             tokens.append(int(logits[0, len(tokens) - 1].argmax()))
         assert new == tokens[len(prompt) :]
     assert len({tuple(new) for new in made}) == 3
-
-
-def loss_and_gradient(model, params):
-    weights = (
-        np.random.default_rng(3).normal(size=(1, L, D)).astype("f") * (SEGMENTS > 0)[..., None]
-    )
-
-    def loss(params, batch):
-        variables = {"params": params, "carry": fresh(model, 1)}
-        x_BLD, new = model.apply(variables, batch, mutable="carry")
-        return (x_BLD * weights).sum(), new
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, packed_batch())
-
-
-@pytest.mark.parametrize(
-    "fields", [{"scan": True}, {"remat": "dots"}, {"scan": True, "remat": "full"}], ids=str
-)
-def test_scanned_and_rematerialised_layers_equal_the_plain_loop(fields):
-    plain, other = build(), build(**fields)
-    params = params_of(plain)
-    (expected, _), gradient = loss_and_gradient(plain, params)
-    if "scan" in fields:
-        params, gradient = stacked(params), stacked(gradient)
-        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, params_of(other))
-    (value, _), ours = loss_and_gradient(other, params)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, gradient
-    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,8 @@ from flax import linen as nn
 from lm import models, optim, sharding, step
 from lm.config import ConfigError
 from lm.models import t5
-from lm.nn.transformer import SCANNED, UNROLLED
+from lm.nn.transformer import SCANNED
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 B, L, S, V, D = 2, 9, 11, 50, 16
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 SOURCES = np.array([[1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]], np.int32)
@@ -125,42 +123,6 @@ def test_positions_are_relative():
         params = params_of(model)
         other = {**params, name: {"bias": params[name]["bias"][::-1].copy()}}
         assert np.abs(features(model, batch, other) - features(model, batch)).max() > 0.01, name
-
-
-def loss_of(model, params, batch):
-    logits = model.apply({"params": params}, batch, method=lambda m, b: m.logits(m(b)))
-    return jnp.square(logits[..., :V]).mean()
-
-
-def restack(params):
-    def one(layers):
-        blocks = [layers[UNROLLED.format(n)] for n in range(len(layers))]
-        return {SCANNED: jax.tree.map(lambda *x: np.stack(x), *blocks)}
-
-    return {**params, "encoder": one(params["encoder"]), "decoder": one(params["decoder"])}
-
-
-@pytest.mark.parametrize(
-    "options", [{"scan": True}, {"remat": "full"}, {"scan": True, "remat": "dots"}], ids=str
-)
-def test_scanned_and_rematerialised_layers_equal_the_plain_loop(options):
-    """Gradients of what all layers share, the biases and the source, included."""
-    sizes = {"num_decoder_layers": 3, **V1_1}
-    plain, other = build(**sizes), build(**sizes, **options)
-    params, batch = params_of(plain), batch_of()
-    expected, gradient = jax.jit(jax.value_and_grad(functools.partial(loss_of, plain)))(
-        params, batch
-    )
-    if "scan" in options:
-        params, gradient = restack(params), restack(gradient)
-        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, params_of(other))
-    value, found = jax.jit(jax.value_and_grad(functools.partial(loss_of, other)))(params, batch)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradient), strict=True
-    ):
-        assert np.abs(b).max() > 0, sharding.path_name(path)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=sharding.path_name(path))
 
 
 @pytest.mark.parametrize(
