@@ -131,12 +131,19 @@ def checked_config(args: argparse.Namespace, assignments: list[str]) -> Any:
     config = config_lib.complete(given, SCHEMA)
     if args.peer:
         _check_alike(config, args)
-    length = config.task.length + config.task.context
+    length = row_tokens(config)
     if args.decode and args.steps + 16 > length:
         raise ConfigError(
             f"--steps={args.steps}: with the prompt, more than the {length} positions of a row; lower it"
         )
     return given
+
+
+def row_tokens(config: Any) -> int:
+    """Return the tokens that a row of the config's task takes."""
+    return sum(
+        n for field, n in config.task.items() if field in ("length", "context", "source_length")
+    )
 
 
 def _check_alike(config: Any, args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from lm import config as config_lib
 from lm import experiment, generate, hardware, models, sharding, step, train
 from lm.data import corpus
 from lm.data.tokenizers import Tokenizer
-from tools import bench_pipe
+from tools import bench, bench_pipe
 
 PROMPT = 16  # tokens that generation continues
 NUM_BATCHES = 4  # different batches that the bare step is fed, all on the device
@@ -39,7 +39,7 @@ class Numbers(Tokenizer):
     name = "synthetic"
 
     def __init__(self, vocab_size: int):
-        self.vocab_size, self.end_of_text = vocab_size, 0
+        self.vocab_size, self.end_of_text, self.stop_tokens = vocab_size, 0, (0,)
         self.token_bytes = np.minimum(np.arange(vocab_size, dtype=np.int32), 1)
         self.fingerprint = f"synthetic {vocab_size}"
 
@@ -119,10 +119,7 @@ class Ours:
 
     def _data(self):
         config = config_lib.complete(self.config, experiment.SCHEMA)
-        data, rows = (
-            config.data,
-            config.data.batch_size * (config.task.length + config.task.context),
-        )
+        data, rows = config.data, config.data.batch_size * bench.row_tokens(config)
         vocab_size = VOCAB_SIZES.get(data.tokenizer, data.vocab_size)
         return synthetic_data(
             config.model.get("vocab_size") or vocab_size, max(NUM_BATCHES * rows, 100_000)

@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from lm import tasks
+from lm import config as config_lib
+from lm import models, tasks
 from lm.data import pipeline
 from lm.tasks import causal_lm
 from tools import bench, bench_ours, bench_pipe
@@ -61,6 +62,31 @@ def test_the_ratio_is_the_median_over_rounds_against_the_fastest_mode():
     assert lines[-2].split() == ["by", "round", "2.00", "2.00", "1.50"]
     assert lines[-1].split()[:2] == ["ratio", "2"]
     assert lines[-1].endswith("its fastest, fast")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "fields"),
+    [
+        ("bert_small", {"task.next_sentence": False, "model.next_sentence": False}),
+        ("t5_small", {"task.source_length": 32, "optim.name": "adamw"}),
+    ],
+)
+def test_a_task_of_any_kind_is_measured(experiment, fields):
+    small = {"model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2, **fields}
+    small |= {"data.batch_size": 8, "data.vocab_size": 300}
+    args = types.SimpleNamespace(
+        config=f"experiments/{experiment}.py", peer="transformers", decode=False, steps=1
+    )
+    config = bench.checked_config(args, [f"{k}={v}" for k, v in small.items()])
+    ours = bench_ours.Ours()
+    facts = ours.prepare(config=config_lib.to_json(config), decode=False, started=0.0)
+    shape = facts["shape"]
+    assert facts["tokens_per_step"] == 8 * shape["max_scored"] > 0
+    assert facts["flops_full"] == pytest.approx(
+        models.flops_per_token(ours.made.cfg["model"], shape["length"])
+        * (shape["length"] / shape["max_scored"])
+    )
+    assert ours.run(steps=2) > 0
 
 
 def test_bare_steps_follow_as_many_of_the_loop(monkeypatch):
