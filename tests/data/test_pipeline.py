@@ -291,7 +291,7 @@ def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
         ({"source": "web"}, r"data\.source=web"),
         ({"path": ("a.txt",), "field": "body"}, r"data\.field=body: used only for JSON lines"),
         ({"on_invalid": "drop"}, r"data\.on_invalid=drop: not an option; use replace or refuse"),
-        ({"tokenizer": "word"}, r"data\.tokenizer=word"),
+        ({"tokenizer": "letters"}, r"data\.tokenizer=letters"),
         ({"sentencepiece_model": "char"}, r"data\.sentencepiece_model=char"),
         ({"order": "random"}, r"data\.order=random"),
         ({"validation_fraction": -0.1}, r"data\.validation_fraction=-0\.1"),
