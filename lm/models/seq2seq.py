@@ -7,11 +7,12 @@ a bidirectional encoder; "Effective Approaches to Attention-based Neural Machine
 
 What differs: with either score the context joins the decoder's output, as Luong's does (Bahdanau's enters the
 recurrence), so that without input feeding a whole target is one recurrence. One embedding serves source
-and target. The decoder starts from the encoder's last states through a layer of tanh.
+and target. The decoder starts from the encoder's last states through a layer of tanh. Several pairs may lie
+in a row: a target knows the source of its own segment only.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from lm.config import ConfigError
 from lm.models import check_option
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear, wide
-from lm.nn.recurrence import CELLS, State
-from lm.nn.recurrent import Layer
+from lm.nn.recurrence import CELLS
+from lm.nn.recurrent import Recurrent, States, hand_over
 
 UNSEEN = -1e30  # a score; finite, so that a source of padding alone gives numbers
 
@@ -41,7 +42,7 @@ class Config:
     max_length: int = 0  # positions of a row; 0 = the task's row
     max_source_length: int = 0  # positions of a source; 0 = the task's source
     tied: bool = True  # the head is the embedding
-    dropout: float = 0.0  # probability, on the input of every layer and on the features
+    dropout: float = 0.0  # probability, on the input and output of every layer and on the features
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = {"input_feeding": ("attention", ("additive", "multiplicative"))}
@@ -61,51 +62,6 @@ class Config:
             )
 
 
-class Encoder(nn.Module):
-    """h = recurrent(x), forwards and, where asked, backwards, layer upon layer.
-
-    Returns the last layer's features [B, S, E] and each layer's last states [B, E]; E is D, or 2 D both ways.
-    """
-
-    cfg: Config
-    dtype: jnp.dtype
-    train: bool
-
-    @nn.compact
-    def __call__(self, x_BSD, segments_BS) -> tuple[jax.Array, list[State]]:
-        cfg = self.cfg
-        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        # The place of each token when the real ones, which are on the left, are turned around.
-        lengths_B1 = (segments_BS > 0).sum(axis=1, keepdims=True)
-        places_1S = jnp.arange(x_BSD.shape[1])[None]
-        turned_BS = jnp.where(places_1S < lengths_B1, lengths_B1 - 1 - places_1S, places_1S)
-        valid_S1B = (segments_BS > 0).T[:, None]
-        finals: list[State] = []
-        for layer in range(cfg.num_layers):
-            x_BSD = dropout(x_BSD)
-            ways = [(x_BSD, False)] + ([(x_BSD, True)] if cfg.bidirectional else [])
-            outputs, states = [], []
-            for x, backwards in ways:
-                if backwards:
-                    x = jnp.take_along_axis(x, turned_BS[..., None], axis=1)
-                name = f"layer_{layer}{'_backwards' if backwards else ''}"
-                zeros = jnp.zeros((cfg.model_dim, x.shape[0]), wide(self.dtype))
-                h_SHB, last, _ = Layer(cfg.cell, cfg.model_dim, self.dtype, name=name)(
-                    x.transpose(1, 2, 0),
-                    (zeros,) * CELLS[cfg.cell].num_states,
-                    fresh_L1B=jnp.zeros_like(valid_S1B),
-                    valid_L1B=valid_S1B,
-                )
-                h_BSH = h_SHB.transpose(2, 0, 1)
-                if backwards:
-                    h_BSH = jnp.take_along_axis(h_BSH, turned_BS[..., None], axis=1)
-                outputs.append(h_BSH)
-                states.append(last)
-            x_BSD = jnp.concatenate(outputs, axis=-1)
-            finals.append(tuple(jnp.concatenate(s).T for s in zip(*states, strict=True)))
-        return sharding.constrain(x_BSD, "act_batch", "act_length", "act_embed"), finals
-
-
 class Attend(nn.Module):
     """The attentional vector tanh(W [context; h]), where softmax of the scores weighs the source.
 
@@ -116,7 +72,7 @@ class Attend(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, h_BLD, keys_BSD, source_BSE, segments_BS) -> jax.Array:
+    def __call__(self, h_BLD, segments_BL, keys_BSD, source_BSE, segments_BS) -> jax.Array:
         cfg, D = self.cfg, self.cfg.model_dim
         init = nn.initializers.lecun_normal()
         if cfg.attention == "additive":
@@ -129,14 +85,21 @@ class Attend(nn.Module):
             scores_BLS = (hidden_BLSD @ scale_D1)[..., 0]
         else:
             scores_BLS = jnp.einsum("bld,bsd->bls", h_BLD, keys_BSD)
-        seen_B1S = (segments_BS > 0)[:, None]
-        scores_BLS = jnp.where(seen_B1S, scores_BLS.astype(wide(self.dtype)), UNSEEN)
+        seen_BLS = segments_BL[:, :, None] == segments_BS[:, None]
+        scores_BLS = jnp.where(seen_BLS, scores_BLS.astype(wide(self.dtype)), UNSEEN)
         weights_BLS = jax.nn.softmax(scores_BLS).astype(self.dtype)
         context_BLE = jnp.einsum("bls,bse->ble", weights_BLS, source_BSE)
         both = jnp.concatenate([context_BLE, h_BLD], axis=-1)
         shape = (both.shape[-1], D)
         out = Linear(shape, ("hidden_in", "hidden"), self.dtype, init, name="out")(both)
         return sharding.constrain(jnp.tanh(out), "act_batch", "act_length", "act_embed")
+
+
+class Start(NamedTuple):
+    """What a target starts from, or goes on from, at each of its positions."""
+
+    states: States  # of the decoder's layers, arrays [B, L, D]
+    fed_BLD: jax.Array  # the attentional vector
 
 
 class Decoder(nn.Module):
@@ -148,61 +111,63 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.layers = [Layer(cfg.cell, cfg.model_dim, self.dtype) for _ in range(cfg.num_layers)]
-        self.dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        self.recurrent = Recurrent(cfg.cell, cfg.num_layers, cfg.model_dim, self.dtype, cfg.dropout)
         if cfg.attention != "none":
             self.attend = Attend(cfg, self.dtype)
+            self.dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
-    def __call__(self, x_BLD, states: list[State], fed_BD, memory, valid_BL):
-        """Return features [B, L, D], the last states, and the last attentional vector.
+    def __call__(self, x_BLD, start: Start, memory, *, segments_BL, positions_BL):
+        """Return features [B, L, D] and what the next position starts from, of arrays [B, 1, D].
 
-        `memory` is (keys [B, S, D], source [B, S, E], segments [B, S]).
+        Position 0 starts from `start`; `memory` is (keys [B, S, D], source [B, S, E],
+        segments [B, S]).
         """
         if not self.cfg.input_feeding:
-            return self._run(x_BLD, states, fed_BD, memory, valid_BL)
+            y_BLD, after = self._run(x_BLD, start, memory, segments_BL, positions_BL)
+            return y_BLD, jax.tree.map(lambda array: array[:, -1:], after)
 
-        def step(module, carry, inputs):
-            states, fed_BD = carry
-            x_BD, valid_B = inputs
-            joined = jnp.concatenate([x_BD, fed_BD], axis=-1)[:, None]
-            y_B1D, states, new_BD = module._run(joined, states, fed_BD, memory, valid_B[:, None])
-            return (states, jnp.where(valid_B[:, None], new_BD, fed_BD)), y_B1D[:, 0]
+        def step(module, before, inputs):
+            x_B1D, start, segments_B1, positions_B1 = jax.tree.map(lambda a: a[:, None], inputs)
+            start = _where(positions_B1 == 0, start, before)
+            x_B1D = jnp.concatenate([x_B1D, start.fed_BLD], axis=-1)
+            zeros_B1 = jnp.zeros_like(positions_B1)
+            y_B1D, after = module._run(x_B1D, start, memory, segments_B1, zeros_B1)
+            return _where(segments_B1 > 0, after, before), y_B1D[:, 0]
 
         scan = nn.scan(
             step, variable_broadcast="params", split_rngs={"params": False, "dropout": True},
             in_axes=1, out_axes=1,
         )  # fmt: skip
-        (states, fed_BD), y_BLD = scan(self, (states, fed_BD), (x_BLD, valid_BL))
-        return y_BLD, states, fed_BD
+        before = jax.tree.map(lambda array: array[:, :1], start)
+        after, y_BLD = scan(self, before, (x_BLD, start, segments_BL, positions_BL))
+        return y_BLD, after
 
-    def _run(self, x_BLD, states, fed_BD, memory, valid_BL):
-        valid_L1B, x_LDB = valid_BL.T[:, None], x_BLD.transpose(1, 2, 0)
-        lasts = []
-        for layer, state in zip(self.layers, states, strict=True):
-            x_LDB, last, _ = layer(
-                self.dropout(x_LDB),
-                tuple(s.T for s in state),
-                fresh_L1B=jnp.zeros_like(valid_L1B),
-                valid_L1B=valid_L1B,
-            )
-            lasts.append(tuple(s.T for s in last))
-        h_BLD = x_LDB.transpose(2, 0, 1)
-        if self.cfg.attention != "none":
-            h_BLD = self.attend(h_BLD, *memory)
-            fed_BD = h_BLD[:, -1]
-        return self.dropout(h_BLD), lasts, fed_BD
+    def _run(self, x_BLD, start: Start, memory, segments_BL, positions_BL):
+        h_BLD, states = self.recurrent(
+            x_BLD, segments_BL=segments_BL, positions_BL=positions_BL,
+            train=self.train, begin=start.states,
+        )  # fmt: skip
+        if self.cfg.attention == "none":
+            return h_BLD, Start(states, start.fed_BLD)
+        h_BLD = self.attend(h_BLD, segments_BL, *memory)
+        return self.dropout(h_BLD), Start(states, h_BLD)
+
+
+def _where(condition_B1, this, that):
+    return jax.tree.map(lambda a, b: jnp.where(condition_B1[..., None], a, b), this, that)
 
 
 class Model(nn.Module):
     """source = encoder(embed(source)); features = decoder(embed(tokens), bridge(last states), source).
 
-    In decoding the collection `cache` holds the source, its keys and segments, and the decoder's states.
+    In decoding the collection `cache` holds the source, its keys and segments, and what the next token
+    starts from.
     """
 
     cfg: Config
     decode_length: int = 0
 
-    accepts: ClassVar = frozenset({"source"})
+    accepts: ClassVar = frozenset({"source", "packed"})
     learns: ClassVar = "gradient"
 
     @property
@@ -216,6 +181,9 @@ class Model(nn.Module):
         init = nn.initializers.lecun_normal()
         axes = ("hidden_in", "hidden")
         self.embed = Embed(cfg.vocab_size, D, dtype, nn.initializers.normal(D**-0.5))
+        self.encoder = Recurrent(
+            cfg.cell, cfg.num_layers, D, dtype, cfg.dropout, bidirectional=cfg.bidirectional
+        )
         self.bridges = [
             Linear((E, D), axes, dtype, init, bias=True)
             for _ in range(cfg.num_layers * CELLS[cfg.cell].num_states)
@@ -231,47 +199,42 @@ class Model(nn.Module):
 
         Decoding, a batch with a source is a prompt and starts anew; one token without it goes on.
         """
-        dtype = hardware.compute_dtype(self.cfg.dtype)
         if "source" in batch:
-            context = self._read(batch, dtype, train)
+            (start, memory), positions_BL = self._read(batch, train), batch["positions"]
         else:
-            names = ("source", "keys", "segments", "fed", *self._states())
-            context = {name: self.get_variable("cache", name) for name in names}
-        flat = [context[name] for name in self._states()]
-        per_layer = CELLS[self.cfg.cell].num_states
-        states = [tuple(flat[i : i + per_layer]) for i in range(0, len(flat), per_layer)]
-        memory = (context["keys"], context["source"], context["segments"])
-        decoder = Decoder(self.cfg, dtype, train, name="decoder")
-        x_BLD, states, fed_BD = decoder(
-            self.embed(batch["inputs"]), states, context["fed"], memory, batch["segments"] > 0
-        )
+            start, memory = self.get_variable("cache", "context")
+            positions_BL = jnp.zeros_like(batch["positions"])
+        decoder = Decoder(self.cfg, hardware.compute_dtype(self.cfg.dtype), train, name="decoder")
+        x_BLD, start = decoder(
+            self.embed(batch["inputs"]), start, memory,
+            segments_BL=batch["segments"], positions_BL=positions_BL,
+        )  # fmt: skip
         if decode:
-            flat = [s for state in states for s in state]
-            context |= {**dict(zip(self._states(), flat, strict=True)), "fed": fed_BD}
-            for name, value in context.items():
-                self.put_variable("cache", name, value)
+            self.put_variable("cache", "context", (start, memory))
         return sharding.constrain(x_BLD, "act_batch", "act_length", "act_embed")
 
-    def _states(self) -> list[str]:
-        return [f"state_{i}" for i in range(self.cfg.num_layers * CELLS[self.cfg.cell].num_states)]
+    def _read(self, batch, train: bool) -> tuple[Start, tuple[jax.Array, ...]]:
+        """Return what the targets of a batch start from, and what they attend to."""
+        segments_BS = batch["source_segments"]
+        source_BSE, states = self.encoder(
+            self.embed(batch["source"]), segments_BL=segments_BS,
+            positions_BL=batch["source_positions"], train=train,
+        )  # fmt: skip
+        bridges = iter(self.bridges)
 
-    def _read(self, batch, dtype, train: bool) -> dict[str, jax.Array]:
-        """Return what the decoder needs of a source, and the states that it starts from."""
-        source, segments_BS = batch["source"], batch["source_segments"]
-        encoder = Encoder(self.cfg, dtype, train, name="encoder")
-        source_BSE, finals = encoder(self.embed(source), segments_BS)
-        flat = [s for state in finals for s in state]
-        states = [
-            jnp.tanh(bridge(s.astype(dtype))).astype(s.dtype)
-            for bridge, s in zip(self.bridges, flat, strict=True)
-        ]
-        states = [sharding.constrain(s, "act_batch", "act_embed") for s in states]
-        keys = source_BSE
+        def bridge(*ways):
+            """Make a state of the decoder of the encoder's, in each of its directions."""
+            joined = jnp.concatenate(ways, axis=-1).astype(source_BSE.dtype)
+            return jnp.tanh(next(bridges)(joined)).astype(ways[0].dtype)
+
+        ends = hand_over(states, source_segments_BS=segments_BS, segments_BL=batch["segments"])
+        begin = tuple((tuple(map(bridge, *ways)),) for ways in ends)
+        keys_BSD = source_BSE
         if self.cfg.attention != "none":
-            keys = sharding.constrain(self.keys(source_BSE), "act_batch", "act_length", "act_embed")
-        fed_BD = jnp.zeros((source.shape[0], self.cfg.model_dim), dtype)
-        context = {"source": source_BSE, "keys": keys, "segments": segments_BS, "fed": fed_BD}
-        return context | dict(zip(self._states(), states, strict=True))
+            keys_BSD = self.keys(source_BSE)
+            keys_BSD = sharding.constrain(keys_BSD, "act_batch", "act_length", "act_embed")
+        fed_BLD = jnp.zeros((*batch["segments"].shape, self.cfg.model_dim), source_BSE.dtype)
+        return Start(begin, fed_BLD), (keys_BSD, source_BSE, segments_BS)
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Return float32 logits [B, L, V] of features, the padded vocabulary masked."""

@@ -244,25 +244,21 @@ def hand_over(states: States, *, source_segments_BS: jax.Array, segments_BL: jax
       states of arrays [B, L, H]: of the first direction at the segment's last token in the source, of
       the second at its first.
     """
-    S = source_segments_BS.shape[1]
     same_BLS = segments_BL[:, :, None] == source_segments_BS[:, None]
-    place_11S = jnp.arange(S)[None, None]
-    last_BL = jnp.where(same_BLS, place_11S, 0).max(axis=2)
-    first_BL = jnp.where(same_BLS, place_11S, S - 1).min(axis=2)
-    found_BL1 = same_BLS.any(axis=2)[..., None]
+    borders = (_ends(source_segments_BS), _starts(source_segments_BS))
 
-    def take(places_BL, state):
-        return tuple(
-            jnp.where(found_BL1, jnp.take_along_axis(s, places_BL[..., None], axis=1), 0)
-            for s in state
-        )
+    def take(border_BS, state):
+        chosen_BLS = (same_BLS & border_BS[:, None]).astype(state[0].dtype)
+        # One place or none: a product with ones and zeros, which devices share better than a gather.
+        return tuple(jnp.einsum("bls,bsh->blh", chosen_BLS, s, precision="highest") for s in state)
 
-    return tuple(
-        tuple(
-            take(places, state) for places, state in zip((last_BL, first_BL), layer, strict=False)
-        )
-        for layer in states
-    )
+    return tuple(tuple(map(take, borders, layer)) for layer in states)
+
+
+def _starts(segments_BL: jax.Array) -> jax.Array:
+    """Return where a document's first token in the row is, bool [B, L]."""
+    before_BL = jnp.pad(segments_BL[:, :-1], ((0, 0), (1, 0)))
+    return segments_BL != before_BL
 
 
 def _ends(segments_BL: jax.Array) -> jax.Array:
