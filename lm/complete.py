@@ -70,12 +70,11 @@ class Completer:
 
     def _write(self, rows: Sequence[list[int]], sampling: Sampling, on_tokens=None) -> list[str]:
         """Return what follows each row; of an encoder-decoder, what it makes of the row as a source."""
-        end = self.tokenizer.end_of_text
         sources = rows if self.kind == "source" else None
         made = generate.generate(
             self.model,
             self.params,
-            rows if sources is None else [[end]] * len(rows),
+            rows if sources is None else [[self.task.start]] * len(rows),
             sources=sources,
             stop_tokens=self.tokenizer.stop_tokens,
             on_tokens=on_tokens,
@@ -96,30 +95,20 @@ class Completer:
             tokens += [mark, *part]
         if self.kind == "source":
             return [*tokens, self.tokenizer.end_of_text]
-        return [self.task.cls if self.model.cfg.num_classes else self.task.ids["cls"], *tokens]
+        return [self.task.cls, *tokens]
 
     def _marks(self, count: int) -> list[int]:
         """Return the special tokens that stand for `count` gaps in a text."""
-        if not count:
-            return []
-        if hasattr(self.task, "sentinels"):
-            if count > len(self.task.sentinels):
-                raise ConfigError(
-                    f"prompt: {count} times {MASK}; at most {len(self.task.sentinels)}"
-                )
-            return self.task.sentinels[:count].tolist()
-        if self.kind == "masked" and not self.model.cfg.num_classes:
-            return [self.task.ids["mask"]] * count
-        raise ConfigError(f"prompt: {MASK} means nothing to this model; leave it out")
+        gaps = list(self.task.gaps)
+        if count and not gaps:
+            raise ConfigError(f"prompt: {MASK} means nothing to this model; leave it out")
+        if count > len(gaps):
+            raise ConfigError(f"prompt: {count} times {MASK}; at most {len(gaps)}")
+        return gaps[:count]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones of the task by their names."""
-        names = {}
-        if hasattr(self.task, "sentinels"):
-            names = {int(i): f" [{number}] " for number, i in enumerate(self.task.sentinels)}
-        elif hasattr(self.task, "ids"):
-            names = {i: f"[{name.upper()}]" for name, i in self.task.ids.items()}
-        text = ""
+        names, text = self.task.names, ""
         run: list[int] = []
         for token in map(int, tokens):
             if token in names:
@@ -134,7 +123,7 @@ class Completer:
             names = list(self.task.labels)
             mask = self.task.cls
         else:
-            names, mask = None, self.task.ids["mask"]
+            names, mask = None, self.task.gaps[0]
             if not all(mask in row for row in rows):
                 raise ConfigError(
                     f"prompt: nothing to fill in; write {MASK} where a word is missing"

@@ -146,6 +146,7 @@ def build(config: ConfigDict) -> Experiment:
         max_source_length=task.source_length,
         num_classes=task.num_classes,
         packed=cfg["task"].packed,
+        end_of_text=text.tokenizer.end_of_text,
     )
     config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
     model = models.build(cfg["model"])
@@ -205,7 +206,8 @@ def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any) -> Non
 
 def build_task(cfg: Mapping[str, Any], kind: str, text: corpus.Corpus, *, seed: int) -> Any:
     """Return the task of the frozen sections `cfg`, its rows of the `kind` that the family reads."""
-    return tasks.build(cfg["task"], tasks.Setting(kind, text.tokenizer, text.labels, seed))
+    start = getattr(cfg["model"], "start_token", -1)
+    return tasks.build(cfg["task"], tasks.Setting(kind, text.tokenizer, text.labels, seed, start))
 
 
 def build_objective(task: Any) -> step.Objective:

@@ -129,7 +129,7 @@ def fill_masks(
     Raises ConfigError for a token outside the vocabulary.
     """
     _check_tokens("prompt", rows, model.cfg.vocab_size)
-    x_BLD = jax.jit(model.apply)({"params": params}, _batch(_padded(rows, model.cfg.max_length)))
+    x_BLD = _jitted(model)({"params": params}, _batch(_padded(rows, model.cfg.max_length)))
     found: list[list[list[tuple[int, float]]]] = []
     for row, tokens in enumerate(rows):
         places = np.flatnonzero(np.asarray(tokens) == mask)
@@ -138,6 +138,12 @@ def fill_masks(
         pairs = zip(np.asarray(ids).tolist(), np.asarray(best).tolist(), strict=True)
         found.append([list(zip(i, p, strict=True)) for i, p in pairs])
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(model: nn.Module) -> Callable:
+    """Return the model's forward pass: compiled once, however often it is used."""
+    return jax.jit(model.apply)
 
 
 def _padded(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:

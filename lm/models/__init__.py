@@ -55,6 +55,7 @@ def resolve(
     packed: bool,
     max_source_length: int = 0,
     num_classes: int = 0,
+    end_of_text: int = 0,
 ) -> Any:
     """Fill the sizes that `cfg` leaves to be derived from the tokenizer and the task.
 
@@ -63,6 +64,7 @@ def resolve(
       max_length: tokens of a row.
       max_source_length: tokens of a row's source; only for a family that has the field.
       num_classes: classes of a text; only for a family that has the field.
+      end_of_text: token that a target begins with where the family has a field for it that is open.
       packed: whether a row may hold several documents.
 
     Raises:
@@ -89,6 +91,13 @@ def resolve(
                     f"model.{field}={getattr(cfg, field)}: the task needs {size}; use 0 = derived"
                 )
             derived[field] = getattr(cfg, field) or size
+    if hasattr(cfg, "start_token"):
+        derived["start_token"] = end_of_text if cfg.start_token < 0 else cfg.start_token
+        if derived["start_token"] >= derived["vocab_size"]:
+            raise ConfigError(
+                f"model.start_token={cfg.start_token}: no token of the {derived['vocab_size']}; use -1 = "
+                "end of text"
+            )
     if hasattr(cfg, "mask"):
         derived["mask"] = cfg.mask or ("segments" if packed else "causal")
     return dataclasses.replace(cfg, **derived)

@@ -40,6 +40,7 @@ class Config:
     vocab_size: int = 0  # tokens; 0 = the tokenizer's
     max_length: int = 0  # tokens of a decoder row; 0 = the task's row
     max_source_length: int = 0  # tokens of a source; 0 = the task's
+    start_token: int = -1  # that a target begins with; -1 = end of text (T5's own: padding, 0)
     num_buckets: int = 32  # of relative positions
     max_distance: int = 128  # positions from which on all are in one bucket
     activation: str = "relu"  # relu, geglu (v1.1), gelu, gelu_erf, relu2 or swiglu
@@ -67,6 +68,8 @@ class Config:
                 f"model.max_distance={self.max_distance}: use more than half of model.num_buckets="
                 f"{self.num_buckets}"
             )
+        if self.start_token < -1:
+            raise ConfigError(f"model.start_token={self.start_token}: use a token, or -1")
         if self.norm_epsilon <= 0:
             raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
         if not 0 <= self.dropout < 1:

@@ -12,6 +12,9 @@ documents that must not see each other), and `Task(cfg, setting)`, which has
 - `KINDS`: the kinds of rows that it can make, of which the family accepts one: "causal", "masked", "source";
 - `row_length`, `source_length` (0 = no source), and `max_scored`, a static bound on scored positions a row;
 - `vocab_size`, its own special tokens included; `num_classes`, where position 0 is to be classified, else 0;
+- `start`, the token that a target begins with, of "source" rows; `cls`, that "masked" rows begin with;
+- `gaps`, the tokens for the gaps that a prompt leaves open, in their order, and `names`, how its own special
+  tokens are shown;
 - `text_bytes`: every byte of a text is scored once, so that bits per byte mean something;
 - `whole_rows`: whether the share of rows that are all right is reported;
 - `num_rows(split)` and `rows(split, indices, *, epochs=None, stream_starts=None)`: a pure function of its
@@ -36,6 +39,12 @@ class Setting(NamedTuple):
     tokenizer: Any  # a lm.data.tokenizers.Tokenizer
     labels: tuple[str, ...] = ()  # the corpus's, where its documents have one each
     seed: int = 0
+    start: int = -1  # token that a target begins with; -1 = end of text
+
+    @property
+    def target_start(self) -> int:
+        """The token that a target begins with."""
+        return self.tokenizer.end_of_text if self.start < 0 else self.start
 
 
 def config_class(name: str) -> type:

@@ -34,6 +34,8 @@ class Task:
     KINDS: ClassVar = ("causal",)
     source_length, num_classes = 0, 0
     text_bytes, whole_rows = True, False
+    gaps: ClassVar[tuple[int, ...]] = ()
+    names: ClassVar[dict[int, str]] = {}
 
     def __init__(self, cfg: Config, setting: Setting):
         self.cfg = cfg

@@ -35,6 +35,8 @@ class Task:
 
     KINDS: ClassVar = ("masked", "source", "causal")
     text_bytes, whole_rows = False, True
+    gaps: ClassVar[tuple[int, ...]] = ()
+    names: ClassVar[dict[int, str]] = {}
 
     def __init__(self, cfg: Config, setting: Setting):
         self.cfg, self.tokenizer = cfg, setting.tokenizer
@@ -50,7 +52,7 @@ class Task:
             written = self._written = seq2seq.Task(texts, setting)
             self.row_length, self.source_length = written.row_length, written.source_length
             self.max_scored, self.num_classes = written.max_scored, 0
-            self.vocab_size = written.vocab_size
+            self.vocab_size, self.start = written.vocab_size, written.start
             return
         self.row_length, self.source_length, self.max_scored = cfg.length, 0, 1
         self.num_classes = len(self.labels)

@@ -57,6 +57,8 @@ class Task:
         self.row_length = cfg.length
         self.max_scored = max(1, round(cfg.mask_rate * cfg.length))
         self.ids = special_ids(tokenizer, ("cls", "sep", "mask"))
+        self.cls, self.gaps = self.ids["cls"], (self.ids["mask"],) * cfg.length
+        self.names = {i: f"[{name.upper()}]" for name, i in self.ids.items()}
         self.vocab_size = max(tokenizer.vocab_size, 1 + max(self.ids.values()))
         self.stride = cfg.length - (3 if cfg.next_sentence else 1)
         # What may be masked, or stand for a masked token: all but the special ones.

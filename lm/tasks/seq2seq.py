@@ -3,7 +3,7 @@
 "Sequence to Sequence Learning with Neural Networks", Sutskever et al. 2014 (arXiv 1409.3215). With data that
 has pairs (`data.source_field` and `data.target_field`, or the source `python_pairs`) row r is pair r, both
 texts cut to fit and closed by end of text. With plain text the stream is cut as for `causal_lm`: row r is
-asked for `length` tokens, and its source is the up to `source_length` tokens before them.
+asked for `length` tokens, and its source is what comes before them, closed by end of text.
 
 A decoder-only family reads source and target in one row, and only the target is scored.
 """
@@ -37,16 +37,18 @@ class Task:
 
     KINDS: ClassVar = ("source", "causal")
     num_classes, text_bytes, whole_rows = 0, True, True
+    gaps: ClassVar[tuple[int, ...]] = ()
+    names: ClassVar[dict[int, str]] = {}
 
     def __init__(self, cfg: Config, setting: Setting):
         self.cfg, self.in_one_row = cfg, setting.kind == "causal"
         self.source_length = 0 if self.in_one_row else cfg.source_length
         self.row_length = cfg.length + (cfg.source_length if self.in_one_row else 0)
         self.max_scored = cfg.length
-        self.vocab_size = setting.tokenizer.vocab_size
-        window = causal_lm.Config(
-            length=cfg.length, context=cfg.source_length, isolate_documents=False
-        )
+        self.vocab_size, self.start = setting.tokenizer.vocab_size, setting.target_start
+        # Of a source, one place is for its end of text; one token before the target is no context.
+        context = cfg.source_length if self.in_one_row else cfg.source_length - 2
+        window = causal_lm.Config(length=cfg.length, context=context, isolate_documents=False)
         self._windows = causal_lm.Task(window, setting)
 
     def num_rows(self, split: Any) -> int:
@@ -66,13 +68,10 @@ class Task:
         if split.paired:
             none = (np.zeros(0, np.int32),) * 2
             pairs = [split.pair(i) if i < split.num_pairs else none for i in indices.tolist()]
-            batch = pair_batch if not self.in_one_row else one_row_batch
-            return batch(
-                pairs,
-                source_length=self.cfg.source_length,
-                length=self.cfg.length,
-                end=split.end_of_text,
-            )
+            sizes = {"source_length": self.cfg.source_length, "length": self.cfg.length}
+            if self.in_one_row:
+                return one_row_batch(pairs, end=split.end_of_text, **sizes)
+            return pair_batch(pairs, start=self.start, end=split.end_of_text, **sizes)
         windows = self._windows.rows(split, indices)
         return windows if self.in_one_row else self._apart(windows, split.end_of_text)
 
@@ -85,27 +84,30 @@ class Task:
                 parts.append(([], [], []))
                 continue
             first, stop = scored[0], scored[-1] + 1
-            inputs, targets = windows["inputs"][row], windows["targets"][row]
-            # The first row of a stream has nothing before it but the border itself.
-            parts.append(
-                (inputs[:first] if first else [end], inputs[first:stop], targets[first:stop])
-            )
+            known, targets = windows["inputs"][row, : first + 1], windows["targets"][row]
+            asked = targets[first:stop]
+            parts.append(([*known, end], [self.start, *asked[:-1]], asked))
         return _batch(parts, source_length=self.cfg.source_length, length=self.cfg.length)
 
 
 def pair_batch(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, source_length: int, length: int, end: int
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    source_length: int,
+    length: int,
+    start: int,
+    end: int,
 ) -> dict[str, np.ndarray]:
     """Return a batch of the kind "source" of (source, target) tokens, cut to fit, each closed by `end`.
 
-    The decoder reads `end` and the target, and is asked for the target and `end`. A pair without a target
-    is an empty row.
+    The decoder reads `start` and the target, and is asked for the target and `end`. A pair without a
+    target is an empty row.
     """
     parts = []
     for source, target in pairs:
         source, target = source[: source_length - 1], target[: length - 1]
         if len(target):
-            parts.append(([*source, end], [end, *target], [*target, end]))
+            parts.append(([*source, end], [start, *target], [*target, end]))
         else:
             parts.append(([], [], []))
     return _batch(parts, source_length=source_length, length=length)

@@ -79,6 +79,9 @@ class Task:
         names = [f"sentinel_{number}" for number in range(spans)]
         ids = special_ids(setting.tokenizer, names)
         self.sentinels = np.array([ids[name] for name in names], np.int32)
+        self.gaps = tuple(self.sentinels.tolist())
+        self.names = {mark: f" [{number}] " for number, mark in enumerate(self.gaps)}
+        self.start = setting.target_start
         self.vocab_size = max(setting.tokenizer.vocab_size, 1 + int(self.sentinels.max()))
 
     def num_rows(self, split: Any) -> int:
@@ -106,6 +109,7 @@ class Task:
             pairs,
             source_length=self.source_length,
             length=self.row_length,
+            start=self.start,
             end=split.end_of_text,
         )
 

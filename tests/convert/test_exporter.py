@@ -163,12 +163,15 @@ def test_old_t5_files_have_the_embedding_three_times_and_a_table_of_no_use(
     weights[f"decoder.block.0.layer.1.EncDecAttention.{bias}"] = np.ones((8, 2), np.float32)
     # As before transformers 5, which says what tie_word_embeddings meant by another name.
     settings = {k: v for k, v in fixture.config.items() if k != "scale_decoder_outputs"}
+    settings["decoder_start_token_id"] = 3
     theirs = folders.write_folder(tmp_path / "theirs", settings, weights)
     importer.to_run(theirs, tmp_path / "run")
     logits, where = folders.logits_of(tmp_path / "run", fixture.input)
     np.testing.assert_allclose(logits[where], fixture.output["logits"][where], rtol=0, atol=2e-5)
     exporter.from_run(tmp_path / "run", tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(theirs)
+    completer = workdirs.completer(tmp_path / "run", checkpoint.load(tmp_path / "run"))
+    assert completer.task.start == 3 != completer.tokenizer.end_of_text
 
 
 LLAMA = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "qk_norm": False}
@@ -177,7 +180,7 @@ YARN = {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_mscale": 0.7, "rope_ms
 GPT2 = {"name": "gpt", "num_layers": 1, "model_dim": 16, "num_heads": 2, "positions": "learned"}
 GPT2 |= {"norm": "layernorm", "norm_bias": True, "activation": "gelu_erf", "qk_norm": False}
 BERT = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "vocab_size": 50, "max_length": 20}
-T5 = {**BERT, "max_source_length": 30, "num_buckets": 8, "max_distance": 12}
+T5 = {**BERT, "max_source_length": 30, "num_buckets": 8, "max_distance": 12, "start_token": 0}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ T5 = {**BERT, "max_source_length": 30, "num_buckets": 8, "max_distance": 12}
         ("bert", BERT, "bert"),
         ("bert", {**BERT, "num_types": 1, "activation": "relu"}, "bert"),  # RoBERTa's head has gelu
         ("t5", {**T5, "activation": "geglu", "tied": False, "num_decoder_layers": 1}, "t5"),
-        ("t5", T5, "t5"),
+        ("t5", {**T5, "start_token": 7}, "t5"),
         (
             "gpt",
             {**GPT2, **BERT, "model_dim": 6, "bias": True},
@@ -201,6 +204,8 @@ def test_a_model_of_ours_is_the_narrowest_architecture_that_it_fits(family, mode
     cfg = models.config_class(family)(**model)
     name, settings = exporter._expressed(family, cfg)
     assert name == settings["model_type"] == architecture
+    if family == "t5":
+        assert settings["decoder_start_token_id"] == cfg.start_token
     if architecture == "roberta":
         assert exporter._expressed(family, cfg, first="bert")[0] == "bert"
 

@@ -234,9 +234,24 @@ def test_a_text_that_goes_on_scores_what_causal_lm_does():
     for key in w:
         np.testing.assert_array_equal(j[key], w[key])
     np.testing.assert_array_equal(a["targets"][a["weights"] > 0], split.tokens[1:])
-    np.testing.assert_array_equal(a["source"][3], split.tokens[16:24])
-    np.testing.assert_array_equal(a["inputs"][3], split.tokens[24:32])
-    np.testing.assert_array_equal(a["source"][0], [END] + [0] * 7)
+    np.testing.assert_array_equal(a["source"][3], [*split.tokens[18:25], END])
+    np.testing.assert_array_equal(a["inputs"][3], [END, *split.tokens[25:32]])
+    np.testing.assert_array_equal(a["source"][0], [END, END] + [0] * 6)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in CASES if kind == "source"])
+def test_a_target_begins_with_the_token_that_the_family_was_trained_with(name):
+    split, labels = split_for(name), ("maybe", "no", "yes")
+    cfg = tasks.config_class(name)()
+    batches = [
+        tasks.build(cfg, tasks.Setting("source", BYTE, labels, 0, start)).rows(split, np.arange(2))
+        for start in (-1, 7)
+    ]
+    first = [batch["inputs"][:, 0].tolist() for batch in batches]
+    assert first == [[END, END], [7, 7]]
+    for key in batches[0]:
+        cut = np.s_[:, 1:] if key == "inputs" else np.s_[:]
+        np.testing.assert_array_equal(batches[0][key][cut], batches[1][key][cut])
 
 
 def test_classification_by_hand():

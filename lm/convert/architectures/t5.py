@@ -39,6 +39,7 @@ def read(settings: Settings) -> dict[str, Any]:
         "vocab_size": settings.integer("vocab_size", 32128),
         "max_length": length,
         "max_source_length": length,
+        "start_token": settings.integer("decoder_start_token_id", 0),
         "num_buckets": settings.integer("relative_attention_num_buckets", 32),
         "max_distance": settings.integer("relative_attention_max_distance", 128),
         "activation": settings.one_of("feed_forward_proj", "relu", ACTIVATIONS),
@@ -72,7 +73,7 @@ def write(cfg: t5.Config) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tied,
         "dropout_rate": cfg.dropout,
         "is_encoder_decoder": True,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": cfg.start_token,
         "pad_token_id": 0,
     }
 
