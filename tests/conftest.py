@@ -11,6 +11,7 @@ if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
         " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
     )
+OPTIMIZATION = "--xla_backend_optimization_level"  # XLA's default is 3
 os.environ.setdefault("LM_CACHE_DIR", tempfile.mkdtemp(prefix="lm-test-cache-"))
 
 import jax
@@ -51,9 +52,11 @@ WORDS = [
 
 
 def pytest_configure(config):
-    """Compile what tests compile for speed of compiling, once for all of them."""
+    """Compile once for all tests, the plain ones quickly: `-m slow` and users' runs take XLA's default."""
     from lm import hardware
 
+    if "not slow" in config.option.markexpr and OPTIMIZATION not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {OPTIMIZATION}=1"
     hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -14,7 +14,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,17 @@ def run(
 ) -> int:
     """Run every unfinished point of the file's sweep in `workdir`, and return the worst exit code.
 
-    `fixed` are assignments for all points; `metric` sorts the table, smallest first; `only` names some
-    points.
+    `fixed` are assignments for all points, which win over a point's own; `metric` sorts the table,
+    smallest first; `only` names some points.
+
+    Raises ConfigError where `fixed` makes two points the same.
     """
     points = {name: point for name, point in read_points(path).items() if not only or name in only}
+    _check_apart(points, fixed)
     base = config_lib.to_json(config_lib.load(path))
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
-        given = [*fixed, *sweep_lib.assignments(point)]
+        given = [*sweep_lib.assignments(point), *fixed]
         identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
         done = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
         print(f"[{number}/{len(points)}] {name}{': finished' if done else ''}", flush=True)
@@ -87,6 +90,20 @@ def read_points(path: str | Path) -> dict[str, Point]:
             raise ConfigError(f"config={path}: sweep() has {point} twice; keep one")
         named[sweep_lib.name(point)] = point
     return named
+
+
+def _check_apart(points: Mapping[str, Point], fixed: Sequence[str]) -> None:
+    """Refuse assignments for all points that leave two of them the same."""
+    keys = {assignment.partition("=")[0] for assignment in fixed}
+    seen: dict[str, str] = {}
+    for name, point in points.items():
+        rest = str({k: v for k, v in point.items() if k not in keys and k != "name"})
+        if rest in seen:
+            raise ConfigError(
+                f"{', '.join(sorted(keys & set(point)))}: with this flag the points {seen[rest]} and "
+                f"{name} are the same; leave it out"
+            )
+        seen[rest] = name
 
 
 def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: Iterable[str]) -> int:
@@ -158,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tools.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--config.SECTION.FIELD=VALUE sets a field for every point.",
+        epilog="--config.SECTION.FIELD=VALUE sets a field for every point, whatever the point says.",
     )
     parser.add_argument(
         "--config", required=True, help="experiment file with get_config(), sweep()"

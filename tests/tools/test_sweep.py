@@ -121,13 +121,28 @@ def test_finished_points_are_skipped_until_their_config_changes(place):
     assert ran(place) == []
     assert len(json.loads((place / "out" / "sweep.json").read_text())) == 3
     run(place, fixed=["seed=2"])
-    assert ran(place) == [["--config.seed=2", *flag] for flag in flags(0.1, 0.2, 0.3)]
+    assert ran(place) == [[*flag, "--config.seed=2"] for flag in flags(0.1, 0.2, 0.3)]
     (place / "mine.py").write_text(EXPERIMENT.replace("0.3]", "0.3, 0.4]"))
     run(place, fixed=["seed=2"])
-    assert ran(place) == [["--config.seed=2", *flag] for flag in flags(0.4)]
+    assert ran(place) == [[*flag, "--config.seed=2"] for flag in flags(0.4)]
     (place / "mine.py").write_text(EXPERIMENT.replace('"seed": 1', '"seed": 3'))
     run(place, fixed=["seed=2"])
     assert len(ran(place)) == 3
+
+
+def test_a_flag_wins_over_the_points_and_may_not_make_two_of_them_the_same(place):
+    (place / "mine.py").write_text(
+        EXPERIMENT.replace(
+            "[0.1, 0.2, 0.3]})", '[0.1, 0.2], "seed": [1]}, {"model.num_layers": [2]})'
+        )
+    )
+    run(place, fixed=["seed=7"])
+    assert [flags[-2:] for flags in ran(place)] == [
+        ["--config.model.num_layers=2", "--config.seed=7"]
+    ] * 2
+    with pytest.raises(ConfigError, match=r"^optim\.peak_lr: .*peak_lr=0\.1,.* are the same"):
+        run(place, fixed=["optim.peak_lr=0.5"])
+    assert ran(place) == []
 
 
 def test_interrupt_lets_the_point_save_and_stops_there(place):
