@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from lm import checkpoint, experiment, models, sharding, step, train
 from lm import config as config_lib
+from lm.config import ConfigError
+from lm.convert import exporter, importer
 from lm.nn.embed import pad_vocab
 from lm.nn.transformer import SCANNED, UNROLLED
 from tools import evaluate
@@ -32,6 +34,12 @@ TINY = {
 INSTEAD = {
     "gradient": {
         "ngram": "it has no gradient: tests/models/test_ngram.py changes tokens and sums probabilities"
+    },
+    "convert": {
+        "gpt": "its own recipe is nobody else's: tests/convert takes those of GPT-2 and Llama",
+        **dict.fromkeys(
+            ("linear_rnn", "ngram", "rnn", "seq2seq"), "Hugging Face has no such model"
+        ),
     },
     "decode": {"bert": "an encoder does not write: tests/test_generate.py fills masks"},
     "task": {
@@ -368,3 +376,17 @@ def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     if loaded.model.learns == "gradient":
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), loaded.params)
         assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made.shapes)
+    if name in INSTEAD["convert"]:
+        with pytest.raises(ConfigError, match="no Hugging Face architecture"):
+            exporter.from_run(workdir, tmp_path / "theirs")
+        return
+    exporter.from_run(workdir, tmp_path / "theirs")
+    importer.to_run(tmp_path / "theirs", tmp_path / "back")
+    back = checkpoint.load(tmp_path / "back")
+    assert jax.tree.structure(back.params) == jax.tree.structure(loaded.params)
+    assert back.model.cfg.vocab_size == loaded.model.cfg.vocab_size
+    for one, other in zip(*map(jax.tree.leaves, (back.params, loaded.params)), strict=True):
+        # All but the rows that pad the vocabulary, which no token reads and no logit shows.
+        padded = pad_vocab(loaded.model.cfg.vocab_size)
+        cut = tuple(slice(loaded.model.cfg.vocab_size if n == padded else n) for n in one.shape)
+        np.testing.assert_array_equal(one[cut], other[cut])

@@ -65,7 +65,7 @@ def write(cfg: t5.Config) -> dict[str, Any]:
         "d_kv": cfg.head_dim,
         "d_ff": cfg.sizes["mlp_dim"],
         "vocab_size": cfg.vocab_size,
-        "n_positions": cfg.max_length,
+        "n_positions": max(cfg.max_length, cfg.max_source_length),
         "relative_attention_num_buckets": cfg.num_buckets,
         "relative_attention_max_distance": cfg.max_distance,
         "feed_forward_proj": names.get(cfg.activation, "relu"),
