@@ -149,6 +149,13 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
     flat |= {key: text for key, text in given.items() if key.endswith(".name")}
     fields = catalogue(schema, flat)
     _refuse_unknown(given, fields)
+    for key in flat:
+        name = f"{key.partition('.')[0]}.name"
+        if key not in fields and name in given:
+            raise ConfigError(
+                f"{name}={given[name]} has no {key}, which the experiment sets for another {name}; make an "
+                "experiment file of its own"
+            )
     for key, text in given.items():
         flat[key] = _typed(key, text, fields[key], read=_from_text)
     for key in given:

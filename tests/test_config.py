@@ -119,7 +119,8 @@ def test_name_picks_the_class_whatever_the_order():
         "mark": "#",
         "files": (),
     }
-    assert "model.num_heads" in refusal("model.name=rnn", config={"model": {"num_heads": 8}})
+    told = refusal("model.name=rnn", config={"model": {"num_heads": 8}})
+    assert told.startswith("model.name=rnn has no model.num_heads, which the experiment sets")
 
 
 @pytest.mark.parametrize("key", ["optim.peaklr", "optm.peak_lr", "peak_lr", "model.num.peak_lr"])
