@@ -1,9 +1,11 @@
 """One table and one picture of models trained on the same text, and what is asked for by a wrong name."""
 
 import csv
+import math
 
 import pytest
 
+from lm import config as config_lib
 from tools import history
 
 
@@ -31,3 +33,23 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys, name, near):
     assert history.main(["--workdir", str(tmp_path), "--only", name]) == 2
     said = capsys.readouterr().err
     assert name in said and near in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_every_model_has_its_row_from_two_steps(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device for the runs
+    flags = [
+        *("--workdir", str(tmp_path), f"--config.data.path={text_file}"),
+        *("--config.data.tokenizer=byte", "--config.data.batch_size=4"),
+        *("--config.train.num_steps=2", "--config.eval.max_tokens=256"),
+    ]
+    assert history.main(flags) == 0
+    with (tmp_path / "history.csv").open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == sorted(rows, key=lambda name: int(rows[name]["year"]))
+    assert set(rows) == set(config_lib.call("experiments/history.py", "papers"))
+    for name, row in rows.items():
+        encoder = name in ("bert", "roberta")
+        assert math.isnan(float(row["bits per byte"])) == encoder, name
+        assert 0 < float(row["nats"]) < 20 and float(row["training FLOPs"]) > 0, name
+        assert row["sample"].startswith(history.MASKED if encoder else history.PROMPT), name
