@@ -40,11 +40,8 @@ def result(workdir: Path, name: str, year: int, paper: str) -> dict[str, Any]:
     from lm.complete import Sampling
 
     folder = workdir / name
-    last = {
-        key: value
-        for row in metrics.read_rows(folder / "metrics.jsonl")
-        for key, value in row.items()
-    }
+    rows = metrics.read_rows(folder / "metrics.jsonl")
+    last = {key: value for row in rows for key, value in row.items()}
     loaded = checkpoint.load(folder)
     completer = workdirs.completer(folder, loaded)
     cfg = experiment.freeze(config_lib.complete(loaded.config, experiment.SCHEMA))
@@ -60,18 +57,23 @@ def result(workdir: Path, name: str, year: int, paper: str) -> dict[str, Any]:
         "parameters": step.count_parameters(loaded.params),
         "training FLOPs": models.flops_per_token(loaded.model.cfg, completer.task.row_length)
         * tokens,
-        "minutes": minutes(folder),
+        "minutes": minutes(rows),
         "bits per byte": last.get("eval/bits_per_byte", math.nan),
         "nats": last["eval/loss"],
         "sample": " ".join(shown.split()),
     }
 
 
-def minutes(folder: Path) -> float:
-    """Return the time between a run's first file and its last row, in minutes."""
-    return (
-        (folder / "metrics.jsonl").stat().st_mtime - (folder / "config.json").stat().st_mtime
-    ) / 60
+def minutes(rows: Sequence[dict[str, Any]]) -> float:
+    """Return how long a run trained by its metrics, compiling, evaluating and pauses not counted."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if "train/tokens" in row:
+            if "tokens_per_second" in row:
+                tokens = (row["step"] - before) * row["train/tokens"]
+                seconds += tokens / row["tokens_per_second"]
+            before = row["step"]
+    return seconds / 60
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -81,7 +83,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         bits = row["bits per byte"]
         cells = [
             row["model"], str(row["year"]), row["paper"], f"{row['parameters']:,}",
-            f"{row['training FLOPs']:.1e}", f"{row['minutes']:.1f}",
+            f"{row['training FLOPs']:.1e}", f"{row['minutes']:.2g}",
             "" if math.isnan(bits) else f"{bits:.3f}", f"{row['nats']:.3f}",
             "`" + row["sample"].replace("|", "\\|").replace("`", "'") + "`",
         ]  # fmt: skip

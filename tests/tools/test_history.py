@@ -35,6 +35,18 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys, name, near):
     assert name in said and near in said and len(said.splitlines()) == 1
 
 
+def test_the_minutes_are_those_of_training_however_often_it_was_stopped():
+    rows = [
+        {"step": 0, "eval/loss": 3.0},
+        {"step": 1, "train/tokens": 100.0},
+        {"step": 21, "train/tokens": 100.0, "tokens_per_second": 50.0},
+        {"step": 21, "eval/loss": 2.0},
+        {"step": 22, "train/tokens": 100.0},  # resumed
+        {"step": 32, "train/tokens": 100.0, "tokens_per_second": 25.0},
+    ]
+    assert history.minutes(rows) == pytest.approx((20 * 2 + 10 * 4) / 60)
+
+
 @pytest.mark.slow
 def test_every_model_has_its_row_from_two_steps(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device for the runs
