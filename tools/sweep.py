@@ -98,9 +98,9 @@ def _check_apart(points: Mapping[str, Point], fixed: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for name, point in points.items():
         rest = str({k: v for k, v in point.items() if k not in keys and k != "name"})
-        if rest in seen:
+        if rest in seen and (shared := keys & {*point, *points[seen[rest]]}):
             raise ConfigError(
-                f"{', '.join(sorted(keys & set(point)))}: with this flag the points {seen[rest]} and "
+                f"{', '.join(sorted(shared))}: with this flag the points {seen[rest]} and "
                 f"{name} are the same; leave it out"
             )
         seen[rest] = name

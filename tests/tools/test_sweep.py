@@ -143,6 +143,11 @@ def test_a_flag_wins_over_the_points_and_may_not_make_two_of_them_the_same(place
     with pytest.raises(ConfigError, match=r"^optim\.peak_lr: .*peak_lr=0\.1,.* are the same"):
         run(place, fixed=["optim.peak_lr=0.5"])
     assert ran(place) == []
+    twins = '[{"name": "a", "optim.peak_lr": 0.1}, {"name": "b", "optim.peak_lr": 0.1}]'
+    twins_file = EXPERIMENT.replace('sweep_lib.grid({"optim.peak_lr": [0.1, 0.2, 0.3]})', twins)
+    (place / "mine.py").write_text(twins_file)
+    run(place, fixed=["seed=7"])  # the same by the file's own wish
+    assert len(ran(place)) == 2
 
 
 def test_interrupt_lets_the_point_save_and_stops_there(place):
