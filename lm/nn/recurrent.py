@@ -249,7 +249,7 @@ def hand_over(states: States, *, source_segments_BS: jax.Array, segments_BL: jax
 
     def take(border_BS, state):
         chosen_BLS = (same_BLS & border_BS[:, None]).astype(state[0].dtype)
-        # One place or none: a product with ones and zeros, which devices share better than a gather.
+        # One place or none is chosen, by a product with ones and zeros.
         return tuple(jnp.einsum("bls,bsh->blh", chosen_BLS, s, precision="highest") for s in state)
 
     return tuple(tuple(map(take, borders, layer)) for layer in states)
