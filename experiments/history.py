@@ -84,7 +84,10 @@ def sweep() -> list[dict]:
         "lstm": {**causal, **_model("rnn", cell="lstm", **recurrent)},
         "gru": {**causal, **_model("rnn", cell="gru", **recurrent)},
         "lstm_attention": {**causal, **_model("rnn", cell="lstm", num_heads=4, **recurrent)},
-        "seq2seq": {**pairs, **_model("seq2seq", attention="none", num_layers=1, model_dim=200)},
+        "seq2seq": {
+            **pairs,
+            **_model("seq2seq", attention="none", bidirectional=False, num_layers=1, model_dim=200),
+        },
         "seq2seq_attention": {
             **pairs, **_model("seq2seq", attention="additive", num_layers=1, model_dim=200),
         },
@@ -96,7 +99,7 @@ def sweep() -> list[dict]:
             **_model("gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True,
                      activation="gelu", qk_norm=False, **small),
         },
-        "llama": {**causal, **_model("gpt", activation="swiglu", qk_norm=False, **small)},
+        "llama": {**causal, **_model("gpt", activation="swiglu", qk_norm=False, tied=False, **small)},
         "linear_rnn": {**causal, **_model("linear_rnn", **small)},
         "gpt": {**causal, **_model("gpt", **small)},
     }  # fmt: skip

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
         "peak_lr": 0.01,
         "schedule": "inverse_sqrt",
         "warmup": "10%",
+        "weight_decay": 0.0,
     })  # fmt: skip
     config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 20, "sample_tokens": 0})
     config.eval = ConfigDict({"every_steps": 250})

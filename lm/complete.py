@@ -95,7 +95,7 @@ class Completer:
             tokens += [mark, *part]
         if self.kind == "source":
             return [*tokens, self.tokenizer.end_of_text]
-        return [self.task.cls, *tokens]
+        return [self.task.cls, *tokens, self.task.sep]
 
     def _marks(self, count: int) -> list[int]:
         """Return the special tokens that stand for `count` gaps in a text."""

@@ -4,9 +4,9 @@
 (arXiv 1810.04805). RoBERTa, Liu et al. 2019 (arXiv 1907.11692), is the option set num_types=1,
 next_sentence=False, norm_epsilon=1e-5 (what is masked anew in every epoch is the task's).
 
-What differs: documents of a row do not see each other; the head over the vocabulary is computed where
-something is scored and nowhere else; dropout acts on embeddings and residual branches, not on attention
-weights nor on the class's features.
+What differs: documents of a row do not see each other where the task keeps them apart; the head over the
+vocabulary is computed where something is scored and nowhere else; dropout acts on embeddings and residual
+branches, not on attention weights nor on the class's features.
 """
 
 import dataclasses

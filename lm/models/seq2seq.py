@@ -6,9 +6,9 @@ a bidirectional encoder; "Effective Approaches to Attention-based Neural Machine
 2015 (1508.04025): multiplicative scores, and the attentional vector fed to the next step.
 
 What differs: with either score the context joins the decoder's output, as Luong's does (Bahdanau's enters the
-recurrence), so that without input feeding a whole target is one recurrence. One embedding serves source
-and target. The decoder starts from the encoder's last states through a layer of tanh. Several pairs may lie
-in a row: a target knows the source of its own segment only.
+recurrence), so that without input feeding a whole target is one recurrence; a source is not reversed, as
+Sutskever's is. One embedding serves source and target. The decoder starts from the encoder's last states
+through a layer of tanh. Several pairs may lie in a row: a target knows the source of its own segment only.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
 "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", Raffel et al. 2019
 (arXiv 1910.10683). The defaults are T5-small; T5 v1.1 is the option set activation=geglu (Shazeer
-2020, 2002.05202), tied=False.
+2020, 2002.05202), tied=False, with sizes of its own.
 
-What differs: documents of a row do not see each other, and each reads its own source; dropout acts on
+What differs: segments of a row do not see each other, and each reads its own source; dropout acts on
 embeddings, residual branches and the features, not inside them; the head of v1.1 starts at
 1 / sqrt(model_dim).
 """

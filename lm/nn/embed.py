@@ -1,4 +1,4 @@
-"""Token and position embeddings, and the head that turns features into logits."""
+"""Token embeddings, and the head that turns features into logits."""
 
 from collections.abc import Callable
 

@@ -90,8 +90,8 @@ def _lstm_pull(gates_KHB, before: State, after: State, dafter: State):
 def _gru_gates(pre_KHB: jax.Array) -> jax.Array:
     """n = tanh(n_input + sigmoid(r) n_recurrent).
 
-    The reset gate follows the recurrent product, which has a bias of its own, as in cuDNN and
-    PyTorch (version 1 of arXiv 1406.1078 resets before it).
+    The reset gate follows the recurrent product, which has a bias of its own, as in cuDNN, PyTorch and
+    version 1 of arXiv 1406.1078 (version 3 resets before it).
     """
     n_input, r, z, n_recurrent = _slots(pre_KHB)
     r, z = _sigmoid(r), _sigmoid(z)

@@ -69,7 +69,9 @@ def add_k(levels: Sequence[Level], *, k: float, vocab_size: int) -> list[Split]:
 def leave_one_out(levels: Sequence[Level], paths: np.ndarray, *, vocab_size: int) -> list[float]:
     """Return Jelinek-Mercer weights [order] by EM on the text's own predictions.
 
-    Each is made from the counts of all the others, so that none is certain of itself.
+    Each is made from the counts of all the others, so that none is certain of itself. Jelinek and Mercer
+    1980 held out a text for it, and let the weights depend on how often a context was seen; here there is
+    one an order.
     """
     paths = paths[:, :: -(-paths.shape[1] // _EM_PREDICTIONS) or 1]
     frequency, seen = np.zeros(paths.shape), np.zeros(paths.shape, bool)

@@ -11,8 +11,10 @@ documents that must not see each other), and `Task(cfg, setting)`, which has
 
 - `KINDS`: the kinds of rows that it can make, of which the family accepts one: "causal", "masked", "source";
 - `row_length`, `source_length` (0 = no source), and `max_scored`, a static bound on scored positions a row;
-- `vocab_size`, its own special tokens included; `num_classes`, where position 0 is to be classified, else 0;
-- `start`, the token that a target begins with, of "source" rows; `cls`, that "masked" rows begin with;
+- `vocab_size`, its own special tokens included; `num_classes`, where position 0 is to be classified, else 0,
+  and `labels`, the names of the classes;
+- `start`, the token that a target begins with, of "source" rows; `cls` and `sep`, that "masked" rows begin
+  and end with;
 - `gaps`, the tokens for the gaps that a prompt leaves open, in their order, and `names`, how its own special
   tokens are shown;
 - `text_bytes`: every byte of a text is scored once, so that bits per byte mean something;
@@ -51,8 +53,9 @@ def config_class(name: str) -> type:
     """Return the `Config` of the task `name`. Raises ConfigError, with the nearest, for no task."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if name not in names:
-        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-        raise ConfigError(f"task.name={name}: no such task; did you mean {nearest[0]}?")
+        nearest = difflib.get_close_matches(str(name), names, n=1)
+        fix = f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(names)}"
+        raise ConfigError(f"task.name={name}: no such task; {fix}")
     return importlib.import_module(f"lm.tasks.{name}").Config
 
 

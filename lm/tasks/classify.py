@@ -1,6 +1,6 @@
 """Say which label a text has.
 
-An encoder classifies at the row's first position, [CLS], as BERT does (Devlin et al. 2018, arXiv
+An encoder classifies [CLS] text [SEP] at its first position, as BERT does (Devlin et al. 2018, arXiv
 1810.04805). A decoder, or an encoder-decoder, writes the label's text after the text, as T5 does (Raffel et
 al. 2019, 1910.10683), and a row is right when all of the label is. The data names its label by
 `data.label_field`.
@@ -18,11 +18,11 @@ from lm.tasks import Setting, check_positive, seq2seq, special_ids
 @dataclass(frozen=True)
 class Config:
     name: str = "classify"  # the objective, a file of lm/tasks
-    length: int = 128  # tokens of the text, [CLS] or end of text included
+    length: int = 128  # tokens of the text, [CLS] and [SEP] or end of text included
     label_length: int = 16  # tokens of a label's text, for families that write it
 
     def __post_init__(self):
-        check_positive(self, length=2, label_length=2)
+        check_positive(self, length=3, label_length=2)
 
     @property
     def packed(self) -> bool:
@@ -44,8 +44,10 @@ class Task:
             raise ConfigError(
                 "task.name='classify': the data has no labels; name their field in data.label_field"
             )
-        self.labels = {label: number for number, label in enumerate(setting.labels)}
-        self._check_lengths()
+        self.labels = setting.labels
+        # By its tokens: some tokenizers read two texts alike, and give back neither.
+        self._numbers = {tuple(self.tokenizer.encode(x)): i for i, x in enumerate(self.labels)}
+        self._check_labels()
         self.at_first = setting.kind == "masked"
         if not self.at_first:
             texts = seq2seq.Config(source_length=cfg.length, length=cfg.label_length)
@@ -58,10 +60,10 @@ class Task:
         self.num_classes = len(self.labels)
         # As for masked_lm, whose parameters such a model starts from.
         ids = special_ids(self.tokenizer, ("cls", "sep", "mask"))
-        self.cls = ids["cls"]
+        self.cls, self.sep = ids["cls"], ids["sep"]
         self.vocab_size = max(self.tokenizer.vocab_size, 1 + max(ids.values()))
 
-    def _check_lengths(self) -> None:
+    def _check_labels(self) -> None:
         for label in self.labels:
             needed = len(self.tokenizer.encode(label)) + 1
             if needed > self.cfg.label_length:
@@ -69,6 +71,13 @@ class Task:
                     f"task.label_length={self.cfg.label_length}: the label {label!r} takes {needed} tokens; "
                     f"use {needed} or more"
                 )
+        if len(self._numbers) < len(self.labels):
+            kept = {self.labels[number] for number in self._numbers.values()}
+            lost = next(label for label in self.labels if label not in kept)
+            raise ConfigError(
+                f"data.tokenizer: it reads the label {lost!r} as another one; choose one that tells "
+                "all labels apart"
+            )
 
     def num_rows(self, split: Any) -> int:
         """Return how many labelled texts `split` has."""
@@ -95,10 +104,10 @@ class Task:
             if index >= split.num_pairs:
                 continue
             text, label = split.pair(index)
-            tokens = [self.cls, *text[: self.row_length - 1]]
+            tokens = [self.cls, *text[: self.row_length - 2], self.sep]
             batch["inputs"][row, : len(tokens)] = tokens
             batch["segments"][row, : len(tokens)] = 1
             batch["positions"][row, : len(tokens)] = np.arange(len(tokens))
-            batch["targets"][row, 0] = self.labels[self.tokenizer.decode(label)]
+            batch["targets"][row, 0] = self._numbers[tuple(label)]
             batch["weights"][row, 0] = 1
         return batch

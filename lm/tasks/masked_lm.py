@@ -3,8 +3,8 @@
 "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", Devlin et al. 2018
 (arXiv 1810.04805); masks drawn anew each epoch: RoBERTa, Liu et al. 2019 (1907.11692).
 
-Row r is [CLS] and the stream's tokens r * n to (r + 1) * n, n = length - 1; with `next_sentence`
-[CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another. Of
+Row r is [CLS], the stream's tokens r * n to (r + 1) * n, n = length - 2, and [SEP]; with `next_sentence`
+[CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another row's. Of
 the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay.
 
 What differs: A and B are halves of a window and not sentences of one document; a row has exactly
@@ -57,10 +57,11 @@ class Task:
         self.row_length = cfg.length
         self.max_scored = max(1, round(cfg.mask_rate * cfg.length))
         self.ids = special_ids(tokenizer, ("cls", "sep", "mask"))
-        self.cls, self.gaps = self.ids["cls"], (self.ids["mask"],) * cfg.length
+        self.cls, self.sep = self.ids["cls"], self.ids["sep"]
+        self.gaps = (self.ids["mask"],) * cfg.length
         self.names = {i: f"[{name.upper()}]" for name, i in self.ids.items()}
         self.vocab_size = max(tokenizer.vocab_size, 1 + max(self.ids.values()))
-        self.stride = cfg.length - (3 if cfg.next_sentence else 1)
+        self.stride = cfg.length - (3 if cfg.next_sentence else 2)
         # What may be masked, or stand for a masked token: all but the special ones.
         self._common = np.ones(self.vocab_size, bool)
         self._common[[tokenizer.end_of_text, *self.ids.values(), *tokenizer.specials.values()]] = 0
@@ -107,19 +108,20 @@ class Task:
         """Write one row of a batch, given as views."""
         random = random_of(self.seed, epoch, index)
         window = self._window(split, index)
-        cls, sep = self.ids["cls"], self.ids["sep"]
         if self.cfg.next_sentence:
             half = len(window) // 2
             first, second = window[:half], window[half:]
-            follows = random.random() < 0.5
+            others = self.num_rows(split) - 1
+            follows = random.random() < 0.5 or not others
             if not follows:
-                other = self._window(split, int(random.integers(self.num_rows(split))))
+                away = 1 + int(random.integers(others))
+                other = self._window(split, (index + away) % (others + 1))
                 second = other[len(other) // 2 :]
-            tokens = np.concatenate([[cls], first, [sep], second, [sep]])
+            tokens = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
             row["types"][len(first) + 2 : len(tokens)] = 1
             row["labels"][:] = 0 if follows else 1
         else:
-            tokens = np.concatenate([[cls], window])
+            tokens = np.concatenate([[self.cls], window, [self.sep]])
         size = len(tokens)
         row["targets"][:size] = tokens
         row["segments"][:size], row["positions"][:size] = self._documents(tokens, split)

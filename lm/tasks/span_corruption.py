@@ -2,8 +2,9 @@
 
 "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", Raffel et al. 2019
 (arXiv 1910.10683), section 3.1.4: of n tokens round(corruption_rate * n) are cut, in spans of `mean_span`
-tokens on average, uniformly among all ways to cut them so. The source has a sentinel where each span
-was, the target each sentinel and its span; both end with end of text. n is the most that fits
+tokens on average, uniformly among all ways to cut them so that the first token stays and the last goes. The
+source has a sentinel where each span was, the target each sentinel and its span; both end with end of text,
+as in T5's code (the paper's target ends with one more sentinel). n is the most that fits
 `source_length`, and the target's length follows from it.
 """
 

@@ -1,6 +1,7 @@
 """What every task promises, tried on every file of the folder."""
 
 import pkgutil
+import re
 import types
 
 import numpy as np
@@ -16,13 +17,13 @@ END = BYTE.end_of_text
 PAIRS = [("one little cat", "yes"), ("a", "no"), ("dogs " * 30, "yes"), ("the end", "maybe")]
 
 
-def paired_split():
+def paired_split(tokenizer=BYTE):
     texts = [text for pair in PAIRS for text in pair]
-    return stream(texts, paired=True)
+    return stream(texts, tokenizer=tokenizer, paired=True)
 
 
-def stream(texts, *, paired=False):
-    rows = [np.append(BYTE.encode(text), END) for text in texts]
+def stream(texts, *, tokenizer=BYTE, paired=False):
+    rows = [np.append(tokenizer.encode(text), END) for text in texts]
     tokens = np.concatenate([[END], *rows]).astype(np.uint16)
     starts = np.cumsum([0, *map(len, rows)])[:-1]
     return Split("train", tokens, starts, sum(map(len, texts)), paired)
@@ -114,7 +115,7 @@ def test_masked_rows():
         assert (batch["inputs"] == batch["targets"])[~scored].all()
         assert (batch["inputs"][:, 0] == task.ids["cls"]).all() and not scored[:, 0].any()
         assert not scored[batch["targets"] == END].any(), "an end of text is never masked"
-        assert (scored[:-1].sum(axis=1) == round(0.15 * 63)).mean() > 0.5
+        assert (scored[:-1].sum(axis=1) == round(0.15 * 62)).mean() > 0.5
         inputs, targets = batch["inputs"][scored], batch["targets"][scored]
         counts["mask"] += (inputs == task.ids["mask"]).sum()
         counts["same"] += (inputs == targets).sum()
@@ -122,8 +123,10 @@ def test_masked_rows():
     total = sum(counts.values())
     shares = {name: count / total for name, count in counts.items()}
     assert abs(shares["mask"] - 0.8) < 0.02 and abs(shares["other"] - 0.1) < 0.02
+    sizes = (batch["segments"] > 0).sum(axis=1)
+    assert (batch["targets"][indices, sizes - 1] == task.ids["sep"]).all()
     text = np.concatenate(
-        [row[1:][seg[1:] > 0] for row, seg in zip(batch["targets"], batch["segments"], strict=True)]
+        [row[1 : size - 1] for row, size in zip(batch["targets"], sizes, strict=True)]
     )
     np.testing.assert_array_equal(text, split.tokens[1:], "every token is in a row once")
 
@@ -167,13 +170,27 @@ def test_next_sentence_rows():
         make("masked_lm", "masked", next_sentence=True, isolate_documents=True)
 
 
+@pytest.mark.parametrize("text", ["abcdefgh", "abcdefghijklm"])
+def test_what_does_not_follow_is_of_another_row(text):
+    split, task = stream([text]), make("masked_lm", "masked", length=9, next_sentence=True)
+    count = task.num_rows(split)
+    windows = [split.tokens[1 + 6 * row :][:6].tolist() for row in range(count)]
+    ends = [window[len(window) // 2 :] for window in windows]
+    for epoch in range(40):
+        batch = task.rows(split, np.arange(count), epochs=np.full(count, epoch))
+        for row in range(count):
+            second = batch["targets"][row][batch["types"][row] > 0][:-1].tolist()
+            assert second in ends
+            assert (second == ends[row]) == (batch["labels"][row] == 0)
+
+
 def test_isolated_documents_of_masked_rows():
     split = stream(["aa", "bbb", "c"])
     task = make("masked_lm", "masked", length=10, isolate_documents=True)
     batch = task.rows(split, np.array([0]))
-    # cls a a END b b b END c END
-    np.testing.assert_array_equal(batch["segments"][0], [1, 1, 1, 2, 2, 2, 2, 3, 3, 4])
-    np.testing.assert_array_equal(batch["positions"][0], [0, 1, 2, 0, 1, 2, 3, 0, 1, 0])
+    # cls a a END b b b END c sep
+    np.testing.assert_array_equal(batch["segments"][0], [1, 1, 1, 2, 2, 2, 2, 3, 3, 3])
+    np.testing.assert_array_equal(batch["positions"][0], [0, 1, 2, 0, 1, 2, 3, 0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,7 @@ def test_classification_by_hand():
     task = make("classify", "masked", length=5)
     batch = task.rows(split, np.arange(4))
     assert task.num_classes == 3 and task.max_scored == 1
-    np.testing.assert_array_equal(batch["inputs"][0], [task.cls, *b"one "])
+    np.testing.assert_array_equal(batch["inputs"][0], [task.cls, *b"one", task.sep])
     np.testing.assert_array_equal(batch["targets"][:, 0], [2, 1, 2, 0])  # of maybe, no, yes
     np.testing.assert_array_equal(batch["weights"].sum(axis=1), np.ones(4))
     written = make("classify", "causal", length=5, label_length=6).rows(split, np.array([1]))
@@ -289,6 +306,22 @@ def test_what_cannot_be_is_refused(name, kind, fields, words):
 def test_classes_need_labels():
     with pytest.raises(ConfigError, match=r"data\.label_field"):
         tasks.build(tasks.config_class("classify")(), tasks.Setting("masked", BYTE))
+
+
+def test_a_label_is_known_by_its_tokens():
+    class Lossy(type(BYTE)):
+        """Reads every vowel as the same token."""
+
+        def encode(self, text):
+            return super().encode(re.sub("[aeiou]", "_", text))
+
+    labels = ("maybe", "no", "yes")
+    cfg, split = tasks.config_class("classify")(), paired_split(Lossy())
+    task = tasks.build(cfg, tasks.Setting("masked", Lossy(), labels))
+    batch = task.rows(split, np.arange(4))
+    np.testing.assert_array_equal(batch["targets"][:, 0], [2, 1, 2, 0])
+    with pytest.raises(ConfigError, match=r"the label 'n[ou]' as another one"):
+        tasks.build(cfg, tasks.Setting("masked", Lossy(), ("no", "nu")))
 
 
 def test_a_tokenizers_own_special_tokens_are_used():
