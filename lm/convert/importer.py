@@ -78,7 +78,7 @@ def _architecture(folder: Folder) -> tuple[str, Any]:
         )
     architecture = architectures.architecture(str(name))
     classes = folder.config.get("architectures")
-    if classes is not None and classes != [c for c in architecture.CLASSES if [c] == classes]:
+    if classes is not None and classes not in [[name] for name in architecture.CLASSES]:
         raise ConfigError(
             f"{where}: architectures={shown(classes)}; of {name} only "
             f"{' and '.join(architecture.CLASSES)} can be read"

@@ -57,7 +57,7 @@ class Config:
     norm_bias: bool = False  # layernorm with a bias
     norm_epsilon: float = 1e-5  # added to the variance, or the mean square
     activation: str = "relu2"  # gelu, gelu_erf, relu, relu2, swiglu or geglu
-    qk_norm: bool = True  # normalise queries and keys
+    qk_norm: bool = True  # RMS norm of queries and keys
     bias: bool = False  # biases in the projections
     bias_in: str = "all"  # which have them: all, attention or mlp
     tied: bool = True  # the head is the embedding
@@ -225,7 +225,7 @@ class Block(nn.Module):
             kernel_init=init,
             out_init=out_init,
             rotary=cfg.rotary,
-            qk_norm=cfg.qk_norm,
+            qk_norm_epsilon=cfg.norm_epsilon if cfg.qk_norm else 0.0,
             bias=cfg.biased("attention"),
             window=cfg.window,
             kernel=attention_kernel(cfg),

@@ -246,7 +246,8 @@ def flops_per_token(cfg: Config, length: int) -> float:
     """Return training FLOPs a target token, its source as long as the row (or `max_source_length`).
 
     6 N for the decoder's matrices and the head, 6 N of the encoder's for each source token, and the
-    attention's scores and sums, 12 E (multiplicative) or 18 E (additive, with its tanh) a pair of tokens.
+    attention's scores and sums, 6 (D + E) (multiplicative) or 6 (2 D + E) (additive, with its tanh) a pair of
+    tokens, E the width of the encoder's features.
     """
     D, ways = cfg.model_dim, 2 if cfg.bidirectional else 1
     gates, E = CELLS[cfg.cell].num_gates, D * ways
@@ -258,5 +259,5 @@ def flops_per_token(cfg: Config, length: int) -> float:
     if cfg.attention != "none":
         additive = cfg.attention == "additive"
         flops += 6.0 * (D * (E + D) + source * E * D + (D * D if additive else 0))
-        flops += (18.0 if additive else 12.0) * E * source * length
+        flops += 6.0 * ((2 * D if additive else D) + E) * source * length
     return flops

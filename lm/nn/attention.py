@@ -57,6 +57,7 @@ def attend(query, key, value, mask, *, score_bias=None, scale: float = 0.0) -> j
       key, value: [B, G, S, K].
       mask: bool [1 or B, L, S].
       score_bias: float32 [N, G, R, L, S], each for the next B / N rows, or None.
+      qk_norm_epsilon: of the RMS norms of queries and keys; 0 = they are not normalised.
       scale: of the scores; 0 = 1 / sqrt(K).
 
     Returns:
@@ -203,6 +204,7 @@ class Attention(nn.Module):
       rotary: rotary positions; None = none.
       window: positions a query sees; 0 = all before it.
       causal: no query sees a later key, whatever the mask; else the mask alone says.
+      qk_norm_epsilon: of the RMS norms of queries and keys; 0 = they are not normalised.
       scale: of the scores; 0 = 1 / sqrt(head_dim).
       kernel: "xla" (any mask) or "cudnn" (causal only, on a GPU).
       decode_length: slots of the cache.
@@ -215,7 +217,7 @@ class Attention(nn.Module):
     kernel_init: Callable
     out_init: Callable
     rotary: Rotary | None = None
-    qk_norm: bool = False
+    qk_norm_epsilon: float = 0.0
     bias: bool = False
     window: int = 0
     causal: bool = True
@@ -249,8 +251,11 @@ class Attention(nn.Module):
         query, key, value = jnp.split(qkv, [R, R + 1], axis=3)
         query = query.transpose(0, 2, 3, 1, 4)
         key, value = key[:, :, :, 0].swapaxes(1, 2), value[:, :, :, 0].swapaxes(1, 2)
-        if self.qk_norm:
-            query, key = Norm(name="query_norm")(query), Norm(name="key_norm")(key)
+        if epsilon := self.qk_norm_epsilon:
+            query, key = (
+                Norm(epsilon=epsilon, name=f"{name}_norm")(array)
+                for name, array in (("query", query), ("key", key))
+            )
         if self.rotary:
             waves = self.rotary.waves(positions_BL, K)
             B, L = positions_BL.shape

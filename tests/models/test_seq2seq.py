@@ -1,5 +1,6 @@
 """Every form of attention against a plain reading of its paper, in float64, one token at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm import models, step
+from lm import models, sharding, step
 from lm.config import ConfigError
+from lm.models import seq2seq
 
 VOCAB, D = 23, 8
 FORMS = [
@@ -175,3 +177,19 @@ def test_what_does_not_go_together_is_refused_by_name():
         build(attention="luong")
     with pytest.raises(ConfigError, match=r"model\.dropout=1"):
         build(dropout=1.0)
+
+
+@forms
+def test_flops_count_every_matrix_product(form):
+    """Of matrices by their shapes, each for every token of its side; of attention's pairs by hand."""
+    model, params = made(**form)
+    cfg, length = dataclasses.replace(model.cfg, max_source_length=5), 10
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = {sharding.path_name(path): leaf.size for path, leaf in leaves}
+    sizes = {name: size for name, size in sizes.items() if not name.endswith(("bias", "score"))}
+    head = sizes["embed/embedding" if cfg.tied else "head/kernel"]
+    target = head + sum(size for name, size in sizes.items() if name.startswith("decoder/"))
+    source = sum(size for name, size in sizes.items() if name.startswith(("encoder/", "keys/")))
+    E = D * (2 if cfg.bidirectional else 1)
+    pair = {"none": 0, "multiplicative": D + E, "additive": 2 * D + E}[cfg.attention]
+    assert seq2seq.flops_per_token(cfg, length) == 6 * (target + source * 5 / 10 + pair * 5)

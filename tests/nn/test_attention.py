@@ -93,7 +93,7 @@ def rotated(x, positions):
     [
         {},
         {"num_kv_heads": 2, "bias": True},
-        {"num_kv_heads": 1, "rotary": Rotary(BASE), "qk_norm": True},
+        {"num_kv_heads": 1, "rotary": Rotary(BASE), "qk_norm_epsilon": 1e-5},
         {"window": 3, "segments": SEGMENTS},
     ],
     ids=["heads", "groups-bias", "rotary-norm", "window-segments"],
@@ -109,7 +109,7 @@ def test_equals_numpy(options):
 
 
 def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
-    options = {"rotary": Rotary(BASE), "qk_norm": True}
+    options = {"rotary": Rotary(BASE), "qk_norm_epsilon": 1e-5}
     grouped, params = make(num_kv_heads=2, **options)
     full, _ = make(num_kv_heads=H, **options)
     kernel = params["qkv"]["kernel"]  # [D, 2, 2 queries + key + value, K]
@@ -121,7 +121,7 @@ def test_grouped_queries_equal_heads_with_repeated_keys_and_values():
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant():
-    layer, params = make(qk_norm=True)
+    layer, params = make(qk_norm_epsilon=1e-5)
     x, kernel = inputs(), params["qkv"]["kernel"]
     factor = np.array([9.0, 5.0, 1.0], np.float32)[:, None]  # query, key, value
     larger = {**params, "qkv": {"kernel": kernel * factor}}
