@@ -17,11 +17,13 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 from flax import linen as nn
 
 from lm.config import ConfigError
+from lm.nn.transformer import REMAT_POLICIES
 
 
 def names() -> list[str]:
@@ -119,3 +121,32 @@ def check_option(cfg: Any, field: str, options: tuple[str, ...]) -> None:
     if value not in options:
         shown = ", ".join(option or '""' for option in options)
         raise ConfigError(f"model.{field}={value!r}: choose one of {shown}")
+
+
+def check_fields(cfg: Any, *, positive: Sequence[str], derived: Sequence[str]) -> None:
+    """Raise ConfigError for a number of a family's config, or a field that families share, out of range.
+
+    Args:
+      positive: fields of 1 or more.
+      derived: fields of 0 or more.
+    """
+    if hasattr(cfg, "remat"):
+        check_option(cfg, "remat", ("none", *REMAT_POLICIES))
+    check_option(cfg, "dtype", ("", "float32", "bfloat16"))
+    for field, least in (dict.fromkeys(derived, 0) | dict.fromkeys(positive, 1)).items():
+        if getattr(cfg, field) < least:
+            raise ConfigError(f"model.{field}={getattr(cfg, field)}: use {least} or more")
+    if getattr(cfg, "norm_epsilon", 1.0) <= 0:
+        raise ConfigError(f"model.norm_epsilon={cfg.norm_epsilon}: use a positive number")
+    for field in (f.name for f in dataclasses.fields(cfg) if f.name.endswith("dropout")):
+        if not 0 <= getattr(cfg, field) < 1:
+            raise ConfigError(f"model.{field}={getattr(cfg, field)}: use a probability in [0, 1)")
+
+
+def check_heads(cfg: Any, *otherwise: str) -> None:
+    """Raise ConfigError unless the heads divide the width; `otherwise` is what else would mend it."""
+    if cfg.model_dim % cfg.num_heads:
+        fix = ", ".join(("choose another", *otherwise))
+        raise ConfigError(
+            f"model.num_heads={cfg.num_heads} does not divide model.model_dim={cfg.model_dim}; {fix}"
+        )

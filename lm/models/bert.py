@@ -18,13 +18,13 @@ from flax import linen as nn
 
 from lm import hardware, sharding
 from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, segment_mask
 from lm.nn.embed import Embed, finish_logits, pad_vocab
 from lm.nn.linear import Linear
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
-from lm.nn.transformer import REMAT_POLICIES, Stack
+from lm.nn.transformer import Stack
 
 INIT = nn.initializers.truncated_normal(0.02)
 SCORED = 0.15  # share of the positions that the head is computed at: BERT's and RoBERTa's rate of masking
@@ -53,23 +53,10 @@ class Config:
 
     def __post_init__(self):
         check_option(self, "activation", tuple(name for name in ACTIVATIONS if name not in GATED))
-        check_option(self, "remat", ("none", *REMAT_POLICIES))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
         positive = ("num_layers", "model_dim", "num_heads")
         derived = ("mlp_dim", "vocab_size", "max_length", "num_types", "num_classes")
-        for field in (*positive, *derived):
-            least = 1 if field in positive else 0
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
-        if self.norm_epsilon <= 0:
-            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
-        if self.model_dim % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
-                "choose another"
-            )
+        check_fields(self, positive=positive, derived=derived)
+        check_heads(self)
         if self.next_sentence and self.num_classes:
             raise ConfigError(
                 "model.next_sentence=True: a classifier has no next sentence; use False, or "

@@ -20,13 +20,13 @@ from flax import linen as nn
 
 from lm import hardware, sharding
 from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
 from lm.nn.rotary import SCALINGS, Rotary
-from lm.nn.transformer import REMAT_POLICIES, Stack
+from lm.nn.transformer import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,26 +97,14 @@ class Config:
         check_option(self, "bias_in", ("all", "attention", "mlp"))
         check_option(self, "activation", tuple(ACTIVATIONS))
         check_option(self, "residual_init", ("scaled", "zero"))
-        check_option(self, "remat", ("none", *REMAT_POLICIES))
         check_option(self, "mask", ("", "causal", "segments"))
         check_option(self, "kernel", ("", "xla", "cudnn"))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
         positive = ("num_layers", "model_dim", "num_heads")
         derived = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")
-        for field in (*positive, *derived, "window", "logit_softcap"):
-            least = 1 if field in positive else 0
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
+        check_fields(self, positive=positive, derived=(*derived, "window", "logit_softcap"))
         self._check_rope()
-        if self.norm_epsilon <= 0:
-            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
-        if not self.head_dim and self.model_dim % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
-                "choose another, or set model.head_dim"
-            )
+        if not self.head_dim:
+            check_heads(self, "or set model.head_dim")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ConfigError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"

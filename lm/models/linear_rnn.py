@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import hardware
-from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_heads, check_option
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear_recurrence import LinearRecurrence
 from lm.nn.mlp import MLP
 from lm.nn.norm import Norm
-from lm.nn.transformer import REMAT_POLICIES, Stack
+from lm.nn.transformer import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +46,11 @@ class Config:
 
     def __post_init__(self):
         check_option(self, "activation", ("gelu", "relu2", "swiglu"))
-        check_option(self, "remat", ("none", *REMAT_POLICIES))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
         positive = ("num_layers", "model_dim", "num_heads", "conv_width", "chunk")
         derived = ("head_dim", "key_dim", "mlp_dim", "vocab_size", "max_length")
-        for field in (*positive, *derived):
-            least = 1 if field in positive else 0
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
-        if not self.head_dim and self.model_dim % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
-                "choose another, or set model.head_dim"
-            )
+        check_fields(self, positive=positive, derived=derived)
+        if not self.head_dim:
+            check_heads(self, "or set model.head_dim")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import hardware, sharding
-from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear
@@ -56,27 +55,10 @@ class Config:
         check_option(self, "cell", tuple(CELLS))
         check_option(self, "dropout_mask", ("position", "row"))
         check_option(self, "mask", ("", "causal", "segments"))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
-        for field, least in (
-            ("num_layers", 1),
-            ("model_dim", 1),
-            ("embed_dim", 0),
-            ("num_heads", 0),
-        ):
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use at least {least}")
-        for field in ("dropout", "hidden_dropout", "weight_dropout", "embed_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(
-                    f"model.{field}={getattr(self, field)}: use a probability in [0, 1)"
-                )
-        if self.init_scale < 0:
-            raise ConfigError(f"model.init_scale={self.init_scale}: use 0 or more")
-        if self.num_heads and self.model_dim % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.model_dim={self.model_dim}; "
-                "choose another, or 0 = no attention"
-            )
+        derived = ("embed_dim", "num_heads", "vocab_size", "max_length", "init_scale")
+        check_fields(self, positive=("num_layers", "model_dim"), derived=derived)
+        if self.num_heads:
+            check_heads(self, "or 0 = no attention")
 
     @property
     def sizes(self) -> dict[str, int]:

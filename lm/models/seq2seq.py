@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from lm import hardware, sharding
 from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_option
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear, wide
 from lm.nn.recurrence import CELLS
@@ -50,12 +50,8 @@ class Config:
     def __post_init__(self):
         check_option(self, "cell", tuple(CELLS))
         check_option(self, "attention", ("additive", "multiplicative", "none"))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
-        for field in ("num_layers", "model_dim"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
+        derived = ("vocab_size", "max_length", "max_source_length")
+        check_fields(self, positive=("num_layers", "model_dim"), derived=derived)
         if self.input_feeding and self.attention == "none":
             raise ConfigError(
                 "model.input_feeding=True: there is nothing to feed; set model.attention"

@@ -18,14 +18,14 @@ from flax import linen as nn
 
 from lm import hardware
 from lm.config import ConfigError
-from lm.models import check_option
+from lm.models import check_fields, check_option
 from lm.nn.attention import Attention, causal_mask, segment_mask
 from lm.nn.cross_attention import CrossAttention
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
 from lm.nn.relative import RelativeBias
-from lm.nn.transformer import REMAT_POLICIES, Stack
+from lm.nn.transformer import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +53,9 @@ class Config:
 
     def __post_init__(self):
         check_option(self, "activation", tuple(ACTIVATIONS))
-        check_option(self, "remat", ("none", *REMAT_POLICIES))
-        check_option(self, "dtype", ("", "float32", "bfloat16"))
         positive = ("num_layers", "model_dim", "num_heads", "head_dim")
         derived = ("num_decoder_layers", "mlp_dim", "vocab_size", "max_length", "max_source_length")
-        for field in (*positive, *derived):
-            least = 1 if field in positive else 0
-            if getattr(self, field) < least:
-                raise ConfigError(f"model.{field}={getattr(self, field)}: use {least} or more")
+        check_fields(self, positive=positive, derived=derived)
         if self.num_buckets < 4 or self.num_buckets % 2:
             raise ConfigError(f"model.num_buckets={self.num_buckets}: use an even number from 4 on")
         if self.max_distance <= self.num_buckets // 2:
@@ -70,10 +65,6 @@ class Config:
             )
         if self.start_token < -1:
             raise ConfigError(f"model.start_token={self.start_token}: use a token, or -1")
-        if self.norm_epsilon <= 0:
-            raise ConfigError(f"model.norm_epsilon={self.norm_epsilon}: use a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a probability in [0, 1)")
 
     @property
     def sizes(self) -> dict[str, int]:
