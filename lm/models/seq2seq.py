@@ -21,6 +21,7 @@ from flax import linen as nn
 from lm import hardware, sharding
 from lm.config import ConfigError
 from lm.models import check_fields, check_option
+from lm.nn.attention import segment_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear, wide
 from lm.nn.recurrence import CELLS
@@ -81,7 +82,7 @@ class Attend(nn.Module):
             scores_BLS = (hidden_BLSD @ scale_D1)[..., 0]
         else:
             scores_BLS = jnp.einsum("bld,bsd->bls", h_BLD, keys_BSD)
-        seen_BLS = segments_BL[:, :, None] == segments_BS[:, None]
+        seen_BLS = segment_mask(segments_BL, segments_BS)
         scores_BLS = jnp.where(seen_BLS, scores_BLS.astype(wide(self.dtype)), UNSEEN)
         weights_BLS = jax.nn.softmax(scores_BLS).astype(self.dtype)
         context_BLE = jnp.einsum("bls,bse->ble", weights_BLS, source_BSE)

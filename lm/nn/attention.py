@@ -57,7 +57,6 @@ def attend(query, key, value, mask, *, score_bias=None, scale: float = 0.0) -> j
       key, value: [B, G, S, K].
       mask: bool [1 or B, L, S].
       score_bias: float32 [N, G, R, L, S], each for the next B / N rows, or None.
-      qk_norm_epsilon: of the RMS norms of queries and keys; 0 = they are not normalised.
       scale: of the scores; 0 = 1 / sqrt(K).
 
     Returns:
