@@ -63,6 +63,9 @@ class Completer:
         Raises:
           ConfigError: a prompt that the tokenizer or the model cannot read.
         """
+        generate.check_sampling(
+            sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p
+        )
         rows = [self.encode(prompt) for prompt in prompts]
         if self.kind == "masked":
             return self._fill(rows, sampling.top_k or 5)
@@ -95,6 +98,8 @@ class Completer:
             tokens += [mark, *part]
         if self.kind == "source":
             return [*tokens, self.tokenizer.end_of_text]
+        if self.model.cfg.num_classes:  # cut as in training
+            tokens = tokens[: self.task.row_length - 2]
         return [self.task.cls, *tokens, self.task.sep]
 
     def _marks(self, count: int) -> list[int]:

@@ -23,6 +23,7 @@ from lm.nn.embed import MASKED_LOGIT
 FILTERED = -jnp.inf
 # What a model reads of a row, and of its source.
 ROW = ("inputs", "segments", "positions")
+MOST_TOKENS = 2**20  # of one call: caches of more would not fit
 SOURCE = ("source", "source_segments", "source_positions")
 
 
@@ -65,9 +66,9 @@ def generate(
 
     Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
     """
-    _check(prompts, sources, model.cfg.vocab_size, max_tokens, temperature, top_k, top_p)
-    limit = model.max_context
-    rows = [list(map(int, prompt)) for prompt in prompts]
+    check_sampling(max_tokens, temperature, top_k, top_p)
+    _check_tokens(model.cfg.vocab_size, prompt=prompts, source=sources)
+    limit, rows = model.max_context, [list(map(int, prompt)) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
     model = model.clone(decode_length=_bucket(max(prompted) + max_tokens, limit))
@@ -126,9 +127,13 @@ def fill_masks(
       model: a Linen model that accepts "masked" rows.
       top_k: how many of a place, best first.
 
-    Raises ConfigError for a token outside the vocabulary.
+    Raises ConfigError for a token outside the vocabulary, or a row longer than the model's.
     """
-    _check_tokens("prompt", rows, model.cfg.vocab_size)
+    _check_tokens(model.cfg.vocab_size, prompt=rows)
+    if (longest := max(map(len, rows))) > model.cfg.max_length:
+        raise ConfigError(
+            f"prompt: {longest} tokens, and the model reads {model.cfg.max_length}; shorten it"
+        )
     x_BLD = _jitted(model)({"params": params}, _batch(_padded(rows, model.cfg.max_length)))
     found: list[list[list[tuple[int, float]]]] = []
     for row, tokens in enumerate(rows):
@@ -162,18 +167,19 @@ def _batch(rows: tuple[Any, Any], names: tuple[str, str, str] = ROW) -> dict[str
     return dict(zip(names, (jnp.asarray(tokens_BL), segments_BL, positions_BL), strict=True))
 
 
-def _check_tokens(name: str, rows, vocab_size: int) -> None:
-    if not rows or not all(len(row) for row in rows):
-        raise ConfigError(f"{name}: empty; give at least one token")
-    for token in {int(token) for row in rows for token in row}:
-        if not 0 <= token < vocab_size:
-            raise ConfigError(f"{name}: {token} is no token of the model's {vocab_size}")
+def _check_tokens(vocab_size: int, **named: Sequence[Sequence[int]] | None) -> None:
+    for name, rows in named.items():
+        if rows is None:
+            continue
+        if not rows or not all(len(row) for row in rows):
+            raise ConfigError(f"{name}: empty; give at least one token")
+        for token in {int(token) for row in rows for token in row}:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"{name}: {token} is no token of the model's {vocab_size}")
 
 
-def _check(prompts, sources, vocab_size, max_tokens, temperature, top_k, top_p) -> None:
-    _check_tokens("prompt", prompts, vocab_size)
-    if sources is not None:
-        _check_tokens("source", sources, vocab_size)
+def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ConfigError for an argument out of its range."""
     for name, value, fits in (
         ("max_tokens", max_tokens, max_tokens >= 0),
         ("temperature", temperature, 0 <= temperature < math.inf),
@@ -181,6 +187,8 @@ def _check(prompts, sources, vocab_size, max_tokens, temperature, top_k, top_p) 
     ):
         if not fits:
             raise ConfigError(f"{name}={value}: use a number, 0 or more")
+    if max_tokens > MOST_TOKENS:
+        raise ConfigError(f"max_tokens={max_tokens}: use {MOST_TOKENS:,} or fewer")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: use a probability in (0, 1]")
 

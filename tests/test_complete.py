@@ -1,5 +1,7 @@
 """Text in, text out: going on, answering, filling in, classifying, through a run of each kind."""
 
+import math
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -50,6 +52,11 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.count("0.") >= 3
     with pytest.raises(ConfigError, match=r"nothing to fill in.*\[MASK\]"):
         completer.complete(["the cat"], GREEDY)
+    with pytest.raises(ConfigError, match="prompt: 25 tokens, and the model reads 24"):
+        completer.complete(["the cat sat on a " + "m" * 5 + "[MASK]"], GREEDY)
+    for wrong in ({"top_k": -1}, {"top_p": 2.0}, {"temperature": math.nan}, {"max_tokens": 2**40}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            completer.complete(["a [MASK]"], Sampling(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,8 @@ def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines)
     (text,) = completer.complete(["good great"], GREEDY)
     if lines:
         assert text.startswith(("yes 0.", "no 0.")) and len(text.split("  ")) == 2
+        cut = completer.complete(["good great " * 2, "good great " * 20], GREEDY)
+        assert cut[0] == cut[1], "as long a text as in training is read"
     else:
         assert not completer.goes_on and "good" not in text
 

@@ -18,7 +18,7 @@ from lm.convert.folder import WEIGHTS
 from lm.convert.places import KEPT, LAYOUT, UNUSED, Converted, placed
 from lm.convert.safetensors_file import DTYPES, shown
 from lm.convert.settings import Settings
-from lm.data import external, tokenizers
+from lm.data import external, llama2c, tokenizers
 from lm.data.tokenizers import Tokenizer
 from lm.nn.transformer import SCANNED, UNROLLED
 
@@ -208,7 +208,7 @@ def _write_tokenizer(unfinished: Path, tokenizer: Tokenizer) -> None:
         settings |= {f"{role}_token": token for role, token in tokenizer.role_tokens().items()}
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         manifests.write_whole(unfinished / "tokenizer_config.json", text + "\n")
-    elif isinstance(tokenizer, external.Llama2C):
+    elif isinstance(tokenizer, llama2c.Llama2C):
         (unfinished / "tokenizer.bin").write_bytes(tokenizer.content)
     else:
         tokenizer.save(unfinished / external.OURS)

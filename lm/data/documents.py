@@ -92,7 +92,7 @@ def table(
                 line.removesuffix("\r").split("\t") for line in content.split("\n") if line.strip()
             )
         else:
-            lines = (cells for cells in csv.reader(io.StringIO(content, newline="")) if cells)
+            lines = _csv_lines(content, file)
         columns = _columns(file, fields, lines)
         for number, cells in enumerate(lines, 1):
             if max(columns) >= len(cells):
@@ -104,6 +104,17 @@ def table(
             yield Document(text, replaced if number == 1 else 0, second[0] if second else None)
 
 
+def _csv_lines(content: str, file: Path) -> Iterator[list[str]]:
+    csv.field_size_limit(2**31 - 1)  # of characters: a cell may be a book
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    try:
+        yield from (cells for cells in reader if cells)
+    except csv.Error as error:
+        raise ConfigError(
+            f"data.path: {file}: line {reader.line_num}: {error}; repair the quotes, or use .tsv"
+        ) from None
+
+
 def whole(content: str) -> Document:
     """Return a text as a document, lone surrogates, which no UTF-8 holds, replaced and counted."""
     return Document(*_SURROGATE.subn("\ufffd", content))
@@ -111,7 +122,7 @@ def whole(content: str) -> Document:
 
 def _columns(file: Path, fields: Fields, lines: Iterator[list[str]]) -> list[int]:
     """Return the columns of `fields`; a line of names is taken from `lines` unless they are numbers."""
-    if all(name.isdecimal() for name in fields.names):
+    if all(name.isdecimal() and len(name) < 10 for name in fields.names):
         return [int(name) for name in fields.names]
     names = next(lines, [])
     for name in fields.names:

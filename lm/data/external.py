@@ -1,4 +1,4 @@
-"""Tokenizers that others trained: Hugging Face's `tokenizer.json` and llama2.c's `tok512.bin`.
+"""Tokenizers that others trained: Hugging Face's `tokenizer.json`, and what else lies in such folders.
 
 Behind the interface of `lm.data.tokenizers`, where one id ends a text and begins the next. Some have two:
 `end_of_text` is then the one that the tokenizer itself begins a text with (Llama's <s>), as a model never
@@ -9,10 +9,9 @@ taken for what follows a text. `token_bytes` counts it: sums over a text are the
 exact for byte-level BPE without normalisation, and a good guess where text is changed (WordPiece).
 """
 
-import heapq
+import contextlib
 import json
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import numpy as np
 import tokenizers as huggingface
 
 from lm.config import ConfigError
-from lm.data import tokenizers
+from lm.data import llama2c, tokenizers
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
 
 MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published are about 35 MB
-SAVED = {"huggingface": "huggingface.json", "llama2c": "llama2c.bin"}  # in a run's tokenizer/
+SAVED = {"huggingface": "huggingface.json", "llama2c": llama2c.SAVED}  # in a run's tokenizer/
 OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -50,17 +49,19 @@ class HuggingFace(Tokenizer):
 
     def __init__(self, content: bytes, roles: Mapping[str, Sequence[str | int]]):
         self.content = content
-        try:
+        with _refusing():
             self._library = huggingface.Tokenizer.from_str(content.decode())
             settings = json.loads(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"not a tokenizer of Hugging Face's ({error})") from error
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True  # in a text they are plain characters
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self._tokens = {index: token for token, index in vocabulary.items()}
         self.vocab_size = 1 + max(self._tokens, default=0)
+        if self.vocab_size > 2 * len(self._tokens) + 1000:
+            raise ConfigError(
+                f"its {len(self._tokens)} tokens have ids up to {self.vocab_size - 1}"
+            )
         self.specials = _first_known(roles, vocabulary)
         number = 0
         while (sentinel := f"<extra_id_{number}>") in vocabulary:
@@ -69,7 +70,9 @@ class HuggingFace(Tokenizer):
         added = self._library.get_added_tokens_decoder()
         flagged = {i for i, token in added.items() if token.special} | set(self.specials.values())
         ends = [self.specials[role] for role in ("eos", "sep", "bos") if role in self.specials][:1]
-        begins = self._library.encode("a").ids[:1]
+        with _refusing():
+            begins = self._library.encode("a").ids[:1]
+            first = self._library.encode("a", add_special_tokens=False).ids
         if begins and begins[0] in flagged - {self.specials.get("cls")}:
             ends.insert(0, begins[0])
         if not ends:
@@ -79,12 +82,13 @@ class HuggingFace(Tokenizer):
         self._unknown = {self.specials.get("unk", self.end_of_text)} - set(ends)
         self._special = flagged - self._unknown
         self.fingerprint = f"huggingface-{digest(content)}-{self.end_of_text}"
-        self._set_sizes(_holds_type(settings["decoder"], "ByteLevel"), set(added))
+        decoder = settings.get("decoder")
+        self._set_sizes(_holds_type(decoder, "ByteLevel"), set(added))
+        self._word_pieces = _holds_type(decoder, "WordPiece")
         # What stands for a special token that the model itself found in a text.
         self._plain = {
             i: [j for c in self._tokens[i] for j in self._id_of(c)] for i in self._special
         }
-        first = self._library.encode("a", add_special_tokens=False).ids
         prefixed = bool(first) and self._tokens[first[0]].startswith(SPACE)
         self._anchor = first[-1:] if prefixed else []
 
@@ -141,6 +145,12 @@ class HuggingFace(Tokenizer):
         before = len(self._library.decode(self._anchor))
         return self._library.decode([*self._anchor, *ids])[before:]
 
+    def piece(self, index: int) -> str:
+        if not self._word_pieces:
+            return self.decode([index])
+        token = self._tokens.get(index, "")
+        return token.removeprefix("##") if token.startswith("##") else f" {token}"
+
     def role_tokens(self) -> dict[str, str]:
         """Return the tokens of `ROLES` that there are."""
         return {r: self._tokens[self.specials[r]] for r in ROLES if r in self.specials}
@@ -153,86 +163,15 @@ class HuggingFace(Tokenizer):
         return {"roles": {role: [index] for role, index in self.specials.items()}}
 
 
-class Llama2C(Tokenizer):
-    """The file format of llama2.c (Karpathy 2023), given as its bytes.
-
-    An int32, the longest piece's size; then for each piece a float32 score, an int32 size and its bytes.
-    Ids 0 to 2 are <unk>, <s> and </s>, then come the 256 bytes. Text, behind a space, is cut to
-    characters, or bytes where there is no such piece; then the neighbours whose joint piece has the best
-    score are joined, as SentencePiece's BPE does, until none are left.
-    """
-
-    name = "llama2c"
-    end_of_text = 1
-    stop_tokens = (1, 2)
-    specials: Mapping[str, int] = {"unk": 0, "bos": 1, "eos": 2}
-    BYTES = 3  # id of byte 0
-
-    def __init__(self, content: bytes):
-        self.content = content
-        self._pieces, self._scores = _read_pieces(content)
-        self.vocab_size = len(self._pieces)
-        first_piece = self.BYTES + 256
-        ordinary = range(first_piece, self.vocab_size)
-        self._ids = {self._pieces[i]: i for i in reversed(ordinary)}
-        sizes = [0] * self.BYTES + [1] * 256 + [len(self._pieces[i]) for i in ordinary]
-        self.token_bytes = np.array(sizes, np.int32)
-        self.fingerprint = f"llama2c-{digest(content)}"
-
-    def encode(self, text: str) -> np.ndarray:
-        ids: list[int] = []
-        for character in f" {text}" if checked(text) else "":
-            piece = character.encode()
-            known = self._ids.get(piece)
-            ids += [self.BYTES + byte for byte in piece] if known is None else [known]
-        return np.array(self._joined(ids), np.int32)
-
-    def _joined(self, ids: list[int]) -> list[int]:
-        """Join neighbours, the best score first and of equals the leftmost."""
-        left = list(range(-1, len(ids) - 1))
-        right = [*range(1, len(ids)), -1]
-        heap: list[tuple[float, int, int, int]] = []
-
-        def consider(at: int) -> None:
-            if at >= 0 and right[at] >= 0:
-                pair = self._pieces[ids[at]] + self._pieces[ids[right[at]]]
-                joint = self._ids.get(pair)
-                if joint is not None:
-                    heapq.heappush(heap, (-self._scores[joint], at, ids[at], ids[right[at]]))
-
-        for at in range(len(ids)):
-            consider(at)
-        while heap:
-            _, at, first, second = heapq.heappop(heap)
-            gone = right[at]
-            if ids[at] != first or gone < 0 or ids[gone] != second:
-                continue  # one of the two has been joined since
-            ids[at] = self._ids[self._pieces[first] + self._pieces[second]]
-            ids[gone] = -1
-            right[at] = right[gone]
-            if right[at] >= 0:
-                left[right[at]] = at
-            consider(at)
-            consider(left[at])
-        return [i for i in ids if i >= 0]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        ids = [int(i) for i in ids]
-        known = [self._bytes(i) for i in ids]
-        text = b"".join(known).decode(errors="replace")
-        return text.removeprefix(" ") if ids[:1] == [self.end_of_text] else text
-
-    def _bytes(self, index: int) -> bytes:
-        if index in self.stop_tokens:
-            return b""
-        if not 0 < index < self.vocab_size:
-            return UNKNOWN.encode()
-        byte = index - self.BYTES
-        return bytes([byte]) if byte < 256 else self._pieces[index]
-
-    def save(self, folder: str | Path) -> None:
-        super().save(folder)
-        (Path(folder) / SAVED[self.name]).write_bytes(self.content)
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what Hugging Face's library raises, a panic of its Rust included, into a ConfigError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"not a tokenizer of Hugging Face's ({error})") from error
 
 
 def _first_known(
@@ -246,28 +185,6 @@ def _first_known(
             if index in ids:
                 found[role] = index
     return found
-
-
-def _read_pieces(content: bytes) -> tuple[list[bytes], list[float]]:
-    """Return the pieces and scores of a llama2.c file. Raises ConfigError where it is none."""
-    pieces: list[bytes] = []
-    scores: list[float] = []
-    try:
-        (longest,) = struct.unpack_from("<i", content)
-        at = 4
-        while at < len(content):
-            score, size = struct.unpack_from("<fi", content, at)
-            at += 8 + size
-            if not 0 <= size <= longest or at > len(content) or score != score:
-                raise ValueError(f"piece {len(pieces)} has a size of {size} bytes, score {score}")
-            pieces.append(content[at - size : at])
-            scores.append(score)
-    except (struct.error, ValueError) as error:
-        raise ConfigError(f"not a tokenizer of llama2.c's ({error})") from None
-    bytes_of = [f"<0x{byte:02X}>".encode() for byte in range(256)]
-    if pieces[Llama2C.BYTES : Llama2C.BYTES + 256] != bytes_of:
-        raise ConfigError("not a tokenizer of llama2.c's (pieces 3 to 258 are not the 256 bytes)")
-    return pieces, scores
 
 
 def _holds_type(decoder: Any, name: str) -> bool:
@@ -294,7 +211,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     roles = read_roles(file.parent)
     try:
         if file.suffix == ".bin":
-            return Llama2C(read_bounded(file))
+            return llama2c.Llama2C(read_bounded(file))
         if file.name == "vocab.json":
             return HuggingFace(_byte_pair_encoding(file.parent), roles)
         return HuggingFace(read_bounded(file), roles)
@@ -305,8 +222,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def restore(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer whose `save` wrote `settings` into `folder`."""
     content = (folder / SAVED[settings["name"]]).read_bytes()
-    if settings["name"] == Llama2C.name:
-        return Llama2C(content)
+    if settings["name"] == llama2c.Llama2C.name:
+        return llama2c.Llama2C(content)
     return HuggingFace(content, settings["roles"])
 
 

@@ -72,6 +72,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def piece(self, index: int) -> str:
+        """Return the text of one id as it stands in a text: behind a space where it begins a word."""
+        return self.decode([index])
+
     def save(self, folder: str | Path) -> None:
         """Write what `load` needs into `folder`, which is made where missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -240,7 +244,7 @@ def load(folder: str | Path) -> Tokenizer:
 
             return external.restore(Path(folder), settings)
         return SentencePiece((Path(folder) / "sentencepiece.model").read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"{folder}: no readable tokenizer ({error}); restore the folder"
         ) from error

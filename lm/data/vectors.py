@@ -5,7 +5,8 @@ word2vec: "Distributed Representations of Words and Phrases and their Compositio
 
 A text file has a line for each word: the word and its numbers; word2vec's begins with a line of the count of
 words and of numbers. The binary file has that line too, then for each word its bytes, a space and float32
-numbers. Compressed files (.gz, .zst) are read as they are.
+numbers. In a text file a word may have spaces in it, as some of GloVe's have. Compressed files (.gz, .zst)
+are read as they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,10 +54,11 @@ def _vectors(file: Path, field: str) -> Iterator[tuple[str, np.ndarray]]:
     with documents.opened(file, field) as handle:
         first = handle.readline(_LONGEST_WORD * 20)
         counts = first.split()
-        header = len(counts) == 2 and all(part.isdigit() for part in counts)
+        header = len(counts) == 2 and all(part.isdigit() and len(part) < 20 for part in counts)
         if not header:
-            yield _of_line(first, 1, file, field)
-            yield from _lines(handle, 2, file, field)
+            word, vector = _of_line(first, 1, file, field)
+            yield word, vector
+            yield from _lines(handle, 2, len(vector), file, field)
             return
         number, size = map(int, counts)
         if not 0 < size <= _LARGEST:
@@ -64,28 +66,53 @@ def _vectors(file: Path, field: str) -> Iterator[tuple[str, np.ndarray]]:
         second = handle.readline(_LONGEST_WORD + 32 * size)
         if len(second.split()) == size + 1 and _is_text(second):
             yield _of_line(second, 2, file, field)
-            yield from _lines(handle, 3, file, field)
+            found = 2
+            for pair in _lines(handle, 3, size, file, field):
+                yield pair
+                found += 1
+            if found <= number:
+                raise _cut_off(file, field, found, number)
         else:
             yield from _binary(second, handle, number, size, file, field)
 
 
 def _is_text(line: bytes) -> bool:
+    return all(map(_is_number, line.split()[1:]))
+
+
+def _is_number(part: bytes) -> bool:
     try:
-        [float(part) for part in line.split()[1:]]
+        float(part)
     except ValueError:
         return False
     return True
 
 
-def _lines(handle, number: int, file: Path, field: str) -> Iterator[tuple[str, np.ndarray]]:
+def _lines(
+    handle, number: int, size: int, file: Path, field: str
+) -> Iterator[tuple[str, np.ndarray]]:
     for line in handle:
         if line.strip():
-            yield _of_line(line, number, file, field)
+            yield _of_line(line, number, file, field, size)
         number += 1
 
 
-def _of_line(line: bytes, number: int, file: Path, field: str) -> tuple[str, np.ndarray]:
-    word, *numbers = line.rstrip().split(b" ")
+def _cut_off(file: Path, field: str, number: int, count: int) -> ConfigError:
+    return ConfigError(
+        f"{field}={file}: cut off or damaged at word {number} of {count}; get it again"
+    )
+
+
+def _of_line(
+    line: bytes, number: int, file: Path, field: str, size: int = 0
+) -> tuple[str, np.ndarray]:
+    """Return a line's word and vector; of `size` numbers, where it is known, and the rest is the word."""
+    fields = line.rstrip().split(b" ")
+    spaces = len(fields) - 1 - size if size else 0  # in the word: GloVe has such
+    if spaces > 0 and _is_number(fields[spaces]):
+        spaces = 0
+    spaces = max(spaces, 0)
+    word, numbers = b" ".join(fields[: spaces + 1]), fields[spaces + 1 :]
     try:
         if not numbers:
             raise ValueError
@@ -103,9 +130,7 @@ def _binary(rest: bytes, handle, count: int, size: int, file: Path, field: str):
         while (at := rest.find(b" ", begin)) < 0 or len(rest) < at + 1 + 4 * size:
             more = handle.read(1 << 20)
             if not more or (at < 0 and len(rest) - begin > _LONGEST_WORD):
-                raise ConfigError(
-                    f"{field}={file}: cut off or damaged at word {number} of {count}; get it again"
-                )
+                raise _cut_off(file, field, number, count)
             rest, begin = rest[begin:] + more, 0
         word = rest[begin:at].lstrip(b"\n").decode(errors="replace")
         yield word, np.frombuffer(rest, "<f4", size, at + 1)

@@ -25,6 +25,7 @@ class Word(tokenizers.Tokenizer):
     def __init__(self, words: Sequence[str]):
         self.words = [UNKNOWN_WORD, NEWLINE, *words]
         self.end_of_text = len(self.words)
+        self.stop_tokens = (self.end_of_text,)
         self.vocab_size = len(self.words) + 1
         sizes = [len(word.encode()) + 1 for word in self.words]
         sizes[1] = 1  # of the newline itself
@@ -47,6 +48,9 @@ class Word(tokenizers.Tokenizer):
             known = self.words[i] if i < self.vocab_size else tokenizers.UNKNOWN
             words.append("\n" if i == 1 else known)
         return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
+
+    def piece(self, index: int) -> str:
+        return f" {self.decode([index])}"
 
     def _settings(self) -> dict[str, Any]:
         return {"words": self.words[2:]}

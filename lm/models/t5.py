@@ -10,6 +10,7 @@ embeddings, residual branches and the features, not inside them; the head of v1.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -63,7 +64,7 @@ class Config:
                 f"model.max_distance={self.max_distance}: use more than half of model.num_buckets="
                 f"{self.num_buckets}"
             )
-        if self.start_token < -1:
+        if not -1 <= self.start_token < (self.vocab_size or math.inf):
             raise ConfigError(f"model.start_token={self.start_token}: use a token, or -1")
 
     @property

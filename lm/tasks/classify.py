@@ -44,11 +44,10 @@ class Task:
             raise ConfigError(
                 "task.name='classify': the data has no labels; name their field in data.label_field"
             )
-        self.labels = setting.labels
+        self.labels, self.at_first = setting.labels, setting.kind == "masked"
         # By its tokens: some tokenizers read two texts alike, and give back neither.
         self._numbers = {tuple(self.tokenizer.encode(x)): i for i, x in enumerate(self.labels)}
         self._check_labels()
-        self.at_first = setting.kind == "masked"
         if not self.at_first:
             texts = seq2seq.Config(source_length=cfg.length, length=cfg.label_length)
             written = self._written = seq2seq.Task(texts, setting)
@@ -66,7 +65,7 @@ class Task:
     def _check_labels(self) -> None:
         for label in self.labels:
             needed = len(self.tokenizer.encode(label)) + 1
-            if needed > self.cfg.label_length:
+            if needed > self.cfg.label_length and not self.at_first:
                 raise ConfigError(
                     f"task.label_length={self.cfg.label_length}: the label {label!r} takes {needed} tokens; "
                     f"use {needed} or more"

@@ -67,7 +67,7 @@ class Task:
         self._common[[tokenizer.end_of_text, *self.ids.values(), *tokenizer.specials.values()]] = 0
         self._drawn = np.flatnonzero(self._common[: tokenizer.vocab_size]).astype(np.int32)
         if cfg.whole_word:
-            texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+            texts = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
             texts += [""] * (self.vocab_size - len(texts))
             self._begins = np.array([text[:1].isalnum() for text in texts])
             self._ends = np.array([text[-1:].isalnum() for text in texts])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lm.config import ConfigError
-from lm.data import corpus, external, pipeline, tokenizers
+from lm.data import corpus, external, llama2c, pipeline, tokenizers
 
 TEXT = ["the cat sat on the mat, and the dog ran to the sea.\n  Then café <|endoftext|> </s> é"] * 9
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -74,7 +74,7 @@ def opened(library, folder, **files):
     return external.open_tokenizer(folder)
 
 
-def llama2c(pieces):
+def llama2c_file(pieces):
     """Return a llama2.c file of (score, bytes) after the special pieces and the bytes."""
     whole = [(0.0, b"<unk>"), (0.0, b"\n<s>\n"), (0.0, b"\n</s>\n")]
     whole += [(0.0, f"<0x{byte:02X}>".encode()) for byte in range(256)] + list(pieces)
@@ -100,7 +100,7 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
     file = tmp_path_factory.mktemp("stories") / "tok.bin"
-    file.write_bytes(llama2c(PIECES))
+    file.write_bytes(llama2c_file(PIECES))
     return external.open_tokenizer(file)
 
 
@@ -259,7 +259,7 @@ def test_gpt2_s_two_files_make_the_same_tokenizer(gpt2, tmp_path):
 @settings(deadline=None, max_examples=100)
 def test_llama2c_joins_the_best_score_first_and_the_leftmost(text):
     """Against a scan of all neighbours for each joint."""
-    tokenizer = external.Llama2C(llama2c(PIECES))
+    tokenizer = llama2c.Llama2C(llama2c_file(PIECES))
     known = {piece: 259 + i for i, (_, piece) in reversed(list(enumerate(PIECES)))}
     ids = []
     for character in f" {text}" if text else "":
@@ -277,7 +277,7 @@ def test_llama2c_joins_the_best_score_first_and_the_leftmost(text):
 
 def test_a_run_reads_its_text_with_a_given_tokenizer(tmp_path, text_file):
     file = tmp_path / "tok.bin"
-    file.write_bytes(llama2c(PIECES))
+    file.write_bytes(llama2c_file(PIECES))
     cfg = pipeline.Config(path=(str(text_file),), tokenizer="file", tokenizer_path=str(file))
     made = corpus.build(cfg)
     assert made.tokenizer.fingerprint == external.open_tokenizer(file).fingerprint
@@ -289,6 +289,10 @@ def test_a_run_reads_its_text_with_a_given_tokenizer(tmp_path, text_file):
         pipeline.Config(tokenizer="file")
 
 
+def model(**fields):
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": fields}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -296,9 +300,12 @@ def test_a_run_reads_its_text_with_a_given_tokenizer(tmp_path, text_file):
         ("tokenizer.json", b"[" * 100_000, "not a JSON object"),
         ("tokenizer.json", b"\xff\xfe", "not a JSON object"),
         ("tokenizer.json", b"", "not a JSON object"),
+        ("tokenizer.json", model(type="WordLevel", vocab={}, unk_token="?"), "not a tokenizer"),
+        ("tokenizer.json", model(type="Unigram", vocab=[]), "not a tokenizer"),
+        ("tokenizer.json", model(type="WordLevel", vocab={"a": 2**25}, unk_token="a"), "ids up to"),
         ("tok.bin", b"", "not a tokenizer of llama2.c's"),
-        ("tok.bin", llama2c(PIECES)[:-1], "not a tokenizer of llama2.c's"),
-        ("tok.bin", llama2c([(float("nan"), b"a")]), "score nan"),
+        ("tok.bin", llama2c_file(PIECES)[:-1], "not a tokenizer of llama2.c's"),
+        ("tok.bin", llama2c_file([(float("nan"), b"a")]), "score nan"),
         ("tok.bin", struct.pack("<ifi", 9, 0.0, -8), "size of -8"),
         ("tok.bin", struct.pack("<ifi", 9, 0.0, 2**31 - 1), "size of 2147483647"),
         ("tok.bin", struct.pack("<i", 9), "256 bytes"),
@@ -322,7 +329,7 @@ def test_a_broken_file_beside_it_is_named(tmp_path):
 
 def test_a_file_too_large_to_be_a_tokenizer_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(external, "MAX_BYTES", 10)
-    (tmp_path / "tok.bin").write_bytes(llama2c(PIECES))
+    (tmp_path / "tok.bin").write_bytes(llama2c_file(PIECES))
     with pytest.raises(ConfigError, match="too many for a tokenizer"):
         external.open_tokenizer(tmp_path)
 

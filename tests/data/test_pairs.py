@@ -86,6 +86,13 @@ def test_the_embedded_pairs():
     [
         ("a.tsv", "a\tb\nc\n", {"source_field": "0", "target_field": "1"}, "row 2 has 1 columns"),
         ("a.csv", "x,y\n1,2\n", {"source_field": "x", "target_field": "z"}, "no column 'z'"),
+        (
+            "a.csv",
+            'x,y\n1,"2\n' + "a" * 200_000,
+            {"source_field": "x", "target_field": "y"},
+            "line 3: unexpected end",
+        ),
+        ("a.csv", "x,y\n1,2\n", {"source_field": "9" * 5000, "target_field": "0"}, "no column"),
         ("a.tsv", "a\tb\n", {"source_field": "0"}, "data.source_field=0"),
         ("a.tsv", "a\tb\n", {"target_field": "0"}, "give both"),
         (

@@ -48,13 +48,23 @@ def test_the_first_of_two_counts(tmp_path):
     assert found.tolist() == [[1, 2]]
 
 
+def test_a_word_may_have_spaces(tmp_path):
+    ids, found = read(
+        tmp_path, b"the 1 2\n. . . 3 4\nto me@x.y 5 6\n", {". . .": 0, "to me@x.y": 1}
+    )
+    assert ids.tolist() == [0, 1] and found.tolist() == [[3, 4], [5, 6]]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "line 1"),
         (b"just text, no numbers\n", "line 1"),
         (b"a 1 2\nb 1\n", "vectors of \\[1, 2\\]"),
+        (b"b 1 2\na 1 2 3\n", "vectors of \\[2, 3\\]"),
+        (b"b 1 2\nx . a 3\n", "line 2 is no word"),
         (b"a 1 nan\n", "not finite"),
+        (b"5 3\n" + glove(), "word 4 of 5"),
         (word2vec_binary()[:-7], "word 3 of 3"),
         (b"9 3\n" + word2vec_binary()[4:], "word 4 of 9"),
         (b"99999999999 99999999999\nx", "vectors of 99999999999 numbers"),

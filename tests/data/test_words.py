@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from lm import checkpoint, train
+from lm import workdir as workdirs
+from lm.complete import Sampling
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, tokenizers, words
 
@@ -17,6 +20,14 @@ def test_the_most_frequent_words_are_kept_and_others_are_unknown():
     assert tokenizer.encode("").tolist() == tokenizer.encode("  \t ").tolist() == []
     assert tokenizer.encode("\n\n").tolist() == [1, 1]
     assert tokenizer.encode("it").dtype == np.int32
+
+
+def test_a_run_ends_with_a_sample_and_goes_on(tiny, tmp_path, capsys):
+    config = tiny(data__tokenizer="word", data__vocab_size=64, train__sample_tokens=4)
+    train.run(config, tmp_path)
+    completer = workdirs.completer(tmp_path, checkpoint.load(tmp_path))
+    (text,) = completer.complete(["the cat"], Sampling(max_tokens=4, temperature=0.0))
+    assert all(word in completer.tokenizer.words for word in text.split(" "))
 
 
 def test_a_vocabulary_larger_than_the_text_is_as_large_as_the_text():

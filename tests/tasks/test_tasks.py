@@ -153,6 +153,27 @@ def test_whole_words_are_masked_whole():
     assert seen > 20
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_words_are_known_by_the_tokenizers_pieces(whole):
+    """Where a token is a word, whole words are tokens; where ## goes on, it goes on."""
+    pieces = [" un", "##aff", "##able", " cat"]
+    tokenizer = types.SimpleNamespace(
+        vocab_size=5, end_of_text=4, specials={}, decode=lambda ids: "".join(pieces[i] for i in ids),
+        piece=lambda i: [" un", "aff", "able", " cat", ""][i],
+    )  # fmt: skip
+    cfg = tasks.config_class("masked_lm")(length=18, whole_word=whole, mask_rate=0.3)
+    task = tasks.build(cfg, tasks.Setting("masked", tokenizer))
+    tokens = np.array([4, *[0, 1, 2, 3] * 4], np.uint16)
+    split = Split("train", tokens, np.array([0]), 1, False)
+    alone = 0
+    for epoch in range(20):
+        batch = task.rows(split, np.array([0]), epochs=np.array([epoch]))
+        scored = batch["weights"][0][1:17].reshape(4, 4)[:, :3].sum(axis=1)
+        assert batch["weights"].sum() > 0
+        alone += int(((scored > 0) & (scored < 3)).sum())
+    assert (alone == 0) == whole
+
+
 def test_next_sentence_rows():
     split, task = plain_split(), make("masked_lm", "masked", length=31, next_sentence=True)
     batch = task.rows(
@@ -287,7 +308,7 @@ def test_classification_by_hand():
 @pytest.mark.parametrize(
     ("name", "kind", "fields", "words"),
     [
-        ("classify", "masked", {"label_length": 4}, "'maybe' takes 6"),
+        ("classify", "causal", {"label_length": 4}, "'maybe' takes 6"),
         ("masked_lm", "masked", {"mask_rate": 1.0}, "task.mask_rate=1.0"),
         (
             "span_corruption",
@@ -320,6 +341,8 @@ def test_a_label_is_known_by_its_tokens():
     task = tasks.build(cfg, tasks.Setting("masked", Lossy(), labels))
     batch = task.rows(split, np.arange(4))
     np.testing.assert_array_equal(batch["targets"][:, 0], [2, 1, 2, 0])
+    long = tasks.Setting("masked", BYTE, ("no", "x" * 99))
+    assert tasks.build(cfg, long).num_classes == 2, "an encoder writes no label"
     with pytest.raises(ConfigError, match=r"the label 'n[ou]' as another one"):
         tasks.build(cfg, tasks.Setting("masked", Lossy(), ("no", "nu")))
 
