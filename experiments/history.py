@@ -2,7 +2,7 @@
 
 Paper: each family's, in `PAPERS`.
 Command: python -m tools.history --config experiments/history.py --workdir runs/history
-Hardware: two CPU cores, under 25 minutes on a Xeon. Result: the table in README.md.
+Hardware: two CPU cores, half an hour. Result: the table in README.md.
 
 Every model is trained on 1.2M tokens of the embedded corpus, 1.9 times all of it (n-grams count it once),
 and has 0.6 (Elman) to 1.8 million parameters. Encoders are asked for masked tokens, which is another
