@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,7 +137,7 @@ def build(config: ConfigDict) -> Experiment:
     mesh = sharding.make_mesh(cfg["mesh"])
     kind = check_fit(cfg, mesh)
     text = corpus.build(cfg["data"])
-    task = build_task(cfg, kind, text, seed=config.seed)
+    task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)
     _check_corpus(cfg, text, task)
     cfg["model"] = models.resolve(
         cfg["model"],
@@ -204,10 +204,12 @@ def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any) -> Non
         raise ConfigError(f"train.sample_prompt: {error}") from None
 
 
-def build_task(cfg: Mapping[str, Any], kind: str, text: corpus.Corpus, *, seed: int) -> Any:
-    """Return the task of the frozen sections `cfg`, its rows of the `kind` that the family reads."""
+def build_task(
+    cfg: Mapping[str, Any], kind: str, tokenizer: Any, labels: Sequence[str], *, seed: int = 0
+) -> Any:
+    """Return the task of the frozen sections `cfg`, for a model that reads `kind` and knows `labels`."""
     start = getattr(cfg["model"], "start_token", -1)
-    return tasks.build(cfg["task"], tasks.Setting(kind, text.tokenizer, text.labels, seed, start))
+    return tasks.build(cfg["task"], tasks.Setting(kind, tokenizer, tuple(labels), seed, start))
 
 
 def build_objective(task: Any) -> step.Objective:

@@ -59,13 +59,8 @@ def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Comple
     section = config_lib.complete(loaded.config, experiment.SCHEMA).task
     cfg: Any = config_lib.freeze(tasks.config_class(section.name), section, where="task")
     kind = tasks.kind_for(tasks.kinds(cfg), loaded.model.accepts)
-    setting = tasks.Setting(
-        kind,
-        tokenizer,
-        tuple(described["labels"]),
-        start=getattr(loaded.model.cfg, "start_token", -1),
-    )
-    task = tasks.build(cfg, setting)
+    sections = {"task": cfg, "model": loaded.model.cfg}
+    task = experiment.build_task(sections, kind, tokenizer, described["labels"])
     return complete.Completer(loaded.model, loaded.params, task, tokenizer, described["paired"])
 
 

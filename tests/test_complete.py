@@ -1,5 +1,6 @@
 """Text in, text out: going on, answering, filling in, classifying, through a run of each kind."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from lm import checkpoint, generate, train
 from lm import workdir as workdirs
 from lm.complete import Sampling
 from lm.config import ConfigError
+from tools import evaluate as evaluate_tool
 from tools import generate as generate_tool
 
 GREEDY = Sampling(max_tokens=4, temperature=0.0, top_k=3)
@@ -78,6 +80,27 @@ def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines)
         assert cut[0] == cut[1], "as long a text as in training is read"
     else:
         assert not completer.goes_on and "good" not in text
+
+
+def test_other_texts_are_scored_by_the_labels_that_the_model_knows(
+    tiny, tmp_path, labelled, capsys
+):
+    """Whatever labels the other texts have, and in whatever order."""
+    task = {"name": "classify", "length": 24}
+    completer = run(tiny, tmp_path / "run", ENCODER, task, train__num_steps=20, **labelled)
+    other = tmp_path / "other.tsv"
+    other.write_text("good fine great 7\tyes\n" * 8)
+    args = ["--workdir", str(tmp_path / "run"), "--config.data.path", str(other)]
+    assert evaluate_tool.main([*args, "--json", str(tmp_path / "scores.json")]) == 0
+    loss = json.loads((tmp_path / "scores.json").read_text())["loss"]
+    (text,) = completer.complete(["good fine great 7"], GREEDY)
+    shares = dict(part.split(" ") for part in text.split("  "))
+    assert abs(float(shares["yes"]) - 0.5) > 0.1, "a model that has learnt something"
+    assert math.exp(-loss) == pytest.approx(float(shares["yes"]), abs=2e-3)
+    capsys.readouterr()
+    other.write_text("good fine great 7\tmaybe\n" * 8)
+    assert evaluate_tool.main(args) == 2
+    assert "'maybe' is none of the 2 labels" in capsys.readouterr().err
 
 
 def test_an_encoder_decoder_answers_with_what_it_was_trained_on(tiny, tmp_path, capsys):

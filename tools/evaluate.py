@@ -63,9 +63,15 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     kind = experiment.check_fit(cfg, mesh)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
-    task = experiment.build_task(cfg, kind, text, seed=config.seed)
-    trained_on = workdirs.read_json(Path(args.workdir) / "data.json").get("fingerprint")
-    if not other and text.fingerprint != trained_on:
+    described = workdirs.read_json(Path(args.workdir) / "data.json")
+    labels = described.get("labels", ())
+    if unknown := sorted(set(text.labels) - set(labels)):
+        raise config_lib.ConfigError(
+            f"data.label_field: {unknown[0]!r} is none of the {len(labels)} labels that the model was "
+            "trained for; leave its texts out"
+        )
+    task = experiment.build_task(cfg, kind, tokenizer, labels, seed=config.seed)
+    if not other and text.fingerprint != described.get("fingerprint"):
         print(
             "notice: this validation split is not the run's own (another Python's text, or a changed file "
             "or setting)",
