@@ -1,10 +1,11 @@
 """A small T5: spans that were cut out of a text are written from what is left.
 
 Paper: Raffel et al. 2019 (arXiv 1910.10683), its unsupervised objective, in small; the feed-forward
-layers and the head are those of version 1.1.
+layers and the head are those of version 1.1. With Muon in place of Adafactor, whose steps are relative to a
+parameter's size as the rates by rule are here.
 Command: python -m lm.main --config experiments/t5_small.py
 Hardware: two CPU cores.
-Result:
+Result: 4.048 nats a token of the target, sentinels included, after 1,000 steps (Python 3.13).
 """
 
 from ml_collections import ConfigDict
@@ -30,12 +31,13 @@ def get_config() -> ConfigDict:
         "activation": "geglu",
         "tied": False,
     })  # fmt: skip
+    # Embeddings start at deviation 1, and all order of the tokens comes from the biases of positions.
     config.optim = ConfigDict({
-        "name": "adafactor",
-        "peak_lr": 0.01,
-        "schedule": "inverse_sqrt",
-        "warmup": "10%",
-        "weight_decay": 0.0,
+        "name": "muon",
+        "peak_lr": 0.02,
+        "schedule": "linear",
+        "warmup": "2%",
+        "lr_rules": (("embed|positions", 5.0), (".*", 1.0)),
     })  # fmt: skip
     config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 20, "sample_tokens": 0})
     config.eval = ConfigDict({"every_steps": 250})
