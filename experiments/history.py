@@ -66,7 +66,7 @@ def sweep() -> list[dict]:
     """Return a point for each model."""
     causal = {"task.length": 128}
     counted = {"task.length": 128, "task.context": 2, "train.num_steps": "1 epochs"}
-    # After attention and feed-forward, as in BERT, norms bear a smaller rate.
+    # Of 0.002, 0.005 and 0.02 the best for RoBERTa's options.
     masked = {"task.name": "masked_lm", "task.length": 128, "optim.peak_lr": 0.005}
     pairs = {
         "task.name": "seq2seq",

@@ -23,7 +23,7 @@ from lm.nn.embed import MASKED_LOGIT
 FILTERED = -jnp.inf
 # What a model reads of a row, and of its source.
 ROW = ("inputs", "segments", "positions")
-MOST_TOKENS = 2**20  # of one call: caches of more would not fit
+MOST_TOKENS = 2**20  # of one call, far from sizes that XLA aborts at
 SOURCE = ("source", "source_segments", "source_positions")
 
 

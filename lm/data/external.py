@@ -149,7 +149,7 @@ class HuggingFace(Tokenizer):
         if not self._word_pieces:
             return self.decode([index])
         token = self._tokens.get(index, "")
-        return token.removeprefix("##") if token.startswith("##") else f" {token}"
+        return token[2:] if token.startswith("##") else f" {token}"
 
     def role_tokens(self) -> dict[str, str]:
         """Return the tokens of `ROLES` that there are."""
