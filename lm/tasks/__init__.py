@@ -33,6 +33,8 @@ import numpy as np
 
 from lm.config import ConfigError
 
+PACKINGS = ("split", "best_fit", "pad")  # see lm.data.packing
+
 
 class Setting(NamedTuple):
     """What a task is made for: the kind of rows that the family reads, and the corpus."""
@@ -98,3 +100,9 @@ def check_share(cfg: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(cfg, name) < 1:
             raise ConfigError(f"task.{name}={getattr(cfg, name)}: use a share in (0, 1)")
+
+
+def check_packing(packing: str) -> None:
+    """Raise ConfigError for a `task.packing` that there is not."""
+    if packing not in PACKINGS:
+        raise ConfigError(f"task.packing={packing}: no such packing; use {', '.join(PACKINGS)}")
