@@ -174,7 +174,7 @@ class _Cut:
     def parts(self, source: sources.Source) -> Iterator[tuple[str, str]]:
         """Yield (split, text) in order; a document across the cut comes in two, a pair stays whole."""
         before = number = 0
-        for text, _, second in source:
+        for text, _, second, _ in source:
             if second is not None:
                 if not (text and second):
                     continue
@@ -202,7 +202,7 @@ def _survey(source: sources.Source) -> dict[str, Any]:
     """Return counts of the documents, and the labels where they have one."""
     counts = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "replaced"), 0)
     labels: set[str] = set()
-    for text, replaced, second in _progress(source, "reading", unit=" documents"):
+    for text, replaced, second, _ in _progress(source, "reading", unit=" documents"):
         whole = bool(text) and second != ""
         counts["documents" if whole else "empty_documents"] += 1
         counts["characters"] += len(text)
@@ -234,7 +234,7 @@ def _write(folder: Path, cfg: Config, source: sources.Source, tokenizer: Tokeniz
     tokenizer.save(folder / "tokenizer")
     splits = _encode(folder, tokenizer, cut.parts(source), survey["bytes"])
     digests = [tokenizer.fingerprint, *(splits[name].pop("digest") for name in _SPLITS)]
-    names = {"source": source.name, "files": len(source.files), "paired": source.paired}
+    names = {"source": source.name, "files": len(source.parts), "paired": source.paired}
     report = {**names, **survey, "split": "hash" if cut.by_hash else "characters", **splits}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     body = {
