@@ -7,7 +7,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,12 +23,14 @@ TABLES = {"tsv": "\t", "csv": ","}  # what separates the columns
 class Document(NamedTuple):
     """One text, how many invalid byte sequences in it were replaced by U+FFFD, and what belongs to it.
 
-    `second` is a target or a label, where the data has pairs.
+    `second` is a target or a label, where the data has pairs. A record that is skipped has no text, and
+    `broken` is the kind of what is wrong with it, so that the records after it keep their numbers.
     """
 
     text: str
     replaced: int = 0
     second: str | None = None
+    broken: str = ""
 
 
 class Fields(NamedTuple):
@@ -49,59 +51,62 @@ class Fields(NamedTuple):
         return (self.source, second) if second else (self.source or self.text,)
 
 
-def text(files: Iterable[Path], *, on_invalid: str) -> Iterator[Document]:
-    """Yield each file as one document, line ends as they are."""
-    for file in files:
-        with opened(file) as handle:
-            raw = handle.read()
-        if b"\0" in raw[:4096]:
-            raise ConfigError(
-                f"data.path: {file} is no UTF-8 text (it holds NUL bytes); convert it, or name another"
-            )
-        content, replaced, _ = _decode(raw, 0, file, on_invalid)
-        content = content.removeprefix(_BYTE_ORDER_MARK)
-        if not content:
-            raise ConfigError(f"data.path: {file} is empty; name a file that holds text")
-        yield Document(content, replaced)
+def text(file: Path, *, start: int, fields: Fields, on_invalid: str) -> Iterator[Document]:
+    """Yield a file as one document, line ends as they are."""
+    if start:
+        return
+    with opened(file) as handle:
+        raw = handle.read()
+    if b"\0" in raw[:4096]:
+        raise ConfigError(
+            f"data.path: {file} is no UTF-8 text (it holds NUL bytes); convert it, or name another"
+        )
+    content, replaced, *_ = _decode(raw, 0, file, on_invalid)
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    if not content:
+        raise ConfigError(f"data.path: {file} is empty; name a file that holds text")
+    yield Document(content, replaced)
 
 
-def jsonl(files: Iterable[Path], *, fields: Fields, on_invalid: str) -> Iterator[Document]:
+def jsonl(file: Path, *, start: int, fields: Fields, on_invalid: str) -> Iterator[Document]:
     """Yield the strings in `fields` of every line's JSON object; blank lines are skipped."""
-    for file in files:
-        offset, number = 0, 0
-        with opened(file) as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
+    offset = number = record = 0
+    with opened(file) as handle:
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                if record >= start:
                     yield _record(line, offset, f"{file}:{number}", fields, on_invalid)
-                offset += len(line)
-        if not number:
-            raise ConfigError(f"data.path: {file} is empty; name a file that holds JSON lines")
+                record += 1
+            offset += len(line)
+    if not number:
+        raise ConfigError(f"data.path: {file} is empty; name a file that holds JSON lines")
 
 
 def table(
-    files: Iterable[Path], delimiter: str, *, fields: Fields, on_invalid: str
+    file: Path, *, start: int, fields: Fields, on_invalid: str, delimiter: str
 ) -> Iterator[Document]:
     """Yield the cells in `fields` of every line; CSV has quotes, and lines in them, and TSV has not."""
-    for file in files:
-        with opened(file) as handle:
-            raw = handle.read()
-        content, replaced, _ = _decode(raw, 0, file, on_invalid)
-        content = content.removeprefix(_BYTE_ORDER_MARK)
-        if delimiter == "\t":
-            lines: Iterator[list[str]] = (
-                line.removesuffix("\r").split("\t") for line in content.split("\n") if line.strip()
+    with opened(file) as handle:
+        raw = handle.read()
+    content, replaced, *_ = _decode(raw, 0, file, on_invalid)
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    if delimiter == "\t":
+        lines: Iterator[list[str]] = (
+            line.removesuffix("\r").split("\t") for line in content.split("\n") if line.strip()
+        )
+    else:
+        lines = _csv_lines(content, file)
+    columns = _columns(file, fields, lines)
+    for number, cells in enumerate(lines, 1):
+        if number <= start:
+            continue
+        if max(columns) >= len(cells):
+            raise ConfigError(
+                f"data.path: {file}: row {number} has {len(cells)} columns and {max(columns) + 1} are "
+                "needed; repair that row"
             )
-        else:
-            lines = _csv_lines(content, file)
-        columns = _columns(file, fields, lines)
-        for number, cells in enumerate(lines, 1):
-            if max(columns) >= len(cells):
-                raise ConfigError(
-                    f"data.path: {file}: row {number} has {len(cells)} columns and {max(columns) + 1} are "
-                    "needed; repair that row"
-                )
-            text, *second = (cells[column] for column in columns)
-            yield Document(text, replaced if number == 1 else 0, second[0] if second else None)
+        text, *second = (cells[column] for column in columns)
+        yield Document(text, replaced if number == 1 else 0, second[0] if second else None)
 
 
 def _csv_lines(content: str, file: Path) -> Iterator[list[str]]:
@@ -135,7 +140,7 @@ def _columns(file: Path, fields: Fields, lines: Iterator[list[str]]) -> list[int
 
 
 def _record(line: bytes, offset: int, where: str, fields: Fields, on_invalid: str) -> Document:
-    content, replaced, _ = _decode(line, offset, where, on_invalid)
+    content, replaced, *_ = _decode(line, offset, where, on_invalid)
     try:
         record = json.loads(content.removeprefix(_BYTE_ORDER_MARK))
     except (ValueError, RecursionError) as error:
@@ -148,7 +153,7 @@ def _record(line: bytes, offset: int, where: str, fields: Fields, on_invalid: st
                 f"data.field={field}: {where} has no text by that name (it holds {holds}); "
                 "set data.field (of pairs: data.source_field and the other) or repair that line"
             )
-        text, surrogates, _ = whole(record[field])
+        text, surrogates, *_ = whole(record[field])
         replaced += surrogates
         if surrogates and on_invalid == "refuse":
             raise ConfigError(

@@ -1,10 +1,11 @@
 """Where documents come from: the user's files, and what every Python carries."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,19 @@ EMBEDDED = ("python_docs", "python_source", "python_pairs")
 NAMES = (*EMBEDDED, "text", "jsonl", "tsv", "csv")
 
 
+_READERS: dict[str, Callable[..., Iterator[Document]]] = {
+    "text": documents.text,
+    "jsonl": documents.jsonl,
+    **{name: functools.partial(documents.table, delimiter=TABLES[name]) for name in TABLES},
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """The documents of one source, to be read any number of times in the same order."""
 
     name: str  # one of NAMES
-    files: tuple[Path, ...]
+    parts: tuple[str, ...]  # read one after the other: files, or the source's own name
     fields: Fields  # of JSONL and tables
     on_invalid: str  # replace or refuse
 
@@ -29,23 +37,22 @@ class Source:
     _kept: list[Document] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Document]:
-        if self.name == "jsonl":
-            yield from documents.jsonl(self.files, fields=self.fields, on_invalid=self.on_invalid)
-        elif self.name in TABLES:
-            delimiter = TABLES[self.name]
-            yield from documents.table(
-                self.files, delimiter, fields=self.fields, on_invalid=self.on_invalid
+        for part in range(len(self.parts)):
+            yield from self.read(part)
+
+    def read(self, part: int, start: int = 0) -> Iterator[Document]:
+        """Yield the documents of `parts[part]` in order, beginning with number `start`, counted from 0.
+
+        A record that is empty or broken counts, and is yielded without text.
+        """
+        if self.name in _READERS:
+            yield from _READERS[self.name](
+                Path(self.parts[part]), start=start, fields=self.fields, on_invalid=self.on_invalid
             )
-        elif self.name == "text":
-            yield from documents.text(self.files, on_invalid=self.on_invalid)
-        elif self._kept:
-            yield from self._kept
-        else:
-            parsed = []
-            for document in library.READERS[self.name](self.files):
-                parsed.append(document)
-                yield document
-            self._kept.extend(parsed)
+            return
+        if not self._kept:
+            self._kept.extend(library.READERS[self.name](library.library_files()))
+        yield from self._kept[start:]
 
     @property
     def paired(self) -> bool:
@@ -57,7 +64,8 @@ class Source:
         digest = hashlib.blake2b(f"{self.name} {self.on_invalid} ".encode(), digest_size=16)
         of_records = self.name == "jsonl" or self.name in TABLES
         digest.update("\0".join(self.fields).encode() if of_records else b"")
-        for file in self.files:
+        embedded = self.name in EMBEDDED
+        for file in library.library_files() if embedded else map(Path, self.parts):
             digest.update(file.suffix.encode() if file.suffix in (".gz", ".zst") else b"")
             with documents.explained(file), file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "blake2b").digest())
@@ -70,19 +78,19 @@ def open_source(name: str, *, path: Sequence[str], fields: Fields, on_invalid: s
     Raises ConfigError for a missing or empty file, an empty glob, files of two kinds.
     """
     resolved = resolve(name, path)
-    files = tuple(library.library_files()) if resolved in EMBEDDED else tuple(_expand(path))
-    if resolved in EMBEDDED and not files:
+    if resolved in EMBEDDED and not library.library_files():
         raise ConfigError(
             f"data.source={name}: no Python files in {library.library_folder()}; "
             "set data.path to your own text"
         )
+    files = () if resolved in EMBEDDED else tuple(_expand(path))
     for file in files:
         if name in EMBEDDED and path and kind(file.name) != resolved:
             raise ConfigError(
                 f"data.path: {file} looks like {kind(file.name)} and {path[0]} like {resolved}; "
                 "set data.source to text or jsonl"
             )
-    return Source(resolved, files, fields, on_invalid)
+    return Source(resolved, tuple(map(str, files)) or (resolved,), fields, on_invalid)
 
 
 def resolve(name: str, path: Sequence[str]) -> str:
