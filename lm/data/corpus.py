@@ -138,23 +138,24 @@ def load(folder: Path, *, thorough: bool = False) -> Corpus:
     """Return the corpus in `folder`; see `lm.data.shards.read_manifest` for what is checked."""
     body = shards.read_manifest(folder, thorough=thorough)
     plans = packing.load(folder, fingerprint=body["fingerprint"])
-    both = []
-    for name in SPLITS:
-        files = sorted(file for file in body["files"] if file.startswith(f"{name}-"))
-        arrays = [shards.view(folder / file, np.dtype(body["dtype"])) for file in files]
-        both.append(
-            Split(
-                name,
-                arrays[0] if len(arrays) == 1 else shards.Tokens(arrays),
-                shards.view(folder / f"{name}.starts", np.int64),
-                body["report"][name]["bytes"],
-                body["report"]["paired"],
-                shards.view(folder / f"{name}.origins", ORIGIN),
-                {key: made[name] for key, made in plans.items()},
-            )
-        )
+    train, validation = (_split(folder, body, name, plans) for name in SPLITS)
     tokenizer = tokenizers.load(folder / "tokenizer")
-    return Corpus(tokenizer, *both, body["fingerprint"], body["report"], tuple(body["parts"]))
+    parts = tuple(body["parts"])
+    return Corpus(tokenizer, train, validation, body["fingerprint"], body["report"], parts)
+
+
+def _split(folder: Path, body: dict[str, Any], name: str, plans: dict) -> Split:
+    files = sorted(file for file in body["files"] if file.startswith(f"{name}-"))
+    arrays = [shards.view(folder / file, np.dtype(body["dtype"])) for file in files]
+    return Split(
+        name,
+        arrays[0] if len(arrays) == 1 else shards.Tokens(arrays),
+        shards.view(folder / f"{name}.starts", np.int64),
+        body["report"][name]["bytes"],
+        body["report"]["paired"],
+        shards.view(folder / f"{name}.origins", ORIGIN),
+        {key: made[name] for key, made in plans.items()},
+    )
 
 
 def cache_folder() -> Path:
@@ -174,10 +175,15 @@ def prepare_in(
     )
 
 
-def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[sources.Source, Tokenizer | None]:
-    source = sources.open_source(
-        cfg.source, path=cfg.path, fields=cfg.fields, on_invalid=cfg.on_invalid
-    )
+def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | None]:
+    def opened(path: tuple[str, ...]) -> sources.Source:
+        return sources.open_source(
+            cfg.source, path=path, fields=cfg.fields, on_invalid=cfg.on_invalid
+        )
+
+    source: Any = opened(cfg.path)
+    if cfg.validation_path:
+        source = sources.Joined(source, opened(cfg.validation_path))
     if tokenizer is None and cfg.tokenizer == "file":
         tokenizer = external.open_tokenizer(cfg.tokenizer_path)
     return source, tokenizer
@@ -211,7 +217,7 @@ def _remove_stale(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(cfg: Config, source: sources.Source, tokenizer: Tokenizer | None) -> str:
+def _key(cfg: Config, source: Any, tokenizer: Tokenizer | None) -> str:
     """Return a digest of all that a corpus depends on."""
     settings: list[Any] = [cfg.tokenizer, None, None]
     if cfg.tokenizer == "sentencepiece":

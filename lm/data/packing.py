@@ -1,9 +1,9 @@
 """Which pieces of a stream stand in each row: planned once, so that any row is a lookup.
 
 - split: the stream is cut every `capacity` tokens, wherever documents end; no table is needed.
-- best_fit: a document longer than a row is cut at multiples of `capacity`, what is left of it and the shorter
-  documents are put together by best-fit decreasing ("Fewer Truncations Improve Language Modeling", Ding et al.
-  2024, arXiv 2404.10830), so that none is cut without need.
+- best_fit: a document longer than a row is cut at multiples of `capacity`; what is left of it and the
+  shorter documents are put together by best-fit decreasing, so that none is cut without need ("Fewer
+  Truncations Improve Language Modeling", Ding et al. 2024, arXiv 2404.10830).
 - pad: each document, or each `capacity` tokens of one, has a row of its own.
 
 A piece is [begin, begin + length) of the stream's places as inputs, the next token of each as its target; a

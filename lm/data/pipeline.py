@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import sources, tokenizers
+from lm.data import sources, splits, tokenizers
 
 Batch = dict[str, np.ndarray]
 _ROUNDS = 6
@@ -37,6 +37,8 @@ class Config:
     vocab_size: int = 4096  # ids, special ones included
     sentencepiece_model: str = "unigram"  # unigram or bpe
     validation_fraction: float = 0.1  # of the documents; of the characters below 100 documents
+    validation_path: tuple[str, ...] = ()  # files to evaluate on; all of path is then trained on
+    fold: str = ""  # i/k: the i-th of k parts of the documents is for validation, the others train
     batch_size: int = 32  # sequences an update, over all devices and hosts
     order: str = "shuffle"  # shuffle, or stream: row b goes on where it stopped a step ago
     prefetch_threads: int = 2  # threads that make batches; 0 makes them in the loop
@@ -49,10 +51,10 @@ class Config:
     }
 
     def __post_init__(self):
-        path = (self.path,) if isinstance(self.path, str) else self.path
-        parts = tuple(part.strip() for item in path for part in item.split(",") if part.strip())
-        object.__setattr__(self, "path", parts)
-        self._check_fields(sources.resolve(self.source, parts))
+        for name in ("path", "validation_path"):
+            object.__setattr__(self, name, _paths(getattr(self, name)))
+        self._check_fields(sources.resolve(self.source, self.path))
+        self._check_split()
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
         _one_of("tokenizer", self.tokenizer, tokenizers.NAMES)
         if self.tokenizer == "file" and not self.tokenizer_path:
@@ -78,6 +80,26 @@ class Config:
     def fields(self) -> sources.Fields:
         """The names of what is read of a record."""
         return sources.Fields(self.field, self.source_field, self.target_field, self.label_field)
+
+    def _check_split(self) -> None:
+        if self.fold:
+            splits.parse_fold(self.fold)
+        for name, value in (("fold", self.fold), ("validation_path", self.validation_path)):
+            if value and self.validation_fraction != 0.1:
+                raise ConfigError(
+                    f"data.validation_fraction={self.validation_fraction}: data.{name} decides what is "
+                    "for validation; give one of the two"
+                )
+        if self.fold and self.validation_path:
+            raise ConfigError(
+                f"data.fold={self.fold}: data.validation_path decides what is for validation; give one of "
+                "the two"
+            )
+        if self.validation_path and not self.path:
+            raise ConfigError(
+                f"data.validation_path={','.join(self.validation_path)}: used with files to train on; set "
+                "data.path"
+            )
 
     def _check_fields(self, source: str) -> None:
         given = {
@@ -294,6 +316,11 @@ def _words(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> str:
     """Return the text of `ids` on one line, with a sign where a document ends."""
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))
     return " <end of text> ".join(repr(tokenizer.decode(part)) for part in parts)
+
+
+def _paths(path: str | Sequence[str]) -> tuple[str, ...]:
+    items = (path,) if isinstance(path, str) else path
+    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

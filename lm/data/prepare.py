@@ -101,14 +101,13 @@ def prepare(
     with _locked(folder):
         if _is_whole(folder, key, repair=repair):
             return
-        training_parts = len(source.parts)
-        rule = splits.rule(cfg, iter(source), training_parts=training_parts)
+        rule = splits.rule(cfg, source)
         tokenizer = _tokenizer(folder, cfg, source, rule, tokenizer, key)
         writer = Writer(
             folder, {"key": key, "shard": SHARD}, dtype_for(tokenizer), tokenizer.end_of_text
         )
         encoder = Encoder(rule, tokenizer, bool(source.fields.label))
-        with _progress(source.num_bytes, "encoding") as bar:
+        with _progress(_size(source), "encoding") as bar:
             bar.update(sum(writer.progress.bytes.values()))
             waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
             with _pool(encoder, folder, workers) as run:
@@ -125,15 +124,16 @@ def prepare(
 def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
     """Return whether the corpus is there. Raises ConfigError where something else is."""
     other = "of other text or settings; name an empty folder"
-    if not (folder / shards.MANIFEST).exists():
+    try:
+        if (folder / shards.MANIFEST).exists():
+            if shards.read_manifest(folder)["key"] != key:
+                raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
+            return True
         begun = begun_key(folder)
         if begun is None and {file.name for file in folder.iterdir()} - {_LOCK, "tokenizer"}:
-            raise ConfigError(f"{folder}: it holds files that are no corpus; name an empty folder")
+            raise shards.Damaged(folder / shards.MANIFEST, "missing, and the folder is not empty")
         if begun not in (None, key):
             raise ConfigError(f"{folder}: a corpus was begun here, {other}")
-        return False
-    try:
-        found = shards.read_manifest(folder)["key"]
     except shards.Damaged as error:
         if not repair:
             raise
@@ -145,10 +145,7 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
                 shutil.rmtree(file)
             elif file.name != _LOCK:
                 file.unlink()
-        return False
-    if found != key:
-        raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
-    return True
+    return False
 
 
 def chunks(
@@ -191,7 +188,7 @@ def _tokenizer(
     if given is None:
         # An alphabet is no knowledge of the text: it is taken whole, so that both splits encode.
         wanted = range(2) if cfg.tokenizer == "char" else (splits.TRAIN,)
-        with _progress(source.num_bytes, "reading") as bar:
+        with _progress(_size(source), "reading") as bar:
 
             def texts() -> Iterator[str]:
                 for chunk in chunks(source, rule, (0, 0), {}):
@@ -215,11 +212,11 @@ def _finish(
 ) -> None:
     """Write the manifest."""
     done, digests = writer.progress, writer.finish()
-    digests = [tokenizer.fingerprint, *(digests[split] for split in SPLITS)]
+    everything = tokenizer.fingerprint + "".join(digests[split] for split in SPLITS)
     counts = {name: done.counts.get(name, 0) for name in _COUNTS} | done.counts
     report = {
         "source": source.name,
-        "files": len(source.files),
+        "files": len(source.parts),
         "paired": source.paired,
         **counts,
         "labels": done.labels,
@@ -234,7 +231,7 @@ def _finish(
         folder,
         {
             "key": key,
-            "fingerprint": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest(),
+            "fingerprint": hashlib.blake2b(everything.encode(), digest_size=16).hexdigest(),
             "dtype": dtype_for(tokenizer).str,
             "report": report,
             "parts": list(source.parts),
@@ -335,3 +332,13 @@ def _progress(num_bytes: int | None, description: str) -> tqdm:
     return tqdm(
         desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
     )
+
+
+def _size(source: Any) -> int | None:
+    """Return about how many bytes of text there are; None where only reading would tell."""
+    sizes = [
+        os.path.getsize(p)
+        for p in source.parts
+        if os.path.isfile(p) and not p.endswith((".gz", ".zst"))
+    ]
+    return sum(sizes) if len(sizes) == len(source.parts) else None

@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lm.config import ConfigError
 from lm.data.documents import Document
@@ -72,14 +72,14 @@ class Rule:
         return VALIDATION if place < self.fraction else TRAIN
 
 
-def rule(cfg, documents: Iterator[Document], *, training_parts: int) -> Rule:
-    """Return the rule of the frozen `data` section; up to 100 of `documents` are read where they decide."""
+def rule(cfg: Any, source: Any) -> Rule:
+    """Return the rule of the frozen `data` section; up to 100 documents are read where they decide."""
     if cfg.validation_path:
-        return Rule("files", training_parts=training_parts)
+        return Rule("files", training_parts=source.training_parts)
     if cfg.fold:
         return Rule("fold", fold=parse_fold(cfg.fold))
     number = characters = 0
-    for document in documents:
+    for document in source:
         number += bool(document.text) and document.second != ""
         characters += len(document.text)
         if number >= _FEW:

@@ -109,8 +109,9 @@ class Writer:
 
     def finish(self) -> dict[str, str]:
         """Close all files; return the digest of each split's whole stream."""
-        for handle in (*self._lists.values(), self._journal):
+        for handle in self._lists.values():
             handle.close()
+        self._journal.close()
         return {split: digest.hexdigest() for split, digest in self._digests.items()}
 
     def _write(self, split: str, data: bytes) -> None:

@@ -101,7 +101,7 @@ class Task:
             "positions": places - latest,
             "weights": (places >= context[:, None]).astype(np.float32),
         }
-        for row in np.flatnonzero(sizes < self.row_length):
+        for row in np.flatnonzero(sizes < self.row_length).tolist():
             for values in batch.values():
                 values[row, sizes[row] :] = 0
         return batch

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm import tasks
 from lm.config import ConfigError
-from lm.data import pipeline, tokenizers
+from lm.data import corpus, pipeline, tokenizers
 from lm.tasks import causal_lm
 
 END = 99
@@ -23,7 +23,7 @@ def make_split(sizes, name="train"):
         pieces += [np.arange(size) % 90, np.array([END])]
     starts = np.cumsum([0, *(size + 1 for size in sizes)])[:-1]
     tokens = np.concatenate(pieces).astype(np.uint16)
-    return types.SimpleNamespace(name=name, tokens=tokens, starts=starts, num_bytes=sum(sizes))
+    return corpus.Split(name, tokens, starts, sum(sizes))
 
 
 def make_task(**settings):
@@ -256,7 +256,7 @@ def test_a_batch_is_described_by_its_documents_weights_and_text():
     tokenizer = tokenizers.Byte()
     end = tokenizer.end_of_text
     tokens = np.array([end, *b"abc", end, *b"de\n", end])
-    split = types.SimpleNamespace(name="train", tokens=tokens, starts=np.array([0, 4]))
+    split = corpus.Split("train", tokens, np.array([0, 4]), 0)
     batch = make_task(length=5, context=2).rows(split, np.array([1, 0]))
     assert pipeline.describe_batch(batch, tokenizer, rows=2).splitlines() == [
         "row 0: 5 tokens of 2 documents, 3 scored, 2 padding",
