@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     complete,
+    evaluate,
     experiment,
     hardware,
     initial,
@@ -187,7 +188,7 @@ def score(
     for name, params in (("eval", step.learned(made.model, state)), ("eval_raw", state.params)):
         if name == "eval" or state.ema:
             try:
-                values = experiment.score(
+                values = evaluate.score(
                     made.model,
                     eval_step,
                     params,

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import external, packing, prepare, shards, sources, tokenizers
+from lm.data import external, mixture, packing, prepare, shards, sources, tokenizers
+from lm.data.mixture import Mixture
 from lm.data.pipeline import Config
 from lm.data.shards import ORIGIN, SPLITS
 from lm.data.tokenizers import Tokenizer
@@ -86,6 +87,19 @@ class Corpus:
     fingerprint: str
     report: dict[str, Any]
     parts: tuple[str, ...] = ()  # of the source: files, mostly
+    mixed: tuple[
+        tuple[str, "Corpus"], ...
+    ] = ()  # of a mixture; the splits are then those of the first
+
+    @property
+    def members(self) -> tuple["Corpus", ...]:
+        """The corpora of a mixture, or this one."""
+        return tuple(member for _, member in self.mixed) or (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the corpora of a mixture; none where there is one alone."""
+        return tuple(name for name, _ in self.mixed)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -94,6 +108,8 @@ class Corpus:
 
     def summary(self) -> str:
         """Return what the corpus is, in a line."""
+        if self.mixed:
+            return "; ".join(f"{name}: {member.summary()}" for name, member in self.mixed)
         r = self.report
         counts = "; ".join(
             f"{name} {r[name]['documents']:,} documents, {r[name]['tokens']:,} tokens"
@@ -113,6 +129,8 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     With `tokenizer`, that one encodes instead of a new one. Raises ConfigError for what the sources and
     tokenizers refuse, an empty split, a cache that cannot be written, a prepared corpus that is damaged.
     """
+    if cfg.mixture:
+        return _mixed(cfg, tokenizer)
     if folder := prepared_folder(cfg):
         corpus = load(folder)
         if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
@@ -124,6 +142,77 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
         corpus = _cached(cfg, tokenizer)
     _check(cfg, corpus)
     return corpus
+
+
+def _mixed(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
+    """Return the corpora of `data.mixture` as one, all in the tokens of the first that is prepared.
+
+    Where none is, a tokenizer is trained on all of their training splits.
+    """
+    members = {}
+    for name, _ in cfg.mixture:
+        embedded = name in sources.EMBEDDED
+        member = dataclasses.replace(
+            cfg,
+            mixture=(),
+            mixture_stages=(),
+            source=name if embedded else cfg.source,
+            path=() if embedded else (name,),
+        )
+        short = Path(name).name.partition(".")[0] or name
+        if short in members:
+            raise ConfigError(
+                f"data.mixture: two corpora are called {short}; rename a file or folder, or name one once"
+            )
+        members[short] = member
+    prepared = [folder for member in members.values() if (folder := prepared_folder(member))]
+    if tokenizer is None and prepared:
+        tokenizer = tokenizers.load(prepared[0] / "tokenizer")
+    if tokenizer is None and cfg.tokenizer not in ("file", "byte"):
+        tokenizer = _trained_on_all(cfg, list(members.values()))
+    mixed = tuple((name, build(member, tokenizer=tokenizer)) for name, member in members.items())
+    first = mixed[0][1]
+    if any(member.train.paired != first.train.paired for _, member in mixed):
+        raise ConfigError(
+            "data.mixture: some corpora have pairs and others have not; mix one kind alone"
+        )
+    labels = sorted({label for _, member in mixed for label in member.labels})
+    return Corpus(
+        first.tokenizer,
+        first.train,
+        first.validation,
+        tokenizers.digest(" ".join(f"{n} {member.fingerprint}" for n, member in mixed).encode()),
+        {"labels": labels, "mixture": {name: member.report for name, member in mixed}},
+        mixed=mixed,
+    )
+
+
+def mixture_of(cfg: Config, text: Corpus) -> Mixture | None:
+    """Return how the corpora of `text` are mixed by the frozen `data` section; None for one alone."""
+    if not text.mixed:
+        return None
+    return mixture.make(
+        [weight for _, weight in cfg.mixture],
+        stages=cfg.mixture_stages,
+        temperature=cfg.mixture_temperature,
+        sizes=[member.train.num_inputs for member in text.members],
+        batch_size=cfg.batch_size,
+    )
+
+
+def _trained_on_all(cfg: Config, members: list[Config]) -> Tokenizer:
+    """Return the tokenizer of a mixture from the cache, trained first where missing."""
+    inputs = [_inputs(member, None)[0] for member in members]
+    keys = [_key(member, source, None) for member, source in zip(members, inputs, strict=True)]
+    folder = cache_folder() / "tokenizers" / tokenizers.digest(" ".join(keys).encode())
+    if not (folder / "tokenizer.json").exists():
+        trained = prepare.train(cfg, inputs)
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+        trained.save(unfinished)
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return tokenizers.load(folder)
 
 
 def prepared_folder(cfg: Config) -> Path | None:

@@ -102,7 +102,7 @@ def prepare(
         if _is_whole(folder, key, repair=repair):
             return
         rule = splits.rule(cfg, source)
-        tokenizer = _tokenizer(folder, cfg, source, rule, tokenizer, key)
+        tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
         writer = Writer(
             folder, {"key": key, "shard": SHARD}, dtype_for(tokenizer), tokenizer.end_of_text
         )
@@ -179,32 +179,40 @@ def dtype_for(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _tokenizer(
-    folder: Path, cfg: Any, source: sources.Source, rule: Rule, given: Tokenizer | None, key: str
+    folder: Path, cfg: Any, source: sources.Source, given: Tokenizer | None, key: str
 ) -> Tokenizer:
     """Return the tokenizer in `folder`: the given one, or one trained, once, on the training split."""
     place, mark = folder / "tokenizer", folder / "tokenizer" / ".key"
     if mark.exists() and mark.read_text() == key:
         return tokenizers.load(place)
     if given is None:
-        # An alphabet is no knowledge of the text: it is taken whole, so that both splits encode.
-        wanted = range(2) if cfg.tokenizer == "char" else (splits.TRAIN,)
-        with _progress(_size(source), "reading") as bar:
-
-            def texts() -> Iterator[str]:
-                for chunk in chunks(source, rule, (0, 0), {}):
-                    for item in chunk.items:
-                        if rule.split_of(item) in wanted:
-                            yield from item.texts
-                    bar.update(sum(len(text) for item in chunk.items for text in item.texts))
-
-            given = tokenizers.train(
-                cfg.tokenizer, texts(), vocab_size=cfg.vocab_size, model=cfg.sentencepiece_model
-            )
+        given = train(cfg, [source])
     given.save(place)
     for file in place.iterdir():
         shards.sync(file)
     mark.write_text(key)
     return tokenizers.load(place)
+
+
+def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
+    """Return the tokenizer that the frozen `data` section asks for, trained on all training splits."""
+    # An alphabet is no knowledge of the text: it is taken whole, so that both splits encode.
+    wanted = range(2) if cfg.tokenizer == "char" else (splits.TRAIN,)
+
+    def texts(bar: tqdm) -> Iterator[str]:
+        for source in inputs:
+            rule = splits.rule(cfg, source)
+            for chunk in chunks(source, rule, (0, 0), {}):
+                for item in chunk.items:
+                    if rule.split_of(item) in wanted:
+                        yield from item.texts
+                bar.update(sum(len(text) for item in chunk.items for text in item.texts))
+
+    sizes = [_size(source) for source in inputs]
+    with _progress(None if None in sizes else sum(filter(None, sizes)), "reading") as bar:
+        return tokenizers.train(
+            cfg.tokenizer, texts(bar), vocab_size=cfg.vocab_size, model=cfg.sentencepiece_model
+        )
 
 
 def _finish(
