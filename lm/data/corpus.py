@@ -63,12 +63,16 @@ class Split:
         """How many pairs there are; 0 where the data has none."""
         return len(self.starts) // 2 if self.paired else 0
 
+    def span(self, document: int) -> tuple[int, int]:
+        """Return where in the stream the text of a document begins, and its length in tokens."""
+        begin, following = int(self.starts[document]) + 1, document + 1
+        end = int(self.starts[following]) if following < len(self.starts) else self.num_inputs
+        return begin, end - begin
+
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of both texts of a pair."""
-        first, second = self.starts[2 * index : 2 * index + 2]
-        last = 2 * index + 2
-        end = self.starts[last] if last < len(self.starts) else self.num_inputs
-        return self.tokens[first + 1 : second], self.tokens[second + 1 : end]
+        (begin, length), (second, size) = self.span(2 * index), self.span(2 * index + 1)
+        return self.tokens[begin : begin + length], self.tokens[second : second + size]
 
     def plan(self, name: str, capacity: int) -> packing.Plan:
         """Return the plan `name` of rows of `capacity` tokens, made once."""
@@ -144,12 +148,14 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     return corpus
 
 
-def _mixed(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
-    """Return the corpora of `data.mixture` as one, all in the tokens of the first that is prepared.
+def _members(
+    cfg: Config, tokenizer: Tokenizer | None
+) -> tuple[dict[str, Config], Tokenizer | None]:
+    """Return the `data` section of each corpus of a mixture by its name, and their tokenizer.
 
-    Where none is, a tokenizer is trained on all of their training splits.
+    It is that of the first corpus that is prepared; where none is, one is trained on all training splits.
     """
-    members = {}
+    members: dict[str, Config] = {}
     for name, _ in cfg.mixture:
         embedded = name in sources.EMBEDDED
         member = dataclasses.replace(
@@ -170,6 +176,12 @@ def _mixed(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
         tokenizer = tokenizers.load(prepared[0] / "tokenizer")
     if tokenizer is None and cfg.tokenizer not in ("file", "byte"):
         tokenizer = _trained_on_all(cfg, list(members.values()))
+    return members, tokenizer
+
+
+def _mixed(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
+    """Return the corpora of `data.mixture` as one."""
+    members, tokenizer = _members(cfg, tokenizer)
     mixed = tuple((name, build(member, tokenizer=tokenizer)) for name, member in members.items())
     first = mixed[0][1]
     if any(member.train.paired != first.train.paired for _, member in mixed):
@@ -256,12 +268,20 @@ def cache_folder() -> Path:
 
 def prepare_in(
     folder: Path, cfg: Config, *, tokenizer: Tokenizer | None = None, workers: int = 0
-) -> None:
-    """Prepare the corpus of the frozen `data` section in `folder`, or go on with it."""
-    source, tokenizer = _inputs(cfg, tokenizer)
-    prepare.prepare(
-        folder, cfg, source, key=_key(cfg, source, tokenizer), tokenizer=tokenizer, workers=workers
-    )
+) -> list[Path]:
+    """Prepare the corpus of the frozen `data` section in `folder`, or go on with it; return its folder.
+
+    Of a mixture each corpus is prepared in a folder of its own below, and these are returned.
+    """
+    members, folders = {"": cfg}, [folder]
+    if cfg.mixture:
+        members, tokenizer = _members(cfg, tokenizer)
+        folders = [folder / name for name in members]
+    for place, member in zip(folders, members.values(), strict=True):
+        source, given = _inputs(member, tokenizer)
+        key = _key(member, source, given)
+        prepare.prepare(place, member, source, key=key, tokenizer=given, workers=workers)
+    return folders
 
 
 def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | None]:

@@ -77,7 +77,7 @@ class Task:
         inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         borders = np.zeros(shape, bool)
         sizes = np.zeros(len(indices), np.int64)
-        for row, pieces in enumerate(self._pieces(split, indices)):
+        for row, pieces in enumerate(self.pieces(split, indices)):
             at = 0
             for begin, length in pieces:
                 tokens = split.tokens[begin : begin + length + 1]
@@ -106,7 +106,7 @@ class Task:
                 values[row, sizes[row] :] = 0
         return batch
 
-    def _pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
         if self.cfg.packing != "split":
             plan = split.plan(self.cfg.packing, self.cfg.length)
