@@ -4,6 +4,7 @@ There is no iterator state: `Batches[step]` is arithmetic, on any count of hosts
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -16,6 +17,7 @@ from lm.data.mixture import Mixture
 from lm.data.shuffle import permute
 
 Batch = dict[str, np.ndarray]
+_BLOCK = 4096  # places that are shuffled at a time
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Batches:
         self.rows_of = [_num_rows(split, task) for split in splits]
         self.num_rows = sum(self.rows_of)
         self._slice = _host_slice("data.batch_size", batch_size, host_index, host_count)
+        self._permuted = functools.lru_cache(4 * len(splits))(self._permute_block)
         assert mixture or len(splits) == 1, "several splits need a mixture"
         if self.stream:
             if mixture:
@@ -243,15 +246,23 @@ class Batches:
             corpora, places = self.mixture.locate(places)
         sizes = np.array(self.rows_of)[corpora]
         epochs, inside = np.divmod(places, sizes)
-        for number, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
-            here = (corpora == number) & (epochs == epoch)
-            # Each corpus has a permutation of its own; the first one's is that of a corpus alone.
-            inside[here] = permute(
-                inside[here], self.rows_of[number], seed=self.seed, epoch=epoch, corpus=number
-            )
+        blocks = inside // _BLOCK
+        together = zip(corpora.tolist(), epochs.tolist(), blocks.tolist(), strict=True)
+        for corpus, epoch, block in sorted(set(together)):
+            here = (corpora == corpus) & (epochs == epoch) & (blocks == block)
+            inside[here] = self._permuted(corpus, epoch, block)[inside[here] % _BLOCK]
         if self.once:
             inside = np.where(epochs > 0, sizes, inside)
         return corpora, inside, epochs
+
+    def _permute_block(self, corpus: int, epoch: int, block: int) -> np.ndarray:
+        """Return the rows at _BLOCK places of an epoch, made at once because numpy's calls cost most.
+
+        Each corpus has a permutation of its own; the first one's is that of a corpus alone.
+        """
+        size = self.rows_of[corpus]
+        places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size))
+        return permute(places, size, seed=self.seed, epoch=epoch, corpus=corpus)
 
 
 class EvalBatches(Sequence[Batch]):

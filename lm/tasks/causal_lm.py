@@ -5,6 +5,7 @@ Packed as "split", row r scores the inputs r * length to (r + 1) * length - 1 of
 documents that its plan says (`lm.data.packing`).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,37 +75,28 @@ class Task:
         """
         indices = np.asarray(indices, np.int64)
         shape = (len(indices), self.row_length)
-        inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        borders = np.zeros(shape, bool)
-        sizes = np.zeros(len(indices), np.int64)
-        for row, pieces in enumerate(self.pieces(split, indices)):
-            at = 0
-            for begin, length in pieces:
-                tokens = split.tokens[begin : begin + length + 1]
-                inputs[row, at : at + length] = tokens[:-1]
-                targets[row, at : at + length] = tokens[1:]
-                borders[row, at] = at > 0
-                at += length
-            sizes[row] = at
-        borders |= inputs == split.end_of_text
-        borders &= self.cfg.isolate_documents
+        inputs, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        weights = np.zeros(shape, np.float32)
         places = np.arange(self.row_length, dtype=np.int32)
-        # The place of the latest border; before the first one, so far to the left of the row as the
-        # document began.
         before, context = self._before(split, indices, stream_starts)
-        latest = np.where(borders, places, -before[:, None].astype(np.int32))
-        np.maximum.accumulate(latest, axis=1, out=latest)
-        batch = {
+        for row, pieces in enumerate(self.pieces(split, indices)):
+            at = first = 0
+            for number, (begin, length) in enumerate(self._documents(split, pieces), 1):
+                tokens, here = split.tokens[begin : begin + length + 1], slice(at, at + length)
+                inputs[row, here], targets[row, here] = tokens[:-1], tokens[1:]
+                segments[row, here], positions[row, here] = number, places[:length]
+                at, first = at + length, first or length
+            if not self.cfg.isolate_documents:
+                segments[row, :at], positions[row, :at], first = 1, places[:at], at
+            positions[row, :first] += before[row]
+            weights[row, context[row] : at] = 1
+        return {
             "inputs": inputs,
             "targets": targets,
-            "segments": np.cumsum(borders, axis=1, dtype=np.int32) + ~borders[:, :1],
-            "positions": places - latest,
-            "weights": (places >= context[:, None]).astype(np.float32),
+            "segments": segments,
+            "positions": positions,
+            "weights": weights,
         }
-        for row in np.flatnonzero(sizes < self.row_length).tolist():
-            for values in batch.values():
-                values[row, sizes[row] :] = 0
-        return batch
 
     def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
@@ -117,6 +109,15 @@ class Task:
         there = indices * self.cfg.length < num_inputs
         spans = zip(begins.tolist(), (ends - begins).tolist(), there, strict=True)
         return [[(begin, size)] if is_there else [] for begin, size, is_there in spans]
+
+    def _documents(self, split: Any, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pieces of a row, cut where documents begin that are to be kept apart."""
+        if self.cfg.packing != "split" or not self.cfg.isolate_documents or not pieces:
+            return pieces
+        ((begin, length),) = pieces
+        inside = np.searchsorted(split.starts, (begin + 1, begin + length))
+        edges = [begin, *split.starts[slice(*inside)].tolist(), begin + length]
+        return [(low, high - low) for low, high in itertools.pairwise(edges)]
 
     def _before(
         self, split: Any, indices: np.ndarray, stream_starts: np.ndarray | None
