@@ -111,7 +111,12 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     for what the sources and tokenizers refuse, an empty split, a cache that cannot be written.
     """
     source = sources.open_source(
-        cfg.source, path=cfg.path, fields=cfg.fields, on_invalid=cfg.on_invalid
+        cfg.source,
+        path=cfg.path,
+        fields=cfg.fields,
+        on_invalid=cfg.on_invalid,
+        on_broken=cfg.on_broken,
+        dataset=cfg.dataset,
     )
     if tokenizer is None and cfg.tokenizer == "file":
         tokenizer = external.open_tokenizer(cfg.tokenizer_path)
