@@ -75,8 +75,9 @@ def read(place: Place, start: int, reading: Reading) -> Iterator[Document]:
     where = f"{place.path}, split {place.dataset.split}, shard {place.shard}"
     number = 0
     if _is_saved(place.path):  # mapped into memory: any row is at hand
-        number = min(start, len(data))
-        data = data.select(range(number, len(data)))
+        if start >= len(data):
+            return
+        data, number = data.select(range(start, len(data))), start
     else:
         data = data.shard(num_shards=place.shards, index=place.shard)
     for table in data.with_format("arrow").iter(batch_size=_BATCH):
@@ -152,11 +153,13 @@ def _not_there(path: str, dataset: Dataset, error: Exception) -> ConfigError:
 
 
 def _named_labels(table: Any, features: Any) -> Any:
-    """Return a table whose numbers of classes are the names of these classes."""
+    """Return a table whose numbers of classes are the names of these classes, null where one has none."""
     pyarrow = parquet.installed()
     for index, name in enumerate(table.schema.names):
         if classes := getattr((features or {}).get(name), "names", None):
-            names = pyarrow.array(classes, pyarrow.string()).take(table.column(index))
+            number = table.column(index)
+            known = pyarrow.compute.if_else(pyarrow.compute.less(number, 0), None, number)
+            names = pyarrow.array(classes, pyarrow.string()).take(known)
             table = table.set_column(index, name, names)
     return table
 
