@@ -28,7 +28,7 @@ def read(uri: str, start: int, reading: Reading) -> Iterator[Document]:
     """Yield a document for every record of a collection from number `start` on, in the order of _id."""
     pymongo = _installed()
     ((name, _),) = locate([uri])
-    number, reached = start, -1
+    number = reached = start
     while True:
         try:
             with _connected(uri) as client:
@@ -90,7 +90,7 @@ def _connected(uri: str) -> Any:
 
 
 def _failed(name: str, error: Exception) -> ConfigError:
-    message = " ".join(str(error).split())[:200]
+    message = " ".join(str(error).partition(", full error")[0].split())[:200]
     return ConfigError(
         f"data.path: cannot read {name}: {type(error).__name__} ({message}); check that the server runs, and "
         f"the user's password in the environment variable {PASSWORD}"

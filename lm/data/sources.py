@@ -31,8 +31,8 @@ _READERS: dict[str, Callable[[Any, int, Reading], Iterator[Document]]] = {
 }
 NAMES = tuple(_READERS)
 WITH_FIELDS = tuple(name for name in NAMES if name not in (*EMBEDDED, "text"))
-# Of a user in a URL; MongoDB's own may have a "/" in it, and stand in an option.
-_PASSWORD = re.compile(r"://[^/@]*:[^/]*@|^mongodb[^@]*://[^@]*:[^@]*@|[?&;]\w*password=", re.I)
+# Of a user in a URL; of MongoDB's it may have a "/" in it, or stand in an option.
+_PASSWORD = re.compile(r"://[^/]*:[^/]*@|^mongodb[^/]*//.*:.*@|[?&;]\w*password=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
