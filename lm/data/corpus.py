@@ -123,6 +123,8 @@ class Corpus:
         empty = (
             f"; {r['empty_documents']:,} empty documents left out" if r["empty_documents"] else ""
         )
+        broken = sum(r.get("broken", {}).values())
+        empty += f"; {broken:,} broken records skipped" if broken else ""
         sizes = f"{r['bytes']:,} bytes, {self.tokenizer.name} of {self.tokenizer.vocab_size:,}"
         return f"{r['source']}, {sizes}; {counts}{replaced}{empty}"
 
@@ -287,7 +289,12 @@ def prepare_in(
 def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | None]:
     def opened(path: tuple[str, ...]) -> sources.Source:
         return sources.open_source(
-            cfg.source, path=path, fields=cfg.fields, on_invalid=cfg.on_invalid
+            cfg.source,
+            path=path,
+            fields=cfg.fields,
+            on_invalid=cfg.on_invalid,
+            on_broken=cfg.on_broken,
+            dataset=cfg.dataset,
         )
 
     source: Any = opened(cfg.path)

@@ -22,10 +22,14 @@ _BLOCK = 4096  # places that are shuffled at a time
 
 @dataclass(frozen=True)
 class Config:
-    # A path's suffix decides, unless it names a kind of file.
-    source: str = "python_docs"  # python_docs, python_source, python_pairs, text, jsonl, tsv or csv
-    path: tuple[str, ...] = ()  # your own text: files and globs, .gz and .zst as they are
-    field: str = "text"  # name of the text in a JSON line or a table
+    # Embedded are python_docs, python_source and python_pairs; kinds of files text, jsonl, tsv, csv and
+    # parquet. A path's suffix or scheme decides, unless this names another than the embedded ones.
+    source: str = "python_docs"  # an embedded text, a kind of file, huggingface or mongodb
+    path: tuple[str, ...] = ()  # your text: files, globs and URLs; a dataset; a collection
+    dataset_config: str = ""  # of huggingface: the dataset's configuration, where it has several
+    dataset_split: str = "train"  # of huggingface: the dataset's split that is read
+    revision: str = ""  # of huggingface: the hub's branch, tag or commit; "" is the newest
+    field: str = "text"  # name of the text in a record or a table; a.b is b in a
     source_field: str = ""  # of pairs: the source's or the labelled text's name, or column number
     target_field: str = ""  # of pairs: the target's name, or column number
     label_field: str = ""  # of labelled texts: the label's name, or column number
@@ -35,6 +39,9 @@ class Config:
     ] = ()  # (from this step on, the weights)
     mixture_temperature: float = 1.0  # weights are raised to 1 / this
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
+    on_broken: str = (
+        "refuse"  # damaged files, records that cannot be read: refuse or skip (and count)
+    )
     tokenizer: str = (
         "sentencepiece"  # byte, char, word (between spaces), sentencepiece or file (given)
     )
@@ -50,6 +57,9 @@ class Config:
     prefetch_batches: int = 8  # batches made ahead
 
     ONLY_FOR: ClassVar[dict[str, tuple[str, tuple]]] = {
+        "dataset_config": ("source", ("huggingface",)),
+        "dataset_split": ("source", ("huggingface",)),
+        "revision": ("source", ("huggingface",)),
         "vocab_size": ("tokenizer", ("sentencepiece", "word")),
         "sentencepiece_model": ("tokenizer", ("sentencepiece",)),
         "tokenizer_path": ("tokenizer", ("file",)),
@@ -62,6 +72,7 @@ class Config:
         self._check_split()
         self._check_mixture()
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
+        _one_of("on_broken", self.on_broken, ("refuse", "skip"))
         _one_of("tokenizer", self.tokenizer, tokenizers.NAMES)
         if self.tokenizer == "file" and not self.tokenizer_path:
             raise ConfigError(
@@ -124,13 +135,18 @@ class Config:
                 "data.path"
             )
 
+    @property
+    def dataset(self) -> sources.Dataset:
+        """Which part of a dataset is read."""
+        return sources.Dataset(self.dataset_config, self.dataset_split, self.revision)
+
     def _check_fields(self, source: str) -> None:
         given = {
             name: getattr(self, name)
             for name in ("field", "source_field", "target_field", "label_field")
             if getattr(self, name) != ("text" if name == "field" else "")
         }
-        if given and source not in ("jsonl", *sources.TABLES):
+        if given and source not in sources.WITH_FIELDS:
             name, value = next(iter(given.items()))
             raise ConfigError(
                 f"data.{name}={value}: used only for JSON lines and tables; leave it out, or name such a "

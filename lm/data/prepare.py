@@ -38,6 +38,8 @@ CHUNK = 1 << 22  # characters that are encoded at a time
 CHUNK_ITEMS = 1 << 14
 SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
 _MOST_LABELS = 10_000
+_COUNTS = ("documents", "empty_documents", "characters", "bytes", "replaced")
+_BROKEN = "broken "  # before the kind of what is wrong with a record, in counts
 _LOCK = ".lock"
 
 
@@ -162,7 +164,8 @@ def chunks(
             items += new
             whole = bool(document.text) and document.second != ""
             read = Counter(characters=len(document.text), replaced=document.replaced)
-            read["documents" if whole else "empty_documents"] += 1
+            broken = document.broken and f"{_BROKEN}{document.broken}"
+            read[broken or ("documents" if whole else "empty_documents")] += 1
             total.update(read)
             counts.update(read)
             size += sum(len(text) for item in new for text in item.texts)
@@ -221,12 +224,13 @@ def _finish(
     """Write the manifest."""
     done, digests = writer.progress, writer.finish()
     everything = tokenizer.fingerprint + "".join(digests[split] for split in SPLITS)
-    counts = {name: done.counts.get(name, 0) for name in _COUNTS} | done.counts
+    broken = {n.removeprefix(_BROKEN): c for n, c in done.counts.items() if n.startswith(_BROKEN)}
     report = {
         "source": source.name,
         "files": len(source.parts),
         "paired": source.paired,
-        **counts,
+        **{name: done.counts.get(name, 0) for name in _COUNTS},
+        "broken": broken,
         "labels": done.labels,
         "split": rule.by,
     }
@@ -247,9 +251,6 @@ def _finish(
         },
     )
     (folder / JOURNAL).unlink()
-
-
-_COUNTS = ("documents", "empty_documents", "characters", "bytes", "replaced")
 
 
 def _check_labels(source: sources.Source, labels: Sequence[str]) -> None:
