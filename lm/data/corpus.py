@@ -31,7 +31,7 @@ from lm.data import external, sources, tokenizers
 from lm.data.pipeline import Config
 from lm.data.tokenizers import Tokenizer
 
-FORMAT = 2  # part of every key: raise it when extraction, split or layout changes
+FORMAT = 3  # part of every key: raise it when extraction, split or layout changes
 _FEW = 100  # documents; below, the split is by characters
 _BATCH = 1 << 22  # characters encoded at a time
 _DIGESTED = 16 << 20  # bytes; larger files are checked by size alone, so that a start is quick
@@ -143,7 +143,9 @@ def cache_folder() -> Path:
 def _key(cfg: Config, source: sources.Source, tokenizer: Tokenizer | None) -> str:
     settings: list[Any] = [cfg.tokenizer, None, None]
     if cfg.tokenizer == "sentencepiece":
-        settings[1:] = [cfg.vocab_size, cfg.sentencepiece_model]
+        settings[1:] = [cfg.vocab_size, cfg.sentencepiece_model, cfg.unknown, cfg.user_symbols]
+    if cfg.tokenizer == "byte_bpe":
+        settings[1:] = [cfg.vocab_size, cfg.user_symbols]
     if cfg.tokenizer == "word":
         settings[1] = cfg.vocab_size
     encoder = tokenizer.fingerprint if tokenizer else settings
@@ -230,6 +232,8 @@ def _write(folder: Path, cfg: Config, source: sources.Source, tokenizer: Tokeniz
             (text for split, text in cut.parts(source) if split in wanted),
             vocab_size=cfg.vocab_size,
             model=cfg.sentencepiece_model,
+            unknown=cfg.unknown,
+            symbols=cfg.user_symbols,
         )
     tokenizer.save(folder / "tokenizer")
     splits = _encode(folder, tokenizer, cut.parts(source), survey["bytes"])

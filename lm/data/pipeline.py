@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import sources, tokenizers
+from lm.data import sources, subwords, tokenizers
 
 Batch = dict[str, np.ndarray]
 _ROUNDS = 6
@@ -30,12 +30,12 @@ class Config:
     target_field: str = ""  # of pairs: the target's name, or column number
     label_field: str = ""  # of labelled texts: the label's name, or column number
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
-    tokenizer: str = (
-        "sentencepiece"  # byte, char, word (between spaces), sentencepiece or file (given)
-    )
+    tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
     sentencepiece_model: str = "unigram"  # unigram or bpe
+    unknown: str = "bytes"  # a character without a piece: bytes, unk (one id for all) or refuse
+    user_symbols: tuple[str, ...] = ()  # texts that are one piece each wherever they stand
     validation_fraction: float = 0.1  # of the documents; of the characters below 100 documents
     batch_size: int = 32  # sequences an update, over all devices and hosts
     order: str = "shuffle"  # shuffle, or stream: row b goes on where it stopped a step ago
@@ -43,8 +43,10 @@ class Config:
     prefetch_batches: int = 8  # batches made ahead
 
     ONLY_FOR: ClassVar[dict[str, tuple[str, tuple]]] = {
-        "vocab_size": ("tokenizer", ("sentencepiece", "word")),
+        "vocab_size": ("tokenizer", ("sentencepiece", "byte_bpe", "word")),
         "sentencepiece_model": ("tokenizer", ("sentencepiece",)),
+        "unknown": ("tokenizer", ("sentencepiece",)),
+        "user_symbols": ("tokenizer", ("sentencepiece", "byte_bpe")),
         "tokenizer_path": ("tokenizer", ("file",)),
     }
 
@@ -61,6 +63,9 @@ class Config:
                 "llama2.c .bin, or the folder tokenizer/ of a run"
             )
         _one_of("sentencepiece_model", self.sentencepiece_model, ("unigram", "bpe"))
+        _one_of("unknown", self.unknown, subwords.UNKNOWNS)
+        if self.tokenizer in ("sentencepiece", "byte_bpe"):
+            subwords.check_symbols(self.tokenizer, self.user_symbols)
         _one_of("order", self.order, ("shuffle", "stream"))
         if not 0 <= self.validation_fraction <= 1:
             raise ConfigError(
