@@ -243,3 +243,10 @@ def test_a_process_can_be_held_to_one_thread_with_the_same_ids(tmp_path):
     assert found["one"][:2] == [0, 1]
     assert found["many"][0] >= 1
     assert found["one"][2] == found["many"][2]
+
+
+def test_what_is_inside_a_symbol_is_not_trained_on():
+    texts = ["<tool> cat <tool>sat <tool>\n"] * 9
+    tokenizer = train("byte_bpe", texts, vocab_size=262, symbols=("<tool>",))
+    assert tokenizer.vocab_size == 262
+    assert len(tokenizer.encode("tool")) == 4
