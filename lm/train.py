@@ -63,9 +63,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Interrupted: SIGINT or SIGTERM came.
     """
     workdir = Path(workdir)
+    made = experiment.build(config)  # first: of a mistake, its own line is enough
     for notice in config_lib.notices(config, SCHEMA):
         print(f"notice: {notice}")
-    made = experiment.build(config)
     cfg, num_steps = made.cfg, made.num_steps
     if cfg["train"].compilation_cache:
         hardware.use_compilation_cache(corpus.cache_folder() / "xla")

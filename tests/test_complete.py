@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import types
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from ml_collections import ConfigDict
 
 from lm import checkpoint, generate, train
 from lm import workdir as workdirs
-from lm.complete import Sampling
+from lm.complete import Completer, Sampling
 from lm.config import ConfigError
+from lm.data import llama2c
 from tools import evaluate as evaluate_tool
 from tools import generate as generate_tool
 
@@ -144,3 +147,40 @@ def test_counting_families_write(tiny, tmp_path, capsys):
     (text,) = completer.complete(["the "], Sampling(max_tokens=12, temperature=0.0, top_k=0))
     assert len(text) == 12 and set(text) <= set("abcdefghijklmnopqrstuvwxyz .\n")
     assert np.isfinite(np.asarray(next(iter(completer.params.values())))).all()
+
+
+def test_a_text_that_nothing_is_before_has_no_space_before_it(tmp_path, monkeypatch, capsys):
+    """As Llama's own decoding has it: its tokenizer puts a space before every text."""
+    pieces = [
+        b"<unk>",
+        b"\n<s>\n",
+        b"\n</s>\n",
+        *(f"<0x{i:02X}>".encode() for i in range(256)),
+        b" a",
+    ]
+    body = b"".join(struct.pack("<fi", 0.0, len(piece)) + piece for piece in pieces)
+    tokenizer = llama2c.Llama2C(struct.pack("<i", 9) + body)
+    a = tokenizer.vocab_size - 1
+    task = types.SimpleNamespace(KINDS=("causal",), names={}, gaps=())
+    model = types.SimpleNamespace(accepts={"causal"})
+
+    def generated(model, params, rows, *, on_tokens, **sampling):
+        for row in range(len(rows) if on_tokens else 0):
+            on_tokens(row, [a])
+            on_tokens(row, [a])
+        return [[a, a] for _ in rows]
+
+    monkeypatch.setattr(generate, "generate", generated)
+    writes = Completer(model, {}, task, tokenizer, paired=False)
+    assert writes.complete(["", "a"], GREEDY) == ["a a", " a a"]
+    answers = Completer(model, {}, task, tokenizer, paired=True)
+    assert answers.complete(["", "a"], GREEDY) == ["a a", "a a"]
+    for completer, prompt, text in (
+        (writes, "", "a a"),
+        (writes, "a", "a a a"),
+        (answers, "a", "a a"),
+    ):
+        monkeypatch.setattr(checkpoint, "load", lambda *a, **k: None)
+        monkeypatch.setattr(workdirs, "completer", lambda *a, completer=completer: completer)
+        assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", prompt]) == 0
+        assert capsys.readouterr().out == f"{text}\n"

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lm import command, startup
+from lm.config import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.num_samples < 1:
+        raise ConfigError(f"num_samples={args.num_samples}: use 1 or more")
     startup.prepare()
     from lm import checkpoint, complete, hardware
     from lm import workdir as workdirs
@@ -44,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     completer = workdirs.completer(args.workdir, loaded)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     alone = len(prompts) == 1 and completer.kind != "masked"
-    stream = _Stream(prompts[0] if completer.goes_on else "", completer) if alone else None
+    stream = _Stream(prompts[0], completer) if alone else None
     sampling = complete.Sampling(
         args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
     )
@@ -63,18 +66,21 @@ class _Stream:
 
     def __init__(self, prompt: str, completer):
         self._tokens: list[int] = []
-        self._completer, self._printed = completer, 0
-        print(prompt, end="", flush=True)
+        self._prompt, self._completer, self._printed = prompt, completer, 0
+        print(prompt if completer.goes_on else "", end="", flush=True)
 
     def __call__(self, row: int, new: list[int]) -> None:
         self._tokens += new
-        text = self._completer.decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self._text().rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
 
     def finish(self) -> None:
         """Print what waited."""
-        print(self._completer.decode(self._tokens)[self._printed :], flush=True)
+        print(self._text()[self._printed :], flush=True)
+
+    def _text(self) -> str:
+        return self._completer.answer(self._prompt, self._tokens)
 
 
 if __name__ == "__main__":
