@@ -169,5 +169,8 @@ class Completer:
             first = int(np.flatnonzero(batch["weights"][0])[0])
             (made,) = self._write([tokens[: first + 1].tolist()], sampling)
             return f"{self.decode(tokens[:first])} -> {self.answer('', made)}"
-        shown = tokens[:64].tolist()
-        return f"{self.decode(shown)} -> {' | '.join(self._fill([shown], 1)[0].splitlines())}"
+        row = tokens.tolist() if self.model.cfg.num_classes else tokens[:64].tolist()
+        # What a classifier reads is [CLS] text [SEP], and its task has no names for these two.
+        marks = (self.task.cls, self.task.sep) if self.model.cfg.num_classes else ()
+        shown = self.decode([token for token in row if token not in marks])
+        return f"{shown} -> {' | '.join(self._fill([row], 1)[0].splitlines())}"

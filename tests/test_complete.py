@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import types
 
@@ -53,8 +54,9 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     for place in found:
         assert sum(probability for _, probability in place) == pytest.approx(1, abs=1e-5)
         assert [p for _, p in place] == sorted((p for _, p in place), reverse=True)
-    assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]"]) == 0
-    assert capsys.readouterr().out.count("0.") >= 3
+    for flags, shown in (([], 5), (["--top_k", "7"], 7)):
+        assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]", *flags]) == 0
+        assert len(capsys.readouterr().out.split("\n")[2].split("  ")) == shown
     with pytest.raises(ConfigError, match=r"nothing to fill in.*\[MASK\]"):
         completer.complete(["the cat"], GREEDY)
     with pytest.raises(ConfigError, match="prompt: 25 tokens, and the model reads 24"):
@@ -73,9 +75,10 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     ],
     ids=["encoder", "encoder-decoder", "decoder"],
 )
-def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines):
+def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines, capsys):
     task = {"name": "classify", "length": 24, "label_length": 6}
-    completer = run(tiny, tmp_path / "run", model, task, **labelled)
+    completer = run(tiny, tmp_path / "run", model, task, train__sample_tokens=4, **labelled)
+    assert re.search(r"sample:  (good fine great|bad poor awful) \d+ -> ", capsys.readouterr().out)
     (text,) = completer.complete(["good great"], GREEDY)
     if lines:
         assert text.startswith(("yes 0.", "no 0.")) and len(text.split("  ")) == 2

@@ -23,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 = the most probable token"
     )
-    parser.add_argument("--top_k", type=int, default=50, help="sample from the k best; 0 = all")
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="sample from the k best, 0 = all; of an encoder, answers to show (default: 50, or 5)",
+    )
     parser.add_argument(
         "--top_p", type=float, default=0.95, help="sample from this much probability; 1 = all"
     )
@@ -48,9 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     alone = len(prompts) == 1 and completer.kind != "masked"
     stream = _Stream(prompts[0], completer) if alone else None
-    sampling = complete.Sampling(
-        args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
-    )
+    top_k = getattr(args, "top_k", 5 if completer.kind == "masked" else 50)
+    sampling = complete.Sampling(args.max_tokens, args.temperature, top_k, args.top_p, args.seed)
     texts = completer.complete(prompts, sampling, on_tokens=stream)
     if stream:
         stream.finish()
