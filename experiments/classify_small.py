@@ -3,7 +3,10 @@
 Paper: Devlin et al. 2018 (arXiv 1810.04805), fine-tuning; train.init_from brings the pre-training.
 Command: python -m lm.main --config experiments/classify_small.py --config.data.path=train.csv
   --config.data.source_field=text --config.data.label_field=category
-Hardware: two CPU cores.
+  From a run of bert_small (RUN) add --config.train.init_from=RUN --config.data.tokenizer=file
+  --config.data.tokenizer_path=RUN/tokenizer --config.task.length=128 --config.model.num_layers=4
+Hardware: two CPU cores, four minutes.
+Result: Banking77 (8,990 of the 10,003 training texts, 77 labels): 78.0% of its 3,080 test texts are right.
 """
 
 from ml_collections import ConfigDict
