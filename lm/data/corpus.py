@@ -337,7 +337,9 @@ def _key(cfg: Config, source: Any, tokenizer: Tokenizer | None) -> str:
     """Return a digest of all that a corpus depends on."""
     settings: list[Any] = [cfg.tokenizer, None, None]
     if cfg.tokenizer == "sentencepiece":
-        settings[1:] = [cfg.vocab_size, cfg.sentencepiece_model]
+        settings[1:] = [cfg.vocab_size, cfg.sentencepiece_model, cfg.unknown, cfg.user_symbols]
+    if cfg.tokenizer == "byte_bpe":
+        settings[1:] = [cfg.vocab_size, cfg.user_symbols]
     if cfg.tokenizer == "word":
         settings[1] = cfg.vocab_size
     encoder = tokenizer.fingerprint if tokenizer else settings

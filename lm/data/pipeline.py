@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import sources, splits, tokenizers
+from lm.data import sources, splits, subwords, tokenizers
 from lm.data.mixture import Mixture
 from lm.data.shuffle import permute
 
@@ -34,20 +34,16 @@ class Config:
     target_field: str = ""  # of pairs: the target's name, or column number
     label_field: str = ""  # of labelled texts: the label's name, or column number
     mixture: tuple[tuple[str, float], ...] = ()  # (path or source, weight; 0 = its size) of several
-    mixture_stages: tuple[
-        tuple[int, tuple[float, ...]], ...
-    ] = ()  # (from this step on, the weights)
+    mixture_stages: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (from a step on, weights)
     mixture_temperature: float = 1.0  # weights are raised to 1 / this
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
-    on_broken: str = (
-        "refuse"  # damaged files, records that cannot be read: refuse or skip (and count)
-    )
-    tokenizer: str = (
-        "sentencepiece"  # byte, char, word (between spaces), sentencepiece or file (given)
-    )
+    on_broken: str = "refuse"  # files and records that cannot be read: refuse or skip (and count)
+    tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
     sentencepiece_model: str = "unigram"  # unigram or bpe
+    unknown: str = "bytes"  # a character without a piece: bytes, unk (one id for all) or refuse
+    user_symbols: tuple[str, ...] = ()  # texts that are one piece each wherever they stand
     validation_fraction: float = 0.1  # of the documents; of the characters below 100 documents
     validation_path: tuple[str, ...] = ()  # files to evaluate on; all of path is then trained on
     fold: str = ""  # i/k: the i-th of k parts of the documents is for validation, the others train
@@ -60,8 +56,10 @@ class Config:
         "dataset_config": ("source", ("huggingface",)),
         "dataset_split": ("source", ("huggingface",)),
         "revision": ("source", ("huggingface",)),
-        "vocab_size": ("tokenizer", ("sentencepiece", "word")),
+        "vocab_size": ("tokenizer", ("sentencepiece", "byte_bpe", "word")),
         "sentencepiece_model": ("tokenizer", ("sentencepiece",)),
+        "unknown": ("tokenizer", ("sentencepiece",)),
+        "user_symbols": ("tokenizer", ("sentencepiece", "byte_bpe")),
         "tokenizer_path": ("tokenizer", ("file",)),
     }
 
@@ -80,6 +78,9 @@ class Config:
                 "llama2.c .bin, or the folder tokenizer/ of a run"
             )
         _one_of("sentencepiece_model", self.sentencepiece_model, ("unigram", "bpe"))
+        _one_of("unknown", self.unknown, subwords.UNKNOWNS)
+        if self.tokenizer in ("sentencepiece", "byte_bpe"):
+            subwords.check_symbols(self.tokenizer, self.user_symbols)
         _one_of("order", self.order, ("shuffle", "stream"))
         if not 0 <= self.validation_fraction <= 1:
             raise ConfigError(

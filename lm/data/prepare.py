@@ -33,7 +33,7 @@ from lm.data.splits import Item, Rule
 from lm.data.tokenizers import Tokenizer
 from lm.data.writer import JOURNAL, Encoded, Writer, begun_key
 
-FORMAT = 3  # part of every key: raise it when extraction, split or layout changes
+FORMAT = 4  # part of every key: raise it when extraction, split or layout changes
 CHUNK = 1 << 22  # characters that are encoded at a time
 CHUNK_ITEMS = 1 << 14
 SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
@@ -214,7 +214,12 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
     sizes = [_size(source) for source in inputs]
     with _progress(None if None in sizes else sum(filter(None, sizes)), "reading") as bar:
         return tokenizers.train(
-            cfg.tokenizer, texts(bar), vocab_size=cfg.vocab_size, model=cfg.sentencepiece_model
+            cfg.tokenizer,
+            texts(bar),
+            vocab_size=cfg.vocab_size,
+            model=cfg.sentencepiece_model,
+            unknown=cfg.unknown,
+            symbols=cfg.user_symbols,
         )
 
 
@@ -299,7 +304,7 @@ _ENCODER: list[Encoder] = []  # of a worker process
 
 def _begin_worker(folder: Path, rule: Rule, labelled: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizers.use_one_thread()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -90,6 +90,7 @@ class Source:
                 yield files.packing(file).encode()
                 yield files.mark(file)
 
+
 @dataclass(frozen=True)
 class Joined:
     """A source to train on and, after it, one of the same kind to evaluate on."""
