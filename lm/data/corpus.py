@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,11 @@ class Corpus:
             for name in _SPLITS
         )
         replaced = f"; {r['replaced']:,} invalid bytes replaced" if r["replaced"] else ""
-        empty = (
-            f"; {r['empty_documents']:,} empty documents left out" if r["empty_documents"] else ""
-        )
+        broken = sum(count for name, count in r.items() if name.startswith("broken: "))
+        skipped = f"; {broken:,} broken records skipped" if broken else ""
+        empty = f"; {n:,} empty documents left out" if (n := r["empty_documents"]) else ""
         sizes = f"{r['bytes']:,} bytes, {self.tokenizer.name} of {self.tokenizer.vocab_size:,}"
-        return f"{r['source']}, {sizes}; {splits}{replaced}{empty}"
+        return f"{r['source']}, {sizes}; {splits}{replaced}{empty}{skipped}"
 
 
 def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -205,11 +206,11 @@ def _hash_fraction(text: str) -> float:
 
 def _survey(source: sources.Source) -> dict[str, Any]:
     """Return counts of the documents, and the labels where they have one."""
-    counts = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "replaced"), 0)
+    counts = Counter(documents=0, empty_documents=0, characters=0, bytes=0, replaced=0)
     labels: set[str] = set()
-    for text, replaced, second, _ in _progress(source, "reading", unit=" documents"):
+    for text, replaced, second, kind in _progress(source, "reading", unit=" documents"):
         whole = bool(text) and second != ""
-        counts["documents" if whole else "empty_documents"] += 1
+        counts["documents" if whole else f"broken: {kind}" if kind else "empty_documents"] += 1
         counts["characters"] += len(text)
         counts["bytes"] += len(text.encode()) + len((second or "").encode())
         counts["replaced"] += replaced

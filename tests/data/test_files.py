@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from lm.config import ConfigError
-from lm.data import files, sources
+from lm.data import corpus, files, sources
+from lm.data.pipeline import Config
 
 ROWS = [f"text {i} ü" for i in range(300)]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -171,6 +172,22 @@ def test_broken_records_are_skipped_where_they_stand(tmp_path, name):
         assert list(opened(tmp_path / name, on_broken="skip").read(0, start)) == documents[start:]
     with pytest.raises(ConfigError, match=rf"{name}.*data\.on_broken=skip"):
         list(opened(tmp_path / name))
+
+
+def test_what_is_skipped_is_counted_by_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_bytes(BROKEN["a.jsonl"][0] + b"{\n")
+    built = corpus.build(
+        Config(
+            path=(str(tmp_path / "a.jsonl"),),
+            tokenizer="byte",
+            on_broken="skip",
+            validation_fraction=0.5,
+        )
+    )
+    assert built.report["broken: no JSON"] == 2 and built.report["broken: no such text"] == 1
+    assert built.report["documents"] == 2
+    assert "3 broken records skipped" in built.summary()
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
