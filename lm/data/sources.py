@@ -91,6 +91,53 @@ class Source:
                 yield files.mark(file)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A source to train on and, after it, one of the same kind to evaluate on."""
+
+    training: Source
+    validation: Source
+
+    def __iter__(self) -> Iterator[Document]:
+        yield from self.training
+        yield from self.validation
+
+    def read(self, part: int, start: int = 0) -> Iterator[Document]:
+        """See `Source.read`; the parts of both are counted through."""
+        if part < self.training_parts:
+            return self.training.read(part, start)
+        return self.validation.read(part - self.training_parts, start)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of both."""
+        return (*self.training.parts, *self.validation.parts)
+
+    @property
+    def training_parts(self) -> int:
+        """How many of the parts are trained on."""
+        return len(self.training.parts)
+
+    @property
+    def name(self) -> str:
+        """The name of the source to train on."""
+        return self.training.name
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of both."""
+        return self.training.fields
+
+    @property
+    def paired(self) -> bool:
+        """Whether each document has a second text."""
+        return self.training.paired
+
+    def fingerprint(self) -> str:
+        """Return a hex digest of both."""
+        return f"{self.training.fingerprint()} {self.validation.fingerprint()}"
+
+
 def open_source(
     name: str,
     *,

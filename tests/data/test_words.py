@@ -91,3 +91,11 @@ def test_no_room_for_a_word_is_refused():
 def test_a_lone_surrogate_is_refused_by_place():
     with pytest.raises(ConfigError, match="at position 1 is a lone surrogate"):
         words.train([TEXT], vocab_size=6).encode("a\ud800")
+
+
+def test_counting_holds_no_more_than_so_many_words(monkeypatch):
+    monkeypatch.setattr(words, "_MOST_WORDS", 100)
+    texts = [f"the cat and rare{i} the once{i}" for i in range(1000)]
+    assert words.train(texts, vocab_size=6).words[2:] == ["the", "and", "cat"]
+    assert words.train(texts[:10], vocab_size=99).vocab_size == 3 + 3 + 20
+    assert len(words.train(texts, vocab_size=9999).words) <= 2 + 100 + 6

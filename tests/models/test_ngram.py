@@ -147,7 +147,7 @@ def test_probabilities_are_those_of_independent_implementations(fixed):
     cfg = causal_lm.Config(length=7, context=order - 1)
     task = causal_lm.Task(cfg, tasks.Setting("causal", tokenizer))
     split = corpus.Split("train", stream, starts, 0)
-    made = pipeline.Batches(split, task, batch_size=1, seed=0, order="shuffle")
+    made = pipeline.Batches([split], task, batch_size=1, seed=0, order="shuffle")
     batches = [made[index] for index in range(made.num_rows)]
     names = ("smoothing", "discount", "weights", "k")
     fields = {name: fixed[name] for name in names if name in fixed}
