@@ -170,7 +170,7 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
     """Yield the cells in the fields of every line; CSV has quotes, and lines in them, and TSV has not."""
     name = files.printable(file)
     rows = _damage_told(_rows(file, name, delimiter, reading), reading)
-    names = reading.fields.names
+    names, before = reading.fields.names, 0
     if all(field.isdecimal() and len(field) < 10 for field in names):
         columns = [int(field) for field in names]
     else:
@@ -179,12 +179,14 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
             yield from [first][start:]
             return
         columns = _columns(name, names, first.cells if first else [])
+        before = first.replaced if first else 0  # bytes of the line of names; the first row's count
     for number, row in enumerate(itertools.islice(rows, start, None), start + 1):
         if isinstance(row, Document):
             yield row
         elif max(columns) < len(row.cells):
             text, *second = (row.cells[column] for column in columns)
-            yield Document(text, row.replaced, second[0] if second else None)
+            replaced = row.replaced + (before if number == 1 else 0)
+            yield Document(text, replaced, second[0] if second else None)
         else:
             yield reading.broken(
                 "ragged row",

@@ -229,3 +229,5 @@ def test_tables_are_read_line_by_line_as_they_were_at_once(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbftext\tn\r\n a\rb \t1\r\n \t\n"c\t\xff\r\r\n')
     documents = list(opened(tmp_path / "a.tsv"))
     assert [(d.text, d.replaced) for d in documents] == [(" a\rb ", 0), ('"c', 1)]
+    (tmp_path / "b.csv").write_bytes(b"\xff,text\r1,\xff\r2,two")
+    assert [d.replaced for d in opened(tmp_path / "b.csv")] == [2, 0]
