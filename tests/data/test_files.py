@@ -69,7 +69,7 @@ def test_a_remote_file_reads_like_a_local_one(tmp_path, memory, kind, packing):
     expected = texts(opened(tmp_path / name))
     assert len(expected) == (1 if kind == "txt" else 300)
     assert texts(opened(f"memory://folder/{name}")) == expected
-    assert texts(opened(f"file://{tmp_path}/{name}")) == expected
+    assert opened(f"file://{tmp_path}/{name}") == opened(tmp_path / name)
     assert (
         list(opened(f"memory://folder/{name}").read(0, 250)) == list(opened(tmp_path / name))[250:]
     )
@@ -113,6 +113,9 @@ def test_the_mark_of_a_remote_file_changes_with_it(memory, monkeypatch):
     assert files.mark("memory://a.txt") == first
     time.sleep(0.01)
     assert mark(b"two ") != first  # of the same size
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_raw", None)  # it is not read
+        assert files.mark("memory://a.txt")
     # A file system that knows no time and no checksum is read.
     monkeypatch.setattr(files, "_TIMES", ())
     assert mark(b"one") == mark(b"one") != mark(b"two")
@@ -217,6 +220,13 @@ def test_a_text_that_is_none_is_skipped(tmp_path, content):
     first, second = opened(tmp_path / "*.txt", on_broken="skip")
     assert first.broken in ("empty file", "no text") and not first.text
     assert second.text == "text"
+
+
+def test_a_field_inside_a_field_unless_its_name_has_the_dot(tmp_path):
+    rows = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "flat", "a": {"b": {"c": "no"}}}, {"a": "no"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path / "a.jsonl", fields=sources.Fields("a.b.c"), on_broken="skip")
+    assert texts(source) == ["deep", "flat", ""]
 
 
 def test_tables_are_read_line_by_line_as_they_were_at_once(tmp_path):
