@@ -1,9 +1,12 @@
 """Parquet files are read by row groups, only the columns that are asked for, and what is damaged is told."""
 
+import io
+
+import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.data import parquet, sources
+from lm.data import files, parquet, sources
 
 pyarrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -67,6 +70,24 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     assert [document.text for document in opened(file)] == ["a"] * 1000
     with pytest.raises(ConfigError, match="row group 3 is damaged"):
         list(opened(file, text="other"))
+
+
+def test_of_a_row_group_little_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [rng.bytes(50_000).hex() for _ in range(80)]
+    pages = {"use_dictionary": False, "data_page_size": 200_000, "write_batch_size": 2}
+    file = write(tmp_path / "a.parquet", {"text": rows}, **pages)
+    assert file.stat().st_size > 4_000_000
+    sizes = []
+
+    class Recorded(io.FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(files, "_raw", lambda name, seek: Recorded(name))
+    assert [document.text for document in opened(file)] == rows
+    assert len(sizes) > 4 and 0 < max(sizes) <= 1 << 20
 
 
 def test_a_damaged_row_group_is_refused_or_skipped(tmp_path, monkeypatch):
