@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, evaluate, hardware, models, optim, sharding, step, tasks
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
-from lm.data import corpus, pipeline
+from lm.data import corpus, pipeline, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainConfig:
 EMBEDDING = r"(^|\W)embedding$"  # the path of a family's token embedding
 
 SCHEMA: config_lib.Schema = {
-    "data": lambda section: pipeline.Config,
+    "data": lambda section: settings.Config,
     "task": lambda section: tasks.config_class(section.get("name", "causal_lm")),
     "model": lambda section: models.config_class(section.get("name", "gpt")),
     "optim": lambda section: optim.Config,

@@ -5,7 +5,7 @@
 
 All sides read the same random documents of log-normal lengths, made on the spot. Ours are packed by best fit
 beforehand and can begin at any step. `grain` reads documents from ArrayRecord and packs them as they come.
-`datasets`, with PyTorch's loader, has rows that were joined and cut beforehand, and the number and positions of
+`datasets`, with PyTorch's loader, has rows joined and cut beforehand, with the number and positions of
 their documents. Also: the same random rows from ArrayRecord and from the memory-mapped shards used here.
 """
 

@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from lm import command, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import corpus, packing, pipeline, sources
+from lm.data import corpus, packing, settings, sources
 
 SCHEMA: config_lib.Schema = {
-    "data": lambda section: pipeline.Config,
+    "data": lambda section: settings.Config,
     "task": lambda section: tasks.config_class(section.get("name", "causal_lm")),
 }
 
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, assignments: list[str]) -> tuple[pipeline.Config, Any]:
+def _settings(args: argparse.Namespace, assignments: list[str]) -> tuple[settings.Config, Any]:
     """Return the frozen sections data and task of the experiment and the flags."""
     config = ConfigDict({"data": {}, "task": {}})
     if args.config:

@@ -23,7 +23,7 @@ import numpy as np
 from lm.config import ConfigError
 from lm.data import external, mixture, packing, prepare, shards, sources, tokenizers
 from lm.data.mixture import Mixture
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
 from lm.data.tokenizers import Tokenizer
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lm.config import ConfigError
 from lm.data import corpus, shards, tokenizers
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tinyshakespeare/input.txt"
 

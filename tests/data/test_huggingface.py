@@ -6,7 +6,7 @@ import pytest
 
 from lm.config import ConfigError
 from lm.data import corpus, huggingface, sources
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 datasets = pytest.importorskip("datasets")
 huggingface_hub = pytest.importorskip("huggingface_hub")

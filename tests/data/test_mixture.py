@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lm import tasks
 from lm.config import ConfigError
 from lm.data import corpus, mixture, pipeline
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 from lm.tasks import causal_lm
 
 END = 90

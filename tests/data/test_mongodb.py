@@ -14,7 +14,7 @@ import pytest
 
 from lm.config import ConfigError
 from lm.data import corpus, mongodb, sources
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 pymongo = pytest.importorskip("pymongo")
 SERVERS = {  # those that are installed are started

@@ -7,7 +7,7 @@ import pytest
 
 from lm.config import ConfigError
 from lm.data import corpus, prepare
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lm import tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shuffle, tokenizers
+from lm.data.settings import Config
 from lm.tasks import causal_lm
 
 END = 99
@@ -280,9 +281,9 @@ def test_a_batch_is_described_by_its_documents_weights_and_text():
 
 
 def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
-    cfg = pipeline.Config(path="a.jsonl, b.jsonl.gz", field="body")
+    cfg = Config(path="a.jsonl, b.jsonl.gz", field="body")
     assert cfg.path == ("a.jsonl", "b.jsonl.gz")
-    assert pipeline.Config(source="jsonl", path=("a.txt",), field="body").field == "body"
+    assert Config(source="jsonl", path=("a.txt",), field="body").field == "body"
 
 
 @pytest.mark.parametrize(
@@ -303,4 +304,4 @@ def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
 )
 def test_values_that_cannot_be_are_refused_by_name(values, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline.Config(**values)
+        Config(**values)

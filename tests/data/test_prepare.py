@@ -14,13 +14,13 @@ import pytest
 
 from lm.config import ConfigError
 from lm.data import corpus, prepare, shards
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 RUN = """
 import sys
 from pathlib import Path
 from lm.data import corpus, prepare, tokenizers
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 prepare.CHUNK, prepare.SHARD = 2000, 12_000
 if __name__ == "__main__":
     source, folder, workers, delay = sys.argv[1:]

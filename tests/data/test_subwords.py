@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm.config import ConfigError
-from lm.data import corpus, pipeline, subwords, tokenizers
+from lm.data import corpus, subwords, tokenizers
+from lm.data.settings import Config
 
 PROSE = [inspect.getsource(inspect), inspect.getsource(ast)]
 SYMBOLS = ("<tool>", "a,b", ' "q" ', "ab", "bab", "|", "\u2192", "line\nend", "  ", "<|")
@@ -159,9 +160,9 @@ def test_symbols_are_whole_at_the_edge_of_a_part_and_after_loading(
 )
 def test_a_symbol_that_cannot_be_a_piece_is_refused_before_anything_is_read(name, symbol, why):
     with pytest.raises(ConfigError, match=rf"data\.user_symbols='.*': .*{why}"):
-        pipeline.Config(tokenizer=name, user_symbols=("<ok>", symbol))
+        Config(tokenizer=name, user_symbols=("<ok>", symbol))
     with pytest.raises(ConfigError, match="given twice"):
-        pipeline.Config(tokenizer=name, user_symbols=("<ok>", "<ok>"))
+        Config(tokenizer=name, user_symbols=("<ok>", "<ok>"))
 
 
 def test_an_unknown_character_is_its_bytes_or_one_piece_or_refused(tmp_path):
@@ -200,9 +201,7 @@ def test_the_options_reach_the_tokenizer_and_the_name_of_the_cache(text_file):
         {"tokenizer": "byte_bpe", "vocab_size": 270},
         {"tokenizer": "byte_bpe", "vocab_size": 270, "user_symbols": ("the dog",)},
     ]
-    made = [
-        corpus.build(pipeline.Config(path=(str(text_file),), **some)).tokenizer for some in options
-    ]
+    made = [corpus.build(Config(path=(str(text_file),), **some)).tokenizer for some in options]
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)
     assert [len(made[n].encode("the dog")) == 1 for n in (1, 5)] == [True, True]
     assert made[2].encode("é").tolist() == [0]

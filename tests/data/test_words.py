@@ -7,7 +7,7 @@ from lm import checkpoint, train
 from lm import workdir as workdirs
 from lm.complete import Sampling
 from lm.config import ConfigError
-from lm.data import corpus, pipeline, tokenizers, words
+from lm.data import corpus, settings, tokenizers, words
 
 TEXT = " no it was n't black monday \n but while it <unk> was N \n it"
 
@@ -75,11 +75,11 @@ def test_a_corpus_of_words_is_made_of_its_training_text_alone(tmp_path, monkeypa
         "tokenizer": "word",
         "validation_fraction": 0.1,
     }
-    made = corpus.build(pipeline.Config(**fields, vocab_size=5))
+    made = corpus.build(settings.Config(**fields, vocab_size=5))
     assert made.tokenizer.words == ["<unk>", "<eos>", "a", "b"]
     assert made.validation.tokens.tolist() == [4, 0, 2, 3, 1, 4]
     # Another size is another vocabulary, and not what the cache holds.
-    smaller = corpus.build(pipeline.Config(**fields, vocab_size=4))
+    smaller = corpus.build(settings.Config(**fields, vocab_size=4))
     assert smaller.tokenizer.words == ["<unk>", "<eos>", "a"]
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lm import models, sharding, step, tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
+from lm.data.settings import Config
 from lm.generate import generate
 from lm.models import ngram
 from lm.nn.embed import MASKED_LOGIT
@@ -418,7 +419,7 @@ def test_evaluation_gives_the_mean_of_the_log_probabilities():
 
 @functools.cache
 def shakespeare():
-    data = pipeline.Config(source="text", path=(str(SHAKESPEARE),), tokenizer="char")
+    data = Config(source="text", path=(str(SHAKESPEARE),), tokenizer="char")
     return corpus.build(data)
 
 
