@@ -12,7 +12,7 @@ import zstandard
 
 from lm.config import ConfigError
 from lm.data import corpus, files, sources
-from lm.data.pipeline import Config
+from lm.data.settings import Config
 
 ROWS = [f"text {i} ü" for i in range(300)]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
