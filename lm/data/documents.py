@@ -125,6 +125,7 @@ def _of_json(line: _Line, name: str, reading: Reading) -> Document:
     content, replaced = decode(line.raw, where, reading.on_invalid, line.offset)
     try:
         record = json.loads(content.removeprefix(_BYTE_ORDER_MARK))
+        del content  # a line may be most of the memory
     except (ValueError, RecursionError) as error:
         return reading.broken(
             "no JSON", f"data.path: {where}: not JSON ({error}); repair that line"
@@ -169,7 +170,7 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
     """Yield the cells in the fields of every line; CSV has quotes, and lines in them, and TSV has not."""
     name = files.printable(file)
     rows = _damage_told(_rows(file, name, delimiter, reading), reading)
-    names = reading.fields.names
+    names, before = reading.fields.names, 0
     if all(field.isdecimal() and len(field) < 10 for field in names):
         columns = [int(field) for field in names]
     else:
@@ -178,12 +179,14 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
             yield from [first][start:]
             return
         columns = _columns(name, names, first.cells if first else [])
+        before = first.replaced if first else 0  # bytes of the line of names; the first row's count
     for number, row in enumerate(itertools.islice(rows, start, None), start + 1):
         if isinstance(row, Document):
             yield row
         elif max(columns) < len(row.cells):
             text, *second = (row.cells[column] for column in columns)
-            yield Document(text, row.replaced, second[0] if second else None)
+            replaced = row.replaced + (before if number == 1 else 0)
+            yield Document(text, replaced, second[0] if second else None)
         else:
             yield reading.broken(
                 "ragged row",
@@ -250,7 +253,11 @@ def _tsv(lines: Iterable[str]) -> Iterator[list[str]]:
 def _csv(lines: Iterable[str], name: str, reading: Reading) -> Iterator[list[str] | Document]:
     csv.field_size_limit(2**31 - 1)  # of characters: a cell may be a book
     # A lone carriage return ends a line as well, in files of old.
-    split = (part for line in lines for part in io.StringIO(line, newline=""))
+    split = (
+        part
+        for line in lines
+        for part in (io.StringIO(line, newline="") if "\r" in line else (line,))
+    )
     rows = csv.reader(split, strict=True)
     while True:
         try:
@@ -277,7 +284,11 @@ def _damage_told(records: Iterator[Any], reading: Reading) -> Iterator[Any]:
 
 def whole(content: str) -> Document:
     """Return a text as a document, lone surrogates, which no UTF-8 holds, replaced and counted."""
-    return Document(*_SURROGATE.subn("\ufffd", content))
+    try:
+        content.isascii() or content.encode()  # many times as fast as looking for one
+    except UnicodeEncodeError:
+        return Document(*_SURROGATE.subn("\ufffd", content))
+    return Document(content)
 
 
 def decode(raw: bytes, where: str, on_invalid: str, offset: int = 0) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from lm.config import ConfigError
 from lm.data import files
 from lm.data.documents import Document, Reading, decode
 
+_BUFFER = 1 << 20  # bytes of a column that are read at a time
 _BATCH = 16 << 20  # bytes, about, of a row group that are in memory at a time
 _TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _AT_ONCE = 64  # rows that are Python objects at a time
@@ -24,7 +25,10 @@ def read(file: str, start: int, reading: Reading) -> Iterator[Document]:
     with files.opened(file, seek=True) as handle:
         try:
             parquet = pyarrow.parquet.ParquetFile(
-                handle, buffer_size=1 << 20, page_checksum_verification=True
+                handle,
+                buffer_size=_BUFFER,
+                pre_buffer=False,  # else a row group is in memory whole
+                page_checksum_verification=True,
             )
         except (pyarrow.ArrowException, OSError) as error:
             _reraise_unless_damage(error)

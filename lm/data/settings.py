@@ -54,6 +54,8 @@ class Config:
     def __post_init__(self):
         for name in ("path", "validation_path"):
             object.__setattr__(self, name, _paths(getattr(self, name)))
+        sources.refuse_passwords("validation_path", self.validation_path)
+        sources.refuse_passwords("mixture", [name for name, _ in self.mixture])
         self._check_fields(sources.resolve(self.source, self.path))
         self._check_split()
         self._check_mixture()

@@ -183,11 +183,7 @@ def resolve(name: str, path: Sequence[str]) -> str:
     """
     if name not in NAMES:
         raise ConfigError(f"data.source={name}: no such source; use one of {', '.join(NAMES)}")
-    if any(map(_PASSWORD.search, path)):
-        raise ConfigError(
-            "data.path: a password in it would be written into the run's files; leave it out, and set the "
-            f"environment variable {mongodb.PASSWORD} for MongoDB, what fsspec's file system asks for else"
-        )
+    refuse_passwords("path", path)
     if name not in EMBEDDED and not path:
         raise ConfigError(f"data.source={name}: no files named; set data.path to a file or glob")
     if name not in EMBEDDED or not path:
@@ -198,6 +194,15 @@ def resolve(name: str, path: Sequence[str]) -> str:
             f"data.path={','.join(path)}: both {' and '.join(kinds)}; set data.source"
         )
     return kinds[0]
+
+
+def refuse_passwords(field: str, paths: Sequence[str]) -> None:
+    """Raise ConfigError for a password in one of the paths of a field of `data`."""
+    if any(map(_PASSWORD.search, paths)):
+        raise ConfigError(
+            f"data.{field}: a password in it would be written into a run's files; leave it out and set the "
+            f"environment variable {mongodb.PASSWORD} for MongoDB, what fsspec's file system asks for else"
+        )
 
 
 def kind(path: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from lm.config import ConfigError
-from lm.data import files, sources
+from lm.data import corpus, files, sources
+from lm.data.settings import Config
 
 ROWS = [f"text {i} ü" for i in range(300)]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -68,7 +69,7 @@ def test_a_remote_file_reads_like_a_local_one(tmp_path, memory, kind, packing):
     expected = texts(opened(tmp_path / name))
     assert len(expected) == (1 if kind == "txt" else 300)
     assert texts(opened(f"memory://folder/{name}")) == expected
-    assert texts(opened(f"file://{tmp_path}/{name}")) == expected
+    assert opened(f"file://{tmp_path}/{name}") == opened(tmp_path / name)
     assert (
         list(opened(f"memory://folder/{name}").read(0, 250)) == list(opened(tmp_path / name))[250:]
     )
@@ -112,6 +113,9 @@ def test_the_mark_of_a_remote_file_changes_with_it(memory, monkeypatch):
     assert files.mark("memory://a.txt") == first
     time.sleep(0.01)
     assert mark(b"two ") != first  # of the same size
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_raw", None)  # it is not read
+        assert files.mark("memory://a.txt")
     # A file system that knows no time and no checksum is read.
     monkeypatch.setattr(files, "_TIMES", ())
     assert mark(b"one") == mark(b"one") != mark(b"two")
@@ -173,6 +177,22 @@ def test_broken_records_are_skipped_where_they_stand(tmp_path, name):
         list(opened(tmp_path / name))
 
 
+def test_what_is_skipped_is_counted_by_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_bytes(BROKEN["a.jsonl"][0] + b"{\n")
+    built = corpus.build(
+        Config(
+            path=(str(tmp_path / "a.jsonl"),),
+            tokenizer="byte",
+            on_broken="skip",
+            validation_fraction=0.5,
+        )
+    )
+    assert built.report["broken"] == {"no JSON": 2, "no such text": 1}
+    assert built.report["documents"] == 2
+    assert "3 broken records skipped" in built.summary()
+
+
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 @pytest.mark.parametrize("kind", CONTENT)
 def test_of_a_damaged_file_what_is_whole_is_read(tmp_path, kind, packing):
@@ -202,6 +222,13 @@ def test_a_text_that_is_none_is_skipped(tmp_path, content):
     assert second.text == "text"
 
 
+def test_a_field_inside_a_field_unless_its_name_has_the_dot(tmp_path):
+    rows = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "flat", "a": {"b": {"c": "no"}}}, {"a": "no"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path / "a.jsonl", fields=sources.Fields("a.b.c"), on_broken="skip")
+    assert texts(source) == ["deep", "flat", ""]
+
+
 def test_tables_are_read_line_by_line_as_they_were_at_once(tmp_path):
     """Lines that end in any way, quotes over lines, invalid bytes, a mark of the byte order."""
     content = b'\xef\xbb\xbfn,text\r1,"a\r\nb"\r\n\r\n2,\xff\xfe\n3,"c\n\n""d"""\n4,\xef\xbb\xbfe'
@@ -212,3 +239,5 @@ def test_tables_are_read_line_by_line_as_they_were_at_once(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbftext\tn\r\n a\rb \t1\r\n \t\n"c\t\xff\r\r\n')
     documents = list(opened(tmp_path / "a.tsv"))
     assert [(d.text, d.replaced) for d in documents] == [(" a\rb ", 0), ('"c', 1)]
+    (tmp_path / "b.csv").write_bytes(b"\xff,text\r1,\xff\r2,two")
+    assert [d.replaced for d in opened(tmp_path / "b.csv")] == [2, 0]

@@ -130,6 +130,9 @@ def test_the_hub_is_asked_for_the_commit_and_the_dataset_at_it(monkeypatch, fold
     assert source.parts[1] == "some/name@0123456789ab/en/validation/1"
     assert texts(source.read(1, 99)) == ["train 1 99"]
     assert source.fingerprint() != opened("some/name", config="en", revision="other").fingerprint()
+    assert (
+        source.fingerprint() != opened("other/name", config="en", split="validation").fingerprint()
+    )
     asked.clear()
     opened("some/name", config="en", split="validation", revision=COMMIT)
     assert asked == []  # a commit is its own answer, and what it holds was loaded

@@ -131,9 +131,16 @@ def test_a_corpus_is_built_of_it(server, collection, monkeypatch, tmp_path):
     "user", ["me:secret@", "me:sec/re/secret@", "me:secret%40@", ":secret@", "me@you:secret@"]
 )
 def test_a_password_is_refused_and_never_repeated(user):
-    for name in ("python_docs", "mongodb", "text"):
+    path = f"mongodb://{user}host/books.pages"
+    for fields in (
+        {"path": (path,)},
+        {"path": (path,), "source": "mongodb"},
+        {"path": (path,), "source": "text"},
+        {"path": ("mongodb://host/a.b",), "validation_path": (path,)},
+        {"mixture": ((path, 1.0),)},
+    ):
         with pytest.raises(ConfigError, match="LM_MONGODB_PASSWORD") as caught:
-            Config(source=name, path=(f"mongodb://{user}host/books.pages",))
+            Config(**fields)
         assert "secret" not in str(caught.value)
 
 

@@ -1,9 +1,12 @@
 """Parquet files are read by row groups, only the columns that are asked for, and what is damaged is told."""
 
+import io
+
+import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.data import parquet, sources
+from lm.data import files, parquet, sources
 
 pyarrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -69,9 +72,28 @@ def test_only_what_is_asked_for_is_read(tmp_path):
         list(opened(file, text="other"))
 
 
+def test_of_a_row_group_little_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [rng.bytes(50_000).hex() for _ in range(80)]
+    pages = {"use_dictionary": False, "data_page_size": 200_000, "write_batch_size": 2}
+    file = write(tmp_path / "a.parquet", {"text": rows}, **pages)
+    assert file.stat().st_size > 4_000_000
+    sizes = []
+
+    class Recorded(io.FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(files, "_raw", lambda name, seek: Recorded(name))
+    assert [document.text for document in opened(file)] == rows
+    assert len(sizes) > 4 and 0 < max(sizes) < 2 << 20
+
+
 def test_a_damaged_row_group_is_refused_or_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_BATCH", 5000)
-    pages = {"write_page_checksum": True, "data_page_size": 4000, "use_dictionary": False}
+    pages = {"compression": "none", "write_page_checksum": True, "use_dictionary": False}
+    pages |= {"data_page_size": 4000, "write_batch_size": 10}
     file = write(tmp_path / "a.parquet", {"text": ROWS}, **pages)
     content = bytearray(file.read_bytes())
     column = pq.ParquetFile(file).metadata.row_group(3).column(0)
@@ -84,7 +106,8 @@ def test_a_damaged_row_group_is_refused_or_skipped(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     documents = list(opened(file, on_broken="skip"))
     broken = [i for i, document in enumerate(documents) if document.broken]
-    assert broken == list(range(broken[0], 400)) and broken[0] >= 300
+    assert broken == list(range(broken[0], 400)) and 300 < broken[0] < 399
+    assert f": row {broken[0]}: " in str(caught.value)
     assert {documents[i].broken for i in broken} == {"damaged row group"}
     assert [d.text for d in documents if d.text] == ROWS[: broken[0]] + ROWS[400:]
     for start in (299, broken[0], 399, 400):
