@@ -82,6 +82,16 @@ def peak_flops(achieved: float = 0.0) -> float:
     return _seen[kind]
 
 
+def utilisation(flops: float, *, surely: float) -> float:
+    """Return the share of a device's peak that is reached at `flops` a second.
+
+    Without a data sheet the peak is no less than `surely`, the least that it may have been, and the share at
+    most 1: what is above it is an error of a short time.
+    """
+    share = flops / peak_flops(surely)
+    return share if data_sheet_flops() is not None else min(share, 1.0)
+
+
 def measure_again(seconds: float = 0.03) -> None:
     """Time a few products more on a CPU, which others may have used before; while it is idle."""
     if jax.default_backend() == "cpu" and data_sheet_flops() is None:

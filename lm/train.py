@@ -277,9 +277,11 @@ class Log:
         if self._since is None or self._since[0] >= now:
             return {}
         (then, start), self._since = self._since, (now, time.perf_counter())
-        rate = (now - then) / (time.perf_counter() - start)
-        achieved = rate * self._flops_per_step / self._made.mesh.size
-        mfu = achieved / hardware.peak_flops(achieved)
+        seconds = self._since[1] - start
+        rate = (now - then) / seconds
+        flops = self._flops_per_step / self._made.mesh.size
+        # One step may have run before: its metrics are read when the next is on its way.
+        mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
         return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
 
 

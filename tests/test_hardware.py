@@ -73,6 +73,17 @@ def test_a_data_sheet_is_what_it_is(monkeypatch, products):
     pretend(monkeypatch, "NVIDIA H100 PCIe")
     hardware.measure_again()
     assert hardware.peak_flops(9e15) == 756e12 and products[1] == []
+    assert hardware.utilisation(1512e12, surely=1400e12) == 2, "an error that is to be seen"
+
+
+def test_utilisation_of_a_measured_peak_is_at_most_one(monkeypatch, products):
+    pretend(monkeypatch, "cpu", backend="cpu")
+    products[0].extend([800e9])
+    assert hardware.utilisation(50e9, surely=45e9) == 0.5
+    assert hardware.utilisation(130e9, surely=0.0) == 1, "a step that had run before"
+    assert hardware.utilisation(50e9, surely=45e9) == 0.5, "which is no peak"
+    assert hardware.utilisation(130e9, surely=125e9) == 1
+    assert hardware.utilisation(50e9, surely=45e9) == 0.4
 
 
 def test_the_best_of_many_products_counts(monkeypatch):
