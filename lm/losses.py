@@ -64,7 +64,7 @@ def cross_entropy(
     Returns:
       The objective's sum, which alone has a gradient, and float32 sums by name: `loss` (pure
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
-      probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows` (scored); with `by_row`, `loss_B`.
+      probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`; with `by_row`, `loss_B`.
     """
     if max_scored < x_BLD.shape[1]:
         x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
