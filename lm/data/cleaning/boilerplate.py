@@ -31,17 +31,16 @@ _BETWEEN = re.compile(r"[|·•»›>/\t]")
 class Boilerplate(Step):
     """Take out short lines that are notices (cookies, terms, rights) or menus, and repeats of a line.
 
-    A menu is two or more of the usual entries with a bar, dot, arrow or tab between them. Of a line of 4
-    words or more the first `repeats` stay; a shorter one, such as a speaker's name, may come as often as it
-    likes.
+    A menu is two or more of the usual entries with a bar, dot, arrow or tab between them. Of the same line
+    the first `repeats` stay; a short one, such as a speaker's name, may come as often as it likes.
     """
 
     max_words: int = 30  # of a line that may be a notice or a menu
     repeats: int = 3  # of the same line that stay
-    min_repeat_words: int = 4  # of a line whose repeats are taken out
+    min_repeat_length: int = 20  # letters of a line whose repeats are taken out
 
     def __post_init__(self):
-        check_least(self, max_words=1, repeats=1, min_repeat_words=1)
+        check_least(self, max_words=1, repeats=1, min_repeat_length=0)
 
     def __call__(self, text: str) -> tuple[str, str]:
         seen: collections.Counter[str] = collections.Counter()
@@ -50,9 +49,9 @@ class Boilerplate(Step):
             bare = line.strip()
             seen[bare] += 1
             again = seen[bare] > self.repeats
-            if again and segmentation.count_words(bare) >= self.min_repeat_words:
+            if again and segmentation.count_letters(bare) >= self.min_repeat_length:
                 continue
-            if not self._is_boilerplate(bare):
+            if not (bare and self._is_boilerplate(bare)):
                 kept.append(line)
         return "\n".join(kept), ""
 

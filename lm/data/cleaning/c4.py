@@ -36,9 +36,9 @@ class C4(Step):
     that would stay.
     """
 
-    min_line_words: int = 5
+    min_line_words: int = 5  # of a line that stays
     max_word_length: int = 1000  # characters; a line with a longer word is taken out
-    min_sentences: int = 3
+    min_sentences: int = 3  # of what is left
     curly_brackets: bool = False  # keep documents that have one
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class C4(Step):
         kept = []
         for line in text.split("\n"):
             line = _CITATION.sub(r"\1", line).strip()
-            if not self._is_sentence(line):
+            if not (line and self._is_sentence(line)):
                 continue
             lower = line.lower()
             if "lorem ipsum" in lower:

@@ -18,6 +18,7 @@ from lm.data.cleaning.step import Step, check_least, check_share
 _PARAGRAPH_END = re.compile(r"\n\s*?\n")
 _BULLETS = ("•", "‣", "▪", "●", "◦", "-", "*", "・")
 _ELLIPSES = ("...", "…")
+_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _WORD_CHARACTERS = 1.5  # of a word, on average, in scripts without spaces
 
 
@@ -25,12 +26,12 @@ _WORD_CHARACTERS = 1.5  # of a word, on average, in scripts without spaces
 class GopherQuality(Step):
     """Drop what is not made of words and sentences (section A.1.1, "Quality filtering").
 
-    The stop words are English, and not asked of a document most of whose words are characters of scripts
-    without spaces; for other languages give `stop_words` of theirs, or min_stop_words=0.
+    Length of words and stop words are not asked of a document most of whose words are characters of scripts
+    without spaces. The stop words are English: for other languages give theirs, for several those of all.
     """
 
-    min_words: int = 50
-    max_words: int = 100_000
+    min_words: int = 50  # of the document
+    max_words: int = 100_000  # of the document
     min_word_length: float = 3.0  # mean over the document, in characters
     max_word_length: float = 10.0  # mean over the document, in characters
     max_symbols: float = 0.1  # hash signs a word; ellipses a word
@@ -38,7 +39,7 @@ class GopherQuality(Step):
     max_ellipsis_lines: float = 0.3  # share of lines that end with an ellipsis
     min_alphabetic: float = 0.8  # share of words that have a letter
     min_stop_words: int = 2  # different ones
-    stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
+    stop_words: tuple[str, ...] = _STOP_WORDS  # words of which any text has some
 
     def __post_init__(self):
         check_least(self, min_words=0, max_words=1, min_stop_words=0)
@@ -54,8 +55,9 @@ class GopherQuality(Step):
             return "min_words"
         if count > self.max_words:
             return "max_words"
-        length = words.letters.sum() / count
-        if not self.min_word_length <= length <= self.max_word_length:
+        spaced = words.unspaced.mean() <= 0.5
+        length = words.letters.mean()
+        if spaced and not self.min_word_length <= length <= self.max_word_length:
             return "min_word_length" if length < self.min_word_length else "max_word_length"
         ellipses = sum(map(text.count, _ELLIPSES))
         if max(text.count("#"), ellipses) / count > self.max_symbols:
@@ -67,7 +69,7 @@ class GopherQuality(Step):
             return "max_ellipsis_lines"
         if words.alphabetic.mean() < self.min_alphabetic:
             return "min_alphabetic"
-        if words.unspaced.mean() <= 0.5 and not self._has_stop_words(text):
+        if spaced and not self._has_stop_words(text):
             return "min_stop_words"
         return ""
 

@@ -10,7 +10,7 @@ from lm.data.cleaning.step import Step, check_share
 
 # Names that share a written standard with another are counted as that one, unless they are asked for.
 _KIN = {"wuu": "zh", "yue": "zh", "nn": "no", "arz": "ar", "ary": "ar", "pcm": "en", "uzs": "uz"}
-_PART = 3000  # characters of each part that is looked at
+_PART = 1000  # characters of each part that is looked at
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Language(Step):
     """Keep documents in the languages `keep`, each surer than `min_probability`.
 
     By py3langid (Barbaresi; after langid.py, Lui and Baldwin 2012), whose model of 140 languages is in the
-    package. Of a long document it reads the beginning, the middle and the end, 3,000 characters each. Wu and
+    package. Of a long document it reads the beginning, the middle and the end, 1,000 characters each. Wu and
     Cantonese count as Chinese, Nynorsk as Norwegian, Egyptian and Moroccan Arabic as Arabic, Nigerian Pidgin
     as English, unless `keep` names them.
     """

@@ -29,7 +29,7 @@ _IPV6 = _pattern(r"[23][\dA-Fa-f]{3}:[\dA-Fa-f:]{1,34}", before=r"[\w:.]", after
 _CARD = _pattern(r"(?=[2-6])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|3\d{3}([ -])\d{6}\2\d{5})")
 _PHONE = _pattern(
     r"\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"  # international
-    r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}"  # North America
+    r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.-])[2-9]\d{2}[.-]\d{4}"  # North America
     r"|(?:\(0[1-9]\d{0,3}\) ?|0[1-9]\d{0,3}[ /-])\d{3,5}[ -]?\d{3,5}"  # area code and number
     r"|0[1-9](?:[ .-]\d{2}){4}"  # France
     r"|1[3-9]\d{9}"  # mobile in China
@@ -37,6 +37,8 @@ _PHONE = _pattern(
 
 
 def _is_public(found: str) -> bool:
+    if re.fullmatch(r"\d(?:\.\d){3}", found):  # a version, a section, a formula
+        return False
     try:
         return ipaddress.ip_address(found).is_global
     except ValueError:

@@ -49,8 +49,9 @@ class Html(Step):
             return text, "nested too deeply"
         from resiliparse.extract import html2text
 
+        page = text.lstrip("\ufeff \t\r\n")  # else the mark becomes a part of the text
         return html2text.extract_plain_text(
-            text, main_content=self.main_content, links=self.links, alt_texts=False
+            page, main_content=self.main_content, links=self.links, alt_texts=False
         ), ""
 
 
