@@ -77,12 +77,11 @@ class Cleaned(NamedTuple):
 class Cleaner:
     """Steps in an order. It holds no state, and can be sent to other processes."""
 
-    def __init__(self, steps: Sequence[tuple[str, Step]]):
+    def __init__(self, steps: Sequence[tuple[str, Step]], depends_on: Sequence[Any]):
         self._within = [(name, step) for name, step in steps if not isinstance(step, _ACROSS)]
         self._across = [(name, step) for name, step in steps if isinstance(step, _ACROSS)]
-        settings = [[name.split("#")[0], step.depends_on()] for name, step in steps]
-        parts = json.dumps([FORMAT, unicodedata.unidata_version, settings])
         self.names = tuple(name for name, _ in steps)
+        parts = json.dumps([FORMAT, unicodedata.unidata_version, self.names, depends_on])
         self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
     def clean(self, text: str) -> Cleaned:
@@ -92,7 +91,8 @@ class Cleaner:
         dropped by it; one that was empty passes.
         """
         text = _SURROGATE.sub("\ufffd", text)
-        sizes, changed = [len(text)], []
+        sizes = [len(text)]
+        changed: list[str] = []
         if not text:
             return Cleaned("")
         for name, step in self._within:
@@ -192,11 +192,14 @@ def open_cleaner(steps: str | Sequence[str]) -> Cleaner:
     range, a missing package or file, and a step that compares documents before one that does not.
     """
     opened: list[tuple[str, Step]] = []
+    depends_on = []
     for given in split_steps(steps):
         try:
             name, step = _open_step(given)
+            depends_on.append(step.depends_on())
         except ConfigError as error:
-            raise ConfigError(f"data.clean={given!r}: {error}") from None
+            message = str(error).replace("data.path", "path")  # of an evaluation's files
+            raise ConfigError(f"data.clean={given!r}: {message}") from None
         if opened and isinstance(opened[-1][1], _ACROSS) and not isinstance(step, _ACROSS):
             raise ConfigError(
                 f"data.clean={given!r}: stands after {opened[-1][0]}, which compares cleaned documents; put "
@@ -204,7 +207,7 @@ def open_cleaner(steps: str | Sequence[str]) -> Cleaner:
             )
         times = sum(other.split("#")[0] == name for other, _ in opened)
         opened.append((f"{name}#{times + 1}" if times else name, step))
-    return Cleaner(opened)
+    return Cleaner(opened, depends_on)
 
 
 def _open_step(given: str) -> tuple[str, Step]:
@@ -229,9 +232,6 @@ def _open_step(given: str) -> tuple[str, Step]:
     try:
         assignments = [f"{name}.{argument}" for argument in arguments]
         values = config.override(ConfigDict({name: {}}), assignments, {name: lambda _: cls})
-        step = config.freeze(cls, values[name] if arguments else {}, where=name)
-        step.depends_on()
+        return name, config.freeze(cls, values[name] if arguments else {}, where=name)
     except ConfigError as error:
-        message = str(error).replace(f"{name}.", "").replace("data.path", "path")
-        raise ConfigError(message) from None
-    return name, step
+        raise ConfigError(str(error).replace(f"{name}.", "")) from None

@@ -63,6 +63,7 @@ _KINDS: dict[str, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {
     "card": ((_CARD,), _is_card),
     "phone": ((_PHONE,), _is_phone),
 }
+_NEEDED = {kind: re.compile("@" if kind == "email" else "[0-9]") for kind in _KINDS}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Mask(Step):
 
     def __call__(self, text: str) -> tuple[str, str]:
         for kind, (patterns, check) in _KINDS.items():
-            if kind not in self.kinds or (kind == "email" and "@" not in text):
+            if kind not in self.kinds or not _NEEDED[kind].search(text):
                 continue
 
             def placeholder(match: re.Match[str], kind=kind, check=check) -> str:

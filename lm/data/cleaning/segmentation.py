@@ -10,7 +10,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _EASTERN_PUNCTUATION = ((0x3001, 0x3003), (0x3008, 0x3020), (0x3030, 0x3030), (0
                         (0xFE30, 0xFE4F), (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40),
                         (0xFF5B, 0xFF65))  # fmt: skip
 _HANGUL = (0xAC00, 0xD7A3)
+_SYLLABLE = re.compile(f"[{chr(_HANGUL[0])}-{chr(_HANGUL[1])}]")
 _ASSIGNED = 0x33480  # code points above are unassigned, private, or tags and selectors
 _BLOCK = 1 << 20  # characters that are in arrays at a time
 
@@ -84,7 +85,9 @@ def count_words(line: str) -> int:
 
 def count_letters(line: str) -> int:
     """Return the length of a line in letters of an alphabet."""
-    return len(line) + 2 * len(UNSPACED.findall(line))
+    if line.isascii():
+        return len(line)
+    return len(line) + 2 * len(UNSPACED.findall(line)) + len(_SYLLABLE.findall(line))
 
 
 def ends_sentence(line: str) -> bool:
@@ -109,7 +112,7 @@ def normalized(text: str, form: str) -> str:
     while True:
         if possible.search(text):
             text = long_run.sub("\\g<0>\u034f", text)
-        text = unicodedata.normalize(form, text)
+        text = unicodedata.normalize(cast(Any, form), text)
         if not (possible.search(text) and long_run.search(text)):
             return text
 

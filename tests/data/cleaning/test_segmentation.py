@@ -79,7 +79,7 @@ def test_ngrams_are_of_words_in_a_row():
 def test_lines_and_sentences():
     assert segmentation.count_words("don't stop me") == 3
     assert segmentation.count_words("他说GPT很好。") == 5
-    assert segmentation.count_letters("ab漢字") == 8
+    assert segmentation.count_letters("ab漢字") == 8 and segmentation.count_letters("한국 é") == 6
     for line in ("End.", 'He said "yes."', "Really?! ", "去。", "「去。」", "（好！）", "यह है।"):
         assert segmentation.ends_sentence(line), line
     for line in ("No end", "comma,", "去，", "", '"'):
