@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import external, mixture, packing, prepare, shards, sources, tokenizers
+from lm.data import cleaning, external, mixture, packing, prepare, shards, sources, tokenizers
 from lm.data.mixture import Mixture
 from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
@@ -125,6 +125,8 @@ class Corpus:
         )
         broken = sum(r.get("broken", {}).values())
         empty += f"; {broken:,} broken records skipped" if broken else ""
+        dropped = sum(step["dropped"] for step in r.get("clean", {}).values())
+        empty += f"; {dropped:,} dropped by cleaning" if dropped else ""
         sizes = f"{r['bytes']:,} bytes, {self.tokenizer.name} of {self.tokenizer.vocab_size:,}"
         return f"{r['source']}, {sizes}; {counts}{replaced}{empty}"
 
@@ -344,6 +346,8 @@ def _key(cfg: Config, source: Any, tokenizer: Tokenizer | None) -> str:
         settings[1] = cfg.vocab_size
     encoder = tokenizer.fingerprint if tokenizer else settings
     parts = [prepare.FORMAT, source.fingerprint(), encoder, cfg.validation_fraction, cfg.fold]
+    if cfg.clean:
+        parts.append(cleaning.open_cleaner(cfg.clean).fingerprint)
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -8,6 +8,7 @@ shard. Documents before it are read again and not encoded.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -18,69 +19,31 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lm.config import ConfigError
-from lm.data import shards, sources, splits, tokenizers
-from lm.data.shards import ORIGIN, SPLITS
+from lm.data import cleaning, shards, sources, splits, tokenizers
+from lm.data.cleaning import Cleaner
+from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
+from lm.data.shards import SPLITS
 from lm.data.splits import Item, Rule
 from lm.data.tokenizers import Tokenizer
-from lm.data.writer import JOURNAL, Encoded, Writer, begun_key
+from lm.data.writer import JOURNAL, Writer, begun_key
 
 FORMAT = 4  # part of every key: raise it when extraction, split or layout changes
 CHUNK = 1 << 22  # characters that are encoded at a time
 CHUNK_ITEMS = 1 << 14
 SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
 _MOST_LABELS = 10_000
-_COUNTS = ("documents", "empty_documents", "characters", "bytes", "replaced")
+_COUNTS = ("documents", "empty_documents", "characters", "replaced")
 _BROKEN = "broken "  # before the kind of what is wrong with a record, in counts
 _LOCK = ".lock"
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Documents that follow each other."""
-
-    items: list[Item]
-    following: tuple[int, int]  # part and record of the document that comes next
-    counts: Counter  # of what was read
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Clean, assign and encode documents: all that a worker does."""
-
-    rule: Rule
-    tokenizer: Tokenizer
-    labelled: bool
-
-    def encode(self, chunk: Chunk) -> Encoded:
-        """Return the tokens of a chunk."""
-        texts = [text for item in chunk.items for text in item.texts]
-        repeats = [len(item.texts) for item in chunk.items]
-        end = np.array([self.tokenizer.end_of_text])
-        ids = self.tokenizer.encode_all(texts)
-        sizes = np.array([len(text.encode()) for text in texts], np.int64)
-        return Encoded(
-            tokens=np.concatenate([end[:0], *(part for one in ids for part in (one, end))]).astype(
-                dtype_for(self.tokenizer)
-            ),
-            lengths=np.array([len(one) + 1 for one in ids], np.int64),
-            sizes=sizes,
-            splits=np.repeat([self.rule.split_of(item) for item in chunk.items], repeats).astype(
-                np.uint8
-            ),
-            origins=np.repeat(np.array([(i.part, i.record) for i in chunk.items], ORIGIN), repeats),
-            following=chunk.following,
-            counts=chunk.counts + Counter(bytes=int(sizes.sum())),
-            labels=frozenset(item.texts[1] for item in chunk.items if self.labelled),
-        )
+Run = Callable[..., Iterator[Worked]]
 
 
 def prepare(
@@ -108,19 +71,34 @@ def prepare(
         writer = Writer(
             folder, {"key": key, "shard": SHARD}, dtype_for(tokenizer), tokenizer.end_of_text
         )
-        encoder = Encoder(rule, tokenizer, bool(source.fields.label))
+        cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
+        encoder = Encoder(rule, tokenizer, bool(source.fields.label), cleaner)
+        sieve = Sieve(cleaner, writer.progress.clean)
         with _progress(_size(source), "encoding") as bar:
             bar.update(sum(writer.progress.bytes.values()))
-            waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
             with _pool(encoder, folder, workers) as run:
-                for encoded in run(waiting):
+                if cleaner and cleaner.compares:
+                    _see_again(run, source, rule, writer.progress.following, sieve)
+                waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
+                for worked in run(waiting):
+                    encoded = sieve.pass_on(worked)
                     writer.add(encoded)
+                    writer.progress.clean = sieve.counts
                     _check_labels(source, writer.progress.labels)
                     bar.update(int(encoded.sizes.sum()))
                     if writer.shard_bytes >= SHARD:
                         writer.end_shard()
         writer.end_shard()
         _finish(folder, source, rule, tokenizer, writer, key)
+
+
+def _see_again(run: Run, source: Any, rule: Rule, following: tuple[int, int], sieve: Sieve) -> None:
+    """Show the documents before `following` to the sieve, which compares later ones with them."""
+    before = itertools.takewhile(
+        lambda chunk: chunk.following <= following, chunks(source, rule, (0, 0), {})
+    )
+    for worked in run(before, tokens=False):
+        sieve.pass_on(worked, count=False)
 
 
 def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
@@ -176,11 +154,6 @@ def chunks(
         yield Chunk(items, (len(source.parts), 0), counts)
 
 
-def dtype_for(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type of the tokens on disk."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
 def _tokenizer(
     folder: Path, cfg: Any, source: sources.Source, given: Tokenizer | None, key: str
 ) -> Tokenizer:
@@ -201,13 +174,14 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
     """Return the tokenizer that the frozen `data` section asks for, trained on all training splits."""
     # An alphabet is no knowledge of the text: it is taken whole, so that both splits encode.
     wanted = range(2) if cfg.tokenizer == "char" else (splits.TRAIN,)
+    cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
 
     def texts(bar: tqdm) -> Iterator[str]:
         for source in inputs:
             rule = splits.rule(cfg, source)
             for chunk in chunks(source, rule, (0, 0), {}):
-                for item in chunk.items:
-                    if rule.split_of(item) in wanted:
+                for item in clean(cleaner, chunk.items)[0]:
+                    if item and rule.split_of(item) in wanted:
                         yield from item.texts
                 bar.update(sum(len(text) for item in chunk.items for text in item.texts))
 
@@ -235,7 +209,9 @@ def _finish(
         "files": len(source.parts),
         "paired": source.paired,
         **{name: done.counts.get(name, 0) for name in _COUNTS},
+        "bytes": sum(done.bytes.values()),
         "broken": broken,
+        "clean": done.clean,
         "labels": done.labels,
         "split": rule.by,
     }
@@ -266,26 +242,23 @@ def _check_labels(source: sources.Source, labels: Sequence[str]) -> None:
         )
 
 
-Run = Callable[[Iterable[Chunk]], Iterator[Encoded]]
-
-
 @contextlib.contextmanager
 def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
     """Yield a function that encodes chunks, in order, in `workers` processes or, with 0, in this one."""
     if not workers:
-        yield lambda waiting: map(encoder.encode, waiting)
+        yield lambda waiting, tokens=True: (encoder.encode(c, tokens=tokens) for c in waiting)
         return
     # Not fork: jax's threads may run here already.
     context = multiprocessing.get_context("spawn")
-    setup = (folder / "tokenizer", encoder.rule, encoder.labelled)
+    setup = (folder / "tokenizer", encoder.rule, encoder.labelled, encoder.cleaner)
     pool = ProcessPoolExecutor(workers, context, _begin_worker, setup)
     try:
 
-        def run(waiting: Iterable[Chunk]) -> Iterator[Encoded]:
+        def run(waiting: Iterable[Chunk], tokens: bool = True) -> Iterator[Worked]:
             running: deque = deque()
-            for chunk in chain(waiting, [None] * (2 * workers)):
+            for chunk in itertools.chain(waiting, [None] * (2 * workers)):
                 if chunk is not None:
-                    running.append(pool.submit(_encode, chunk))
+                    running.append(pool.submit(_encode, chunk, tokens))
                 if running and (chunk is None or len(running) == 2 * workers):
                     yield running.popleft().result()
 
@@ -302,13 +275,13 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
 _ENCODER: list[Encoder] = []  # of a worker process
 
 
-def _begin_worker(folder: Path, rule: Rule, labelled: bool) -> None:
+def _begin_worker(folder: Path, rule: Rule, labelled: bool, cleaner: Cleaner | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     tokenizers.use_one_thread()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _ENCODER.append(Encoder(rule, tokenizers.load(folder), labelled))
+    _ENCODER.append(Encoder(rule, tokenizers.load(folder), labelled, cleaner))
 
 
 def _end_with(parent: Any) -> None:
@@ -317,8 +290,8 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _encode(chunk: Chunk) -> Encoded:
-    return _ENCODER[0].encode(chunk)
+def _encode(chunk: Chunk, tokens: bool) -> Worked:
+    return _ENCODER[0].encode(chunk, tokens=tokens)
 
 
 @contextlib.contextmanager

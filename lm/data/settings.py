@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lm.config import ConfigError
-from lm.data import sources, splits, subwords, tokenizers
+from lm.data import cleaning, sources, splits, subwords, tokenizers
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Config:
     mixture_temperature: float = 1.0  # weights are raised to 1 / this
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
     on_broken: str = "refuse"  # files and records that cannot be read: refuse or skip (and count)
+    clean: tuple[str, ...] = ()  # steps such as "unicode" or "language keep=en,de", in this order
     tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
@@ -56,6 +57,7 @@ class Config:
             object.__setattr__(self, name, _paths(getattr(self, name)))
         sources.refuse_passwords("validation_path", self.validation_path)
         sources.refuse_passwords("mixture", [name for name, _ in self.mixture])
+        object.__setattr__(self, "clean", cleaning.split_steps(self.clean))
         self._check_fields(sources.resolve(self.source, self.path))
         self._check_split()
         self._check_mixture()

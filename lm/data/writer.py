@@ -28,6 +28,16 @@ class Encoded(NamedTuple):
     counts: Counter  # of what was read and done
     labels: frozenset[str]
 
+    def only(self, kept: np.ndarray) -> "Encoded":
+        """Return the texts where `kept` [texts] is true."""
+        return self._replace(
+            tokens=self.tokens[np.repeat(kept, self.lengths)],
+            lengths=self.lengths[kept],
+            sizes=self.sizes[kept],
+            splits=self.splits[kept],
+            origins=self.origins[kept],
+        )
+
 
 def _zeros() -> dict[str, int]:
     return dict.fromkeys(SPLITS, 0)
@@ -44,6 +54,7 @@ class Progress:
     bytes: dict[str, int] = field(default_factory=_zeros)
     counts: dict[str, int] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
+    clean: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each step did
 
 
 class Writer:

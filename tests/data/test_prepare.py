@@ -213,3 +213,69 @@ def test_a_mistake_in_a_document_ends_workers_too(tmp_path, text, small):
         process = start(tmp_path, text, tmp_path / f"{workers}", workers)
         assert process.wait() == 1
         assert not (tmp_path / f"{workers}" / "manifest.json").exists()
+
+
+def repeated(tmp_path):
+    """Documents of which some are dropped by a step and some are repeats of earlier ones."""
+    rng = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(300)]
+    lines = [" ".join(rng.choice(words, 40)) for _ in range(300)]
+    lines[10::10] = lines[:29]
+    lines[5::50] = ["short"] * len(lines[5::50])
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{line} \n"}) + "\n" for line in lines))
+    kept = list(dict.fromkeys(line for line in lines if line != "short"))
+    steps = ("whitespace", "gopher_quality min_words=20 min_stop_words=0", "exact_duplicates")
+    return Config(path=(str(file),), tokenizer="byte", clean=steps), kept
+
+
+def documents(built):
+    found = {}
+    for split in (built.train, built.validation):
+        for number, origin in enumerate(split.origins):
+            begin, length = split.span(number)
+            text = built.tokenizer.decode(split.tokens[begin : begin + length])
+            found[int(origin["record"])] = text
+    return [found[record] for record in sorted(found)]
+
+
+def test_what_cleaning_drops_is_not_there_and_is_counted(tmp_path, small):
+    cfg, kept = repeated(tmp_path)
+    corpus.prepare_in(tmp_path / "clean", cfg)
+    built = corpus.load(tmp_path / "clean")
+    assert [text.strip() for text in documents(built)] == kept
+    report = built.report["clean"]
+    assert report["whitespace"]["documents"] == 300 == report["whitespace"]["changed"]
+    assert report["gopher_quality"]["dropped"] == 6
+    assert report["exact_duplicates"]["dropped"] == 294 - len(kept) > 20
+    assert f"{300 - len(kept)} dropped by cleaning" in built.summary()
+    assert corpus.load(tmp_path / "clean").fingerprint != corpus.build(
+        dataclasses.replace(cfg, clean=())
+    ).fingerprint
+
+
+def test_a_start_after_a_kill_knows_the_documents_before(tmp_path, small, monkeypatch):
+    cfg, kept = repeated(tmp_path)
+    monkeypatch.setattr(prepare, "SHARD", 6000)
+    corpus.prepare_in(tmp_path / "whole", cfg)
+    end_shard, calls = prepare.Writer.end_shard, []
+
+    def killed(self):
+        end_shard(self)
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.Writer, "end_shard", killed)
+        corpus.prepare_in(tmp_path / "killed", cfg)
+    corpus.prepare_in(tmp_path / "killed", cfg)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    corpus.prepare_in(tmp_path / "workers", cfg, workers=2)
+    assert files(tmp_path / "workers") == files(tmp_path / "whole")
+
+
+def test_a_step_that_there_is_not_is_named(tmp_path):
+    cfg, _ = repeated(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.clean='unicod': .*did you mean unicode"):
+        corpus.build(dataclasses.replace(cfg, clean=("unicod",)))

@@ -1,0 +1,96 @@
+"""What points to a person, replaced by a placeholder."""
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lm.config import ConfigError
+from lm.data.cleaning.step import Step
+
+# Nothing is masked that touches a placeholder, so that a masked text stays as it is. Every repetition has a
+# bound and none begins within another's match, so that the time is linear in the text.
+_APART = r"(?<!EMAIL>)(?<!PHONE>)(?<!CARD>)(?<!IP>)"
+_ALONE = r"(?!<(?:EMAIL|PHONE|CARD|IP)>)"
+_LOCAL = r"[\w.!#$%&'*+/=?^`{|}~-]"
+
+
+def _pattern(body: str, *, before: str = r"[\w.+-]", after: str = r"[\w-]|\.\d") -> re.Pattern[str]:
+    return re.compile(f"{_APART}(?<!{before})(?:{body})(?!{after}){_ALONE}", re.ASCII)
+
+
+_EMAIL = _pattern(
+    rf"{_LOCAL}{{1,64}}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}[A-Za-z]{{2,24}}",
+    before=_LOCAL,
+    after=r"[\w@-]",
+)
+_IPV4 = _pattern(r"(?:\d{1,3}\.){3}\d{1,3}", before=r"[\w.]", after=r"\w|\.\d")
+_IPV6 = _pattern(r"[23][\dA-Fa-f]{3}:[\dA-Fa-f:]{1,34}", before=r"[\w:.]", after=r"[\w:]|\.\d")
+_CARD = _pattern(r"(?=[2-6])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|3\d{3}([ -])\d{6}\2\d{5})")
+_PHONE = _pattern(
+    r"\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"  # international
+    r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.-])[2-9]\d{2}[.-]\d{4}"  # North America
+    r"|(?:\(0[1-9]\d{0,3}\) ?|0[1-9]\d{0,3}[ /-])\d{3,5}[ -]?\d{3,5}"  # area code and number
+    r"|0[1-9](?:[ .-]\d{2}){4}"  # France
+    r"|1[3-9]\d{9}"  # mobile in China
+)
+
+
+def _is_public(found: str) -> bool:
+    if re.fullmatch(r"\d(?:\.\d){3}", found):  # a version, a section, a formula
+        return False
+    try:
+        return ipaddress.ip_address(found).is_global
+    except ValueError:
+        return False
+
+
+def _is_card(found: str) -> bool:
+    """Return whether the last digit checks the others (ISO/IEC 7812-1, annex B: Luhn)."""
+    digits = [int(character) for character in found if character.isdecimal()]
+    doubled = [2 * digit - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return len(set(digits)) > 1 and (sum(doubled) + sum(digits[::-2])) % 10 == 0
+
+
+def _is_phone(found: str) -> bool:
+    return 8 <= sum(map(str.isdecimal, found)) <= 15
+
+
+# In this order: an address may look like a number.
+_KINDS: dict[str, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {
+    "email": ((_EMAIL,), bool),
+    "ip": ((_IPV4, _IPV6), _is_public),
+    "card": ((_CARD,), _is_card),
+    "phone": ((_PHONE,), _is_phone),
+}
+_NEEDED = {kind: re.compile("@" if kind == "email" else "[0-9]") for kind in _KINDS}
+
+
+@dataclass(frozen=True)
+class Mask(Step):
+    """Replace e-mail and public IP addresses, card and phone numbers by <EMAIL>, <IP>, <CARD> and <PHONE>.
+
+    A card number has 13 to 19 digits, grouped as on cards or not at all, and its check digit. IP addresses
+    are masked where they can be reached from anywhere (of IPv6, 2000::/3). Phone numbers are international
+    with a plus, or written as in North America, with an area code from 0, as in France, or mobile in China;
+    others stay, as they look like any number.
+    """
+
+    kinds: tuple[str, ...] = tuple(_KINDS)  # email, ip, card, phone
+
+    def __post_init__(self):
+        for kind in self.kinds:
+            if kind not in _KINDS:
+                raise ConfigError(f"kinds={kind}: no such kind; use some of {','.join(_KINDS)}")
+
+    def __call__(self, text: str) -> tuple[str, str]:
+        for kind, (patterns, check) in _KINDS.items():
+            if kind not in self.kinds or not _NEEDED[kind].search(text):
+                continue
+
+            def placeholder(match: re.Match[str], kind=kind, check=check) -> str:
+                return f"<{kind.upper()}>" if check(match[0]) else match[0]
+
+            for pattern in patterns:
+                text = pattern.sub(placeholder, text)
+        return text, ""
