@@ -34,7 +34,7 @@ from lm.data.tokenizers import Tokenizer
 from lm.data.writer import JOURNAL, Writer, begun_key
 
 FORMAT = 4  # part of every key: raise it when extraction, split or layout changes
-CHUNK = 1 << 22  # characters that are encoded at a time
+CHUNK = 1 << 20  # characters that are encoded at a time
 CHUNK_ITEMS = 1 << 14
 SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
 _MOST_LABELS = 10_000
