@@ -66,7 +66,7 @@ def synthetic_corpus(vocab_size: int, num_tokens: int) -> corpus.Corpus:
         for part in (train_split, validation)
     }
     sizes = {"source": "synthetic", "bytes": num_tokens, "replaced": 0, "empty_documents": 0}
-    sizes |= {"labels": []}
+    sizes |= {"labels": [], "paired": False, "split": "synthetic"}
     return corpus.Corpus(
         Numbers(vocab_size), train_split, validation, "synthetic", {**sizes, **counts}
     )

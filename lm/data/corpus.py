@@ -115,8 +115,9 @@ class Corpus:
         if self.mixed:
             return "; ".join(f"{name}: {member.summary()}" for name, member in self.mixed)
         r = self.report
+        unit, each = ("pairs", 2) if r["paired"] else ("documents", 1)
         counts = "; ".join(
-            f"{name} {r[name]['documents']:,} documents, {r[name]['tokens']:,} tokens"
+            f"{name} {r[name]['documents'] // each:,} {unit}, {r[name]['tokens']:,} tokens"
             for name in SPLITS
         )
         replaced = f"; {r['replaced']:,} invalid bytes replaced" if r["replaced"] else ""

@@ -255,7 +255,7 @@ def test_what_cleaning_drops_is_not_there_and_is_counted(tmp_path, small):
 
 
 def test_a_start_after_a_kill_knows_the_documents_before(tmp_path, small, monkeypatch):
-    cfg, kept = repeated(tmp_path)
+    cfg, _ = repeated(tmp_path)
     monkeypatch.setattr(prepare, "SHARD", 6000)
     corpus.prepare_in(tmp_path / "whole", cfg)
     end_shard, calls = prepare.Writer.end_shard, []
