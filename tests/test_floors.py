@@ -34,6 +34,7 @@ FLOORS = {
     "lm.hardware": 0,
     "lm.startup": 0,
     "lm.manifests": 0,
+    "lm.augment": 0,
 }
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
@@ -48,6 +49,7 @@ NEIGHBOURS = {
     ("lm.sharding", "lm.config"),
     ("lm.metrics", "lm.config"),
     ("lm.command", "lm.config"),
+    ("lm.augment", "lm.config"),
 }
 NO_DEVICE = {"jax", "flax", "optax", "orbax"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "registry.py"}

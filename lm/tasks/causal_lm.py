@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lm import augment
 from lm.config import ConfigError
 from lm.tasks import Setting, check_packing, check_positive
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(augment.Noise):
     name: str = "causal_lm"  # the objective, a file of lm/tasks
     length: int = 256  # tokens scored a row
     context: int = 0  # tokens of weight 0 before them, in training and evaluation
@@ -24,6 +25,7 @@ class Config:
     isolate_documents: bool = True  # documents of a row do not see each other
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, length=1, context=0)
         check_packing(self.packing)
         if self.context and self.packing != "split":
@@ -52,6 +54,9 @@ class Task:
         self.row_length = cfg.context + cfg.length
         self.max_scored = cfg.length
         self.vocab_size = setting.tokenizer.vocab_size
+        self._augment = None
+        if cfg.noisy:
+            self._augment = augment.Augmenter(cfg, setting.tokenizer, setting.seed)
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows score every target of `split` once."""
@@ -90,6 +95,10 @@ class Task:
                 segments[row, :at], positions[row, :at], first = 1, places[:at], at
             positions[row, :first] += before[row]
             weights[row, context[row] : at] = 1
+            if self._augment and epochs is not None:
+                inputs[row, :at] = self._augment(
+                    inputs[row, :at], int(epochs[row]), int(indices[row])
+                )
         return {
             "inputs": inputs,
             "targets": targets,

@@ -11,17 +11,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lm import augment
 from lm.config import ConfigError
 from lm.tasks import Setting, check_positive, seq2seq, special_ids
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(augment.SourceNoise):
     name: str = "classify"  # the objective, a file of lm/tasks
     length: int = 128  # tokens of the text, [CLS] and [SEP] or end of text included
     label_length: int = 16  # tokens of a label's text, for families that write it
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, length=3, label_length=2)
 
     @property
@@ -49,7 +51,8 @@ class Task:
         self._numbers = {tuple(self.tokenizer.encode(x)): i for i, x in enumerate(self.labels)}
         self._check_labels()
         if not self.at_first:
-            texts = seq2seq.Config(source_length=cfg.length, length=cfg.label_length)
+            noise = {name: getattr(cfg, name) for name in cfg.noises()}
+            texts = seq2seq.Config(source_length=cfg.length, length=cfg.label_length, **noise)
             written = self._written = seq2seq.Task(texts, setting)
             self.row_length, self.source_length = written.row_length, written.source_length
             self.max_scored, self.num_classes = written.max_scored, 0
@@ -57,6 +60,9 @@ class Task:
             return
         self.row_length, self.source_length, self.max_scored = cfg.length, 0, 1
         self.num_classes = len(self.labels)
+        self._augment = None
+        if cfg.noisy:
+            self._augment = augment.Augmenter(cfg, setting.tokenizer, setting.seed)
         # As for masked_lm, whose parameters such a model starts from.
         ids = special_ids(self.tokenizer, ("cls", "sep", "mask"))
         self.cls, self.sep = ids["cls"], ids["sep"]
@@ -96,7 +102,7 @@ class Task:
     ) -> dict[str, np.ndarray]:
         """Return rows `indices` [R] as a batch; past the last one, empty rows."""
         if not self.at_first:
-            return self._written.rows(split, indices)
+            return self._written.rows(split, indices, epochs=epochs)
         shape = (len(indices), self.row_length)
         batch = {
             name: np.zeros(shape, np.int32)
@@ -107,6 +113,8 @@ class Task:
             if index >= split.num_pairs:
                 continue
             text, label = split.pair(index)
+            if self._augment and epochs is not None:
+                text = self._augment(text, int(epochs[row]), index)
             tokens = [self.cls, *text[: self.row_length - 2], self.sep]
             batch["inputs"][row, : len(tokens)] = tokens
             batch["segments"][row, : len(tokens)] = 1

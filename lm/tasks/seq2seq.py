@@ -14,16 +14,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lm import augment
+from lm.config import ConfigError
 from lm.tasks import Setting, causal_lm, check_positive
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(augment.SourceNoise):
     name: str = "seq2seq"  # the objective, a file of lm/tasks
     source_length: int = 128  # tokens of the source, its end of text included
     length: int = 128  # tokens of the target, its end of text included
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, source_length=2, length=2)
 
     @property
@@ -46,6 +49,9 @@ class Task:
         self.row_length = cfg.length + (cfg.source_length if self.in_one_row else 0)
         self.max_scored = cfg.length
         self.vocab_size, self.start = setting.tokenizer.vocab_size, setting.target_start
+        self._augment = None
+        if cfg.noisy:
+            self._augment = augment.Augmenter(cfg, setting.tokenizer, setting.seed)
         # Of a source, one place is for its end of text; one token before the target is no context.
         context = cfg.source_length if self.in_one_row else cfg.source_length - 2
         window = causal_lm.Config(length=cfg.length, context=context, isolate_documents=False)
@@ -53,6 +59,11 @@ class Task:
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows score every pair, or every token of the stream, once."""
+        if self.cfg.noisy and not split.paired:
+            raise ConfigError(
+                "task.drop_tokens and its like: noise is for the sources of pairs, and this data has none; "
+                "leave it out, or name pairs by data.source_field and data.target_field"
+            )
         return split.num_pairs if split.paired else self._windows.num_rows(split)
 
     def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
@@ -72,6 +83,9 @@ class Task:
         if split.paired:
             none = (np.zeros(0, np.int32),) * 2
             pairs = [split.pair(i) if i < split.num_pairs else none for i in indices.tolist()]
+            if self._augment and epochs is not None:
+                places = zip(pairs, epochs.tolist(), indices.tolist(), strict=True)
+                pairs = [(self._augment(a, epoch, row), b) for (a, b), epoch, row in places]
             sizes = {"source_length": self.cfg.source_length, "length": self.cfg.length}
             if self.in_one_row:
                 return one_row_batch(pairs, end=split.end_of_text, **sizes)

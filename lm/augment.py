@@ -1,0 +1,85 @@
+"""Noise on the tokens that a model reads, in training alone; what it is asked for stays.
+
+Blanked and replaced tokens: "Data Noising as Smoothing in Neural Network Language Models", Xie et al. 2017
+(arXiv 1703.02573). Swapped and deleted ones: "EDA: Easy Data Augmentation Techniques", Wei and Zou 2019
+(1901.11196).
+
+What differs: a replacement is drawn evenly and not by how frequent it is; neighbours are swapped, not words
+anywhere; what is deleted are spans. Each token's fate is drawn by itself, so a share is an expectation.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lm.config import ConfigError
+
+MEAN_SPAN = 3  # tokens of a deleted span, on average
+
+
+@dataclass(frozen=True)
+class Noise:
+    drop_tokens: float = 0.0  # share of the tokens read that are blanked, in training
+    replace_tokens: float = 0.0  # share of the tokens read that become any other, in training
+    swap_tokens: float = (
+        0.0  # share of the tokens read that change places with the next, in training
+    )
+
+    def __post_init__(self):
+        for field in self.noises():
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"task.{field}={getattr(self, field)}: use a share in [0, 1)")
+
+    @classmethod
+    def noises(cls) -> tuple[str, ...]:
+        """The names of the noises that there are."""
+        kinds = (base for base in cls.__mro__ if base in (Noise, SourceNoise))
+        return tuple(field.name for field in fields(next(kinds)))
+
+    @property
+    def noisy(self) -> bool:
+        """Whether there is any noise."""
+        return any(getattr(self, name) for name in self.noises())
+
+
+@dataclass(frozen=True)
+class SourceNoise(Noise):
+    delete_spans: float = 0.0  # share of the source's tokens that are cut out in spans, in training
+
+
+class Augmenter:
+    """Adds the noise of a task's config to tokens; end of text and special tokens stay."""
+
+    def __init__(self, cfg: Noise, tokenizer: Any, seed: int):
+        self._cfg, self._seed, self._end = cfg, seed, tokenizer.end_of_text
+        self._blank = tokenizer.specials.get("mask", self._end)
+        special = [self._end, *tokenizer.specials.values()]
+        self._drawn = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
+        self._special = np.array(special)
+
+    def __call__(self, tokens: np.ndarray, epoch: int, row: int) -> np.ndarray:
+        """Return the noisy tokens of a row; a pure function of the arguments and the seed."""
+        random = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence((self._seed, epoch, row, 1)))
+        )
+        cfg, tokens = self._cfg, tokens.copy()
+        if rate := getattr(cfg, "delete_spans", 0.0):
+            begins = random.random(len(tokens)) < rate / MEAN_SPAN
+            lengths = random.geometric(1 / MEAN_SPAN, len(tokens))
+            ends = np.where(begins, np.arange(len(tokens)) + lengths, 0)
+            gone = np.maximum.accumulate(ends) > np.arange(len(tokens))
+            tokens = tokens if gone.all() else tokens[~gone]
+        common = ~np.isin(tokens, self._special)
+        if cfg.swap_tokens:
+            chosen = (random.random(len(tokens)) < cfg.swap_tokens) & common
+            chosen[:-1] &= common[1:]
+            for place in np.flatnonzero(chosen[:-1]):
+                tokens[[place, place + 1]] = tokens[[place + 1, place]]
+        if cfg.replace_tokens:
+            chosen = (random.random(len(tokens)) < cfg.replace_tokens) & common
+            tokens[chosen] = random.choice(self._drawn, int(chosen.sum()))
+        if cfg.drop_tokens:
+            chosen = (random.random(len(tokens)) < cfg.drop_tokens) & common
+            tokens[chosen] = self._blank
+        return tokens
