@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import ConfigError
+from lm.config import ConfigError, plain
 from lm.data import cleaning, external, mixture, packing, prepare, shards, sources, tokenizers
 from lm.data.mixture import Mixture
 from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
 from lm.data.tokenizers import Tokenizer
 
+# Fields that are about reading a corpus, not about what is in it.
+_READING = ("source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches")
 _STALE = 7 * 86400  # seconds after which a killed run's unfinished folder is removed
 
 
@@ -142,6 +144,8 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
         return _mixed(cfg, tokenizer)
     if folder := prepared_folder(cfg):
         corpus = load(folder)
+        if unused := _unused(cfg, shards.read_manifest(folder)["settings"]):
+            print(f"notice: {folder} was prepared otherwise: {unused} of the config is not used")
         if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
             raise ConfigError(
                 f"data.path={folder}: it was prepared with another tokenizer; prepare the text again with "
@@ -238,6 +242,17 @@ def prepared_folder(cfg: Config) -> Path | None:
         return None
     folder = Path(cfg.path[0]).expanduser()
     return folder if (folder / shards.MANIFEST).is_file() else None
+
+
+def _unused(cfg: Config, settings: dict[str, Any]) -> str:
+    """Return the fields of the frozen `data` section that a corpus prepared with `settings` overrules."""
+    names = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        own = settings.get(field.name, field.default)
+        if field.name not in _READING and value != field.default and plain(own) != plain(value):
+            names.append(f"data.{field.name}={value}")
+    return ", ".join(names)
 
 
 def load(folder: Path, *, thorough: bool = False) -> Corpus:

@@ -6,6 +6,7 @@ shard. Documents before it are read again and not encoded.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -89,7 +90,7 @@ def prepare(
                     if writer.shard_bytes >= SHARD:
                         writer.end_shard()
         writer.end_shard()
-        _finish(folder, source, rule, tokenizer, writer, key)
+        _finish(folder, cfg, source, rule, tokenizer, writer, key)
 
 
 def _see_again(run: Run, source: Any, rule: Rule, following: tuple[int, int], sieve: Sieve) -> None:
@@ -198,7 +199,13 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
 
 
 def _finish(
-    folder: Path, source: sources.Source, rule: Rule, tokenizer: Tokenizer, writer: Writer, key: str
+    folder: Path,
+    cfg: Any,
+    source: Any,
+    rule: Rule,
+    tokenizer: Tokenizer,
+    writer: Writer,
+    key: str,
 ) -> None:
     """Write the manifest."""
     done, digests = writer.progress, writer.finish()
@@ -227,6 +234,7 @@ def _finish(
             "fingerprint": hashlib.blake2b(everything.encode(), digest_size=16).hexdigest(),
             "dtype": dtype_for(tokenizer).str,
             "report": report,
+            "settings": dataclasses.asdict(cfg),
             "parts": list(source.parts),
             "files": done.files | {name: shards.recorded(folder / name) for name in others},
         },

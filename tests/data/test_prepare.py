@@ -181,6 +181,16 @@ def test_a_prepared_corpus_is_trained_on_as_it_is(tmp_path, text, small, monkeyp
         corpus.build(Config(path=(str(tmp_path / "prepared"),)), tokenizer=other)
 
 
+def test_settings_that_a_prepared_corpus_overrules_are_said(tmp_path, text, small, capsys):
+    corpus.prepare_in(tmp_path / "prepared", text)
+    cfg = dataclasses.replace(text, path=(str(tmp_path / "prepared"),), batch_size=7)
+    corpus.build(cfg)
+    assert "notice" not in capsys.readouterr().out
+    corpus.build(dataclasses.replace(cfg, clean=("unicode",), vocab_size=400))
+    said = capsys.readouterr().out
+    assert "data.clean=('unicode',), data.vocab_size=400 of the config is not used" in said
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, text, small):
     folder = tmp_path / "prepared"
     corpus.prepare_in(folder, text)

@@ -1,0 +1,115 @@
+"""A corpus is prepared, looked into and measured by commands, as a user would type them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lm.data import corpus
+from tools import bench_data, bench_prepare, inspect_data, prepare_data
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    words = ["tree", "house", "river", "stone", "cloud"]
+    lines = [" ".join(rng.choice(words, int(rng.integers(3, 90)))) for _ in range(150)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+PREPARE = ("--tokenizer", "byte", "--workers", "0", "--config.task.length=64")
+
+
+def test_prepared_with_its_rows_and_shown(text, capsys):
+    packing = "--config.task.packing=best_fit"
+    assert prepare_data.main(["--source", "a.jsonl", *PREPARE, packing, "--out", "made"]) == 0
+    said = capsys.readouterr().out
+    assert "made: jsonl" in said and "--config.data.path=made" in said
+    built = corpus.load(text.parent / "made")
+    assert list(built.train.plans) == [("best_fit", 64)]
+    assert built.train.plans["best_fit", 64].lengths.sum() == built.train.num_inputs
+    assert inspect_data.main(["made", "--verify", "--out", "lengths.png", "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    for words in ("every file is as", "bytes a token", "tokens a document: least", "row 1:", "' '"):
+        assert words in said, words
+    assert np.asarray(Image.open("lengths.png")).std() > 5
+
+
+def test_what_a_step_saw_is_where_it_says(text, capsys):
+    flags = [
+        "--config.data.path=a.jsonl",
+        "--config.data.tokenizer=byte",
+        "--config.task.length=64",
+    ]
+    flags += ["--config.data.batch_size=8", "--config.task.packing=pad"]
+    (text.parent / "e.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'model': {'name': 'ngram'}})\n"
+    )
+    assert inspect_data.main(["--config", "e.py", "--step", "4", *flags]) == 0
+    said = capsys.readouterr().out
+    assert said.count("a.jsonl record") == 8
+    from lm import config as config_lib
+    from lm import experiment
+
+    made = experiment.build(
+        config_lib.override(config_lib.load("e.py"), [f[9:] for f in flags], experiment.SCHEMA)
+    )
+    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    batch = made.batches[4]
+    for row, line in enumerate([x for x in said.splitlines() if "record" in x]):
+        record, rest = line.split("record ")[1].split(", ", 1)
+        low, high = rest.split("tokens ")[1].split(" of ")[0].split(" to ")
+        seen = bytes(t for t in batch["targets"][row] if t < 256).decode().rstrip("\0")
+        assert seen == lines[int(record)][int(low) : int(high)]
+
+
+def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
+    (text.parent / "b.txt").write_text("another text of its own. " * 200)
+    mixed = "--config.data.mixture=a.jsonl=3,b.txt=1"
+    assert prepare_data.main([*PREPARE, mixed, "--out", "mix"]) == 0
+    assert "--config.data.mixture=mix/a=3,mix/b=1" in capsys.readouterr().out
+    assert corpus.load(text.parent / "mix/a").train.num_bytes
+    assert corpus.load(text.parent / "mix/b").train.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("tool", "argv", "words"),
+    [
+        (prepare_data, ["--source", "a.jsonl", "--out", "x", "--workers", "-1"], "--workers=-1"),
+        (prepare_data, ["--source", "none.jsonl", "--out", "x"], "none.jsonl: no such file"),
+        (prepare_data, ["--source", "a.jsonl", "--tokenizer", "bite", "--out", "x"], "bite"),
+        (inspect_data, [], "a folder or --config"),
+        (inspect_data, ["."], "neither a prepared corpus"),
+        (inspect_data, ["x", "--rows", "-1"], "--rows=-1"),
+        (bench_data, ["--length", "0"], "--length=0"),
+        (bench_prepare, ["a.jsonl", "--tokenizer", "none.json"], "none.json"),
+    ],
+)
+def test_a_mistake_is_one_line(text, capsys, tool, argv, words):
+    assert tool.main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_batches_are_measured_beside_a_peer(text, capsys):
+    flags = [
+        "--tokens",
+        "200000",
+        "--length",
+        "128",
+        "--rows",
+        "4",
+        "--steps",
+        "5",
+        "--rounds",
+        "2",
+    ]
+    assert bench_data.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "ours over grain" in said and "times as fast as ArrayRecord" in said
