@@ -65,7 +65,7 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
     for row, line in enumerate([x for x in said.splitlines() if "record" in x]):
         record, rest = line.split("record ")[1].split(", ", 1)
         low, high = rest.split("tokens ")[1].split(" of ")[0].split(" to ")
-        seen = bytes(t for t in batch["targets"][row] if t < 256).decode().rstrip("\0")
+        seen = bytes(t for t in batch["inputs"][row] if t < 256).decode().rstrip("\0")
         assert seen == lines[int(record)][int(low) : int(high)]
 
 
