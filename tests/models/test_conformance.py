@@ -246,6 +246,7 @@ def stacked(tree):
     return rest
 
 
+@pytest.mark.slow  # six programs a family to compile
 @pytest.mark.parametrize("name", [n for n in LEARNED if hasattr(models.config_class(n), "scan")])
 def test_scanned_layers_and_rematerialisation_change_nothing(name):
     model, params = made(name)

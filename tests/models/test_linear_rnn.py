@@ -64,7 +64,9 @@ def window(batch, start, stop):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("cut", [1, 2, 6, 9])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(1, marks=pytest.mark.slow), 2, 6, pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_two_windows_with_carry_equal_one_row(cut, scan):
     """At the cut: a document's begin (8), its middle, or a window shorter than the convolution."""
     model = build(scan=scan)

@@ -172,6 +172,7 @@ def test_the_file_is_what_its_tool_makes():
     assert sum(d != [0.5, 1.0, 1.5] for d in last.discounts.values()) == 5  # not the fallback
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from(SETTINGS))
 def test_any_batches_give_the_formulas_probabilities_and_these_sum_to_one(seed, order, fields):

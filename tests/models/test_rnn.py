@@ -216,6 +216,7 @@ def test_flops_count_every_matrix_product():
         assert rnn.flops_per_token(model.cfg, L) == 6 * matrices + attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "fields"), [("rnn", {}), ("gru", {}), ("lstm", {"num_heads": 2, "embed_dim": 8})]
 )

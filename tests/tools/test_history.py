@@ -9,6 +9,7 @@ from lm import config as config_lib
 from tools import history
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_once_and_put_into_table_and_picture(text_file, tmp_path, capfd):
     flags = [
         *("--workdir", str(tmp_path), "--only", "trigram_kneser_ney"),
