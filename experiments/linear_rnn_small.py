@@ -3,6 +3,7 @@
 Paper: Dao and Gu 2024 (Mamba-2, arXiv 2405.21060), Yang et al. 2023 (2312.06635), trained with Muon.
 Command: python -m lm.main --config experiments/linear_rnn_small.py
 Hardware: two CPU cores.
+Result: 1.821 bits per byte after 300 steps (Python 3.13).
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 """A small RoBERTa: masked tokens alone, other masks in every epoch.
 
-Paper: Liu et al. 2019 (arXiv 1907.11692), in small: no next sentence, no types of segments, AdamW with
-beta2 0.98. Otherwise as `bert_small.py`.
+Paper: Liu et al. 2019 (arXiv 1907.11692), in small: no next sentence, no types of segments. Otherwise as
+`bert_small.py`, and three times as long.
 Command: python -m lm.main --config experiments/roberta_small.py
 Hardware: two CPU cores.
-Result:
+Result: 5.107 nats a masked token after 1,500 steps (Python 3.13); it still falls.
 """
 
 from ml_collections import ConfigDict
@@ -30,14 +30,13 @@ def get_config() -> ConfigDict:
         "dropout": 0.1,
     })  # fmt: skip
     config.optim = ConfigDict({
-        "name": "adamw",
-        "peak_lr": 1e-3,
-        "beta2": 0.98,
+        "name": "muon",
+        "peak_lr": 0.005,
         "schedule": "linear",
         "warmup": "10%",
         "weight_decay": 0.01,
     })  # fmt: skip
-    config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 20, "sample_tokens": 0})
+    config.train = ConfigDict({"num_steps": 1500, "log_every_steps": 20, "sample_tokens": 0})
     config.eval = ConfigDict({"every_steps": 250})
     config.checkpoint = ConfigDict({"every_steps": 250})
     return config

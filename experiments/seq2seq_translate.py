@@ -5,6 +5,8 @@ Command: python -m lm.main --config experiments/seq2seq_translate.py
   for pairs of your own also --config.data.path=pairs.tsv --config.data.source_field=0
   --config.data.target_field=1
 Hardware: two CPU cores.
+Result: 3.933 nats a token, 1.863 bits per byte after 300 steps (Python 3.13). 5,000 pairs are few: with 1,000
+steps it ends at 4.448.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +33,7 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict(
         {"name": "muon", "peak_lr": 0.01, "schedule": "linear", "warmup": "2%"}
     )
-    config.train = ConfigDict({"num_steps": 1000, "log_every_steps": 20, "sample_tokens": 40})
-    config.eval = ConfigDict({"every_steps": 250})
-    config.checkpoint = ConfigDict({"every_steps": 250})
+    config.train = ConfigDict({"num_steps": 300, "log_every_steps": 20, "sample_tokens": 40})
+    config.eval = ConfigDict({"every_steps": 100})
+    config.checkpoint = ConfigDict({"every_steps": 100})
     return config

@@ -1,5 +1,7 @@
 """What every command shares: its `--config.section.field=value` flags, their help, its exit code."""
 
+import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,13 +38,21 @@ def help_text(schema: config_lib.Schema, config: Mapping[str, Any]) -> str:
 
 
 def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C."""
+    """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C.
+
+    141 and no line where nobody reads its output any more, as in `| head`: what a shell has for SIGPIPE.
+    """
     try:
-        return function() or 0
+        code = function() or 0
+        sys.stdout.flush()  # else it is tried when the interpreter ends, where nothing can be caught
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (config_lib.ConfigError, OSError, MemoryError, OverflowError) as error:
+        broken = isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError)
+        if broken and _reader_is_gone():
+            return 141
         if debug:
             raise
         why = (
@@ -52,3 +62,17 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
         )
         print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads our output; what is left of it then goes nowhere."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file
+        return False
+    watch = select.poll()
+    watch.register(output, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

@@ -63,18 +63,19 @@ class Completer:
         Raises:
           ConfigError: a prompt that the tokenizer or the model cannot read.
         """
-        generate.check_sampling(
-            sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        generate.check_sampling(*sampling)
         rows = [self.encode(prompt) for prompt in prompts]
         if self.kind == "masked":
             return self._fill(rows, sampling.top_k or 5)
-        return self._write(rows, sampling, on_tokens)
+        made = self._write(rows, sampling, on_tokens)
+        return [self.answer(*each) for each in zip(prompts, made, strict=True)]
 
-    def _write(self, rows: Sequence[list[int]], sampling: Sampling, on_tokens=None) -> list[str]:
+    def _write(
+        self, rows: Sequence[list[int]], sampling: Sampling, on_tokens=None
+    ) -> list[list[int]]:
         """Return what follows each row; of an encoder-decoder, what it makes of the row as a source."""
         sources = rows if self.kind == "source" else None
-        made = generate.generate(
+        return generate.generate(
             self.model,
             self.params,
             rows if sources is None else [[self.task.start]] * len(rows),
@@ -83,7 +84,14 @@ class Completer:
             on_tokens=on_tokens,
             **sampling._asdict(),
         )
-        return [self.decode(row) for row in made]
+
+    def answer(self, prompt: str, tokens: Sequence[int]) -> str:
+        """Return the text of the tokens that were made for a prompt, as it is read behind the prompt.
+
+        Where nothing is before them, a tokenizer that puts a space before every text takes it away.
+        """
+        goes_on = self.goes_on and prompt
+        return self.decode(tokens if goes_on else [self.tokenizer.end_of_text, *tokens])
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens that the model reads of a prompt, [MASK] as what the task has for it."""
@@ -155,11 +163,14 @@ class Completer:
         batch = self.task.rows(split, np.array([0]))
         if self.kind == "source":
             read = batch["source"][0][batch["source_segments"][0] > 0].tolist()
-            return f"{self.decode(read)} -> {self._write([read], sampling)[0]}"
+            return f"{self.decode(read)} -> {self.answer('', self._write([read], sampling)[0])}"
         tokens = batch["inputs"][0][batch["segments"][0] > 0]
         if self.kind == "causal":
             first = int(np.flatnonzero(batch["weights"][0])[0])
-            (text,) = self._write([tokens[: first + 1].tolist()], sampling)
-            return f"{self.decode(tokens[:first])} -> {text}"
-        shown = tokens[:64].tolist()
-        return f"{self.decode(shown)} -> {' | '.join(self._fill([shown], 1)[0].splitlines())}"
+            (made,) = self._write([tokens[: first + 1].tolist()], sampling)
+            return f"{self.decode(tokens[:first])} -> {self.answer('', made)}"
+        row = tokens.tolist() if self.model.cfg.num_classes else tokens[:64].tolist()
+        # What a classifier reads is [CLS] text [SEP], and its task has no names for these two.
+        marks = (self.task.cls, self.task.sep) if self.model.cfg.num_classes else ()
+        shown = self.decode([token for token in row if token not in marks])
+        return f"{shown} -> {' | '.join(self._fill([row], 1)[0].splitlines())}"

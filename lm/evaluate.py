@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from lm import sharding
 from lm.config import ConfigError, Duration
+from lm.data import corpus, pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,52 @@ class Config:
             raise ConfigError(f"eval.streams={self.streams}: use a positive number")
 
 
+def score(
+    model: nn.Module,
+    eval_step: Callable,
+    params: Any,
+    text: corpus.Corpus,
+    task: Any,
+    cfg: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    watch: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> dict[str, float]:
+    """Return the scores of `params` on the validation split of `text` (see `evaluate`).
+
+    Of a mixture, on all of its corpora together, and as `name/...` on each. `cfg` has the frozen sections
+    `data` and `eval`; `eval_step` is jitted, as by `lm.experiment.jit_eval_step`. `watch` passes the batches
+    on: a bar that shows them, or one that raises to stop.
+    """
+    shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
+    size = cfg["eval"].batch_size or cfg["data"].batch_size
+    token_bytes = np.zeros(task.vocab_size, np.int32)
+    token_bytes[: text.tokenizer.vocab_size] = text.tokenizer.token_bytes
+    together: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    for number, member in enumerate(text.members):
+        batches = pipeline.EvalBatches(
+            member.validation,
+            task,
+            batch_size=-(-size // shards) * shards,
+            max_tokens=cfg["eval"].max_tokens,
+            streams=cfg["eval"].streams if stateful else 0,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        carry = {}
+        if stateful:
+            carry = {"carry": nn.unbox(model.init_carry(cfg["eval"].streams))}
+            carry = jax.device_put(carry, sharding.batch_sharding(mesh))
+        totals = measure(
+            eval_step, params, watch(batches), mesh=mesh, token_bytes=token_bytes, carry=carry
+        )
+        together = {name: together.get(name, 0.0) + value for name, value in totals.items()}
+        if text.mixed:
+            name = text.names[number]
+            parts |= {f"{name}/{key}": value for key, value in scores_of(totals).items()}
+    return {**scores_of(together), **parts}
+
+
 def evaluate(
     eval_step: Callable[..., Any],
     params: Any,
@@ -36,7 +84,22 @@ def evaluate(
     token_bytes: np.ndarray,
     carry: Any,
 ) -> dict[str, float]:
-    """Return the scores of `params` on all of `batches`.
+    """Return the scores of `params` on all of `batches`: `scores_of` what `measure` gives."""
+    return scores_of(
+        measure(eval_step, params, batches, mesh=mesh, token_bytes=token_bytes, carry=carry)
+    )
+
+
+def measure(
+    eval_step: Callable[..., Any],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    mesh: jax.sharding.Mesh,
+    token_bytes: np.ndarray,
+    carry: Any,
+) -> dict[str, float]:
+    """Return the sums and weights of every score over all of `batches`.
 
     Args:
       eval_step: jitted `step.eval_step`, (params, carry, batch, token_bytes) -> (sums, carry).
@@ -44,10 +107,7 @@ def evaluate(
       token_bytes: [V] bytes of the original text that a token stands for.
       carry: the recurrent state to begin with; {} for a model without one.
 
-    Returns:
-      loss (nats a token), perplexity, accuracy, the tokens scored; bits_per_byte where the targets are a
-      text; `exact`, the share of rows that are all right, where the task asks for it; what else the model
-      reports. The sums are added in float64 on the host, so that the size of the batches does not matter.
+    The sums are added in float64 on the host, so that the size of the batches does not matter.
     """
     totals: dict[str, float] = {}
     waiting = None
@@ -58,6 +118,16 @@ def evaluate(
         waiting = sums
     if waiting is not None:
         _add(totals, waiting)
+    return totals
+
+
+def scores_of(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores that sums and weights mean.
+
+    They are loss (nats a token), perplexity, accuracy, the tokens scored; bits_per_byte where the targets are
+    a text; `exact`, the share of rows that are all right, where the task asks for it; what else the model
+    reports. Raises ConfigError where nothing was scored.
+    """
     tokens = totals.get("loss/weight", 0.0)
     if not tokens:
         raise ConfigError("eval: no token to score in the split; give more text or shorter rows")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, evaluate, hardware, models, optim, sharding, step, tasks
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
-from lm.data import corpus, pipeline
+from lm.data import corpus, pipeline, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainConfig:
 EMBEDDING = r"(^|\W)embedding$"  # the path of a family's token embedding
 
 SCHEMA: config_lib.Schema = {
-    "data": lambda section: pipeline.Config,
+    "data": lambda section: settings.Config,
     "task": lambda section: tasks.config_class(section.get("name", "causal_lm")),
     "model": lambda section: models.config_class(section.get("name", "gpt")),
     "optim": lambda section: optim.Config,
@@ -151,8 +151,9 @@ def build(config: ConfigDict) -> Experiment:
     config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
     model = models.build(cfg["model"])
     batches = pipeline.Batches(
-        text.train,
+        [member.train for member in text.members],
         task,
+        mixture=corpus.mixture_of(cfg["data"], text),
         batch_size=cfg["data"].batch_size,
         seed=config.seed,
         order=cfg["data"].order,
@@ -176,6 +177,7 @@ def build(config: ConfigDict) -> Experiment:
         )
     objective = dataclasses.replace(
         build_objective(task),
+        corpora=text.names,
         z_loss=cfg["train"].z_loss,
         label_smoothing=cfg["train"].label_smoothing,
         chunk=cfg["train"].loss_chunk,
@@ -299,43 +301,6 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
         jit_eval_step(made.model, made.objective),
         abstract,
-    )
-
-
-def score(
-    model: nn.Module,
-    eval_step: Callable,
-    params: Any,
-    text: corpus.Corpus,
-    task: Any,
-    cfg: Mapping[str, Any],
-    mesh: Mesh,
-    watch: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> dict[str, float]:
-    """Return loss, perplexity, bits per byte and accuracy of `params` on the validation split of `text`.
-
-    `cfg` has the frozen sections `data` and `eval`; `eval_step` is jitted, as by `jit_eval_step`.
-    `watch` passes the batches on: a bar that shows them, or one that raises to stop.
-    """
-    shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
-    size = cfg["eval"].batch_size or cfg["data"].batch_size
-    batches = pipeline.EvalBatches(
-        text.validation,
-        task,
-        batch_size=-(-size // shards) * shards,
-        max_tokens=cfg["eval"].max_tokens,
-        streams=cfg["eval"].streams if stateful else 0,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
-    carry = {}
-    if stateful:
-        carry = {"carry": nn.unbox(model.init_carry(cfg["eval"].streams))}
-        carry = jax.device_put(carry, sharding.batch_sharding(mesh))
-    token_bytes = np.zeros(task.vocab_size, np.int32)
-    token_bytes[: text.tokenizer.vocab_size] = text.tokenizer.token_bytes
-    return evaluate.evaluate(
-        eval_step, params, watch(batches), mesh=mesh, token_bytes=token_bytes, carry=carry
     )
 
 

@@ -66,7 +66,7 @@ def generate(
 
     Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
     """
-    check_sampling(max_tokens, temperature, top_k, top_p)
+    check_sampling(max_tokens, temperature, top_k, top_p, seed)
     _check_tokens(model.cfg.vocab_size, prompt=prompts, source=sources)
     limit, rows = model.max_context, [list(map(int, prompt)) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
@@ -178,7 +178,9 @@ def _check_tokens(vocab_size: int, **named: Sequence[Sequence[int]] | None) -> N
                 raise ConfigError(f"{name}: {token} is no token of the model's {vocab_size}")
 
 
-def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(
+    max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
     """Raise ConfigError for an argument out of its range."""
     for name, value, fits in (
         ("max_tokens", max_tokens, max_tokens >= 0),
@@ -191,6 +193,8 @@ def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float
         raise ConfigError(f"max_tokens={max_tokens}: use {MOST_TOKENS:,} or fewer")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: use a probability in (0, 1]")
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed={seed}: use a whole number of less than 2**63")
 
 
 def _bucket(length: int, limit: int) -> int:

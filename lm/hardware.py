@@ -1,7 +1,7 @@
 """What the devices can do, and compiled programs kept between runs."""
 
-import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -33,6 +33,9 @@ PEAK_FLOPS = {
     "TPU7x": 1153.5e12,
 }
 
+_seen: dict[str, float] = {}  # most FLOP/s of a device in this process, by its kind
+_multiply = jax.jit(jnp.matmul)
+
 
 def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs between runs in `folder`, which only this user can read."""
@@ -56,31 +59,70 @@ def has_flash_attention() -> bool:
     return float(capability) >= 8.0
 
 
-def peak_flops(measure: bool = True) -> float:
-    """Return FLOP/s of one device: its data sheet's, else measured, else NaN."""
+def data_sheet_flops() -> float | None:
+    """Return the FLOP/s of one device by its data sheet; None where it has none here."""
     kind = jax.local_devices()[0].device_kind
     known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    if known:
-        return PEAK_FLOPS[max(known, key=len)]
-    if not measure:
-        return float("nan")
-    if jax.default_backend() == "cpu":  # simulated devices share the cores
-        return measure_matmul_flops() / jax.local_device_count()
-    return measure_matmul_flops(8192, dtype=jnp.bfloat16)
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-@functools.cache
+def peak_flops(achieved: float = 0.0) -> float:
+    """Return the peak FLOP/s of one device: its data sheet's, else the most that was seen of it so far.
+
+    That is of products, which are timed for a moment when first asked, and of programs: `achieved` is what
+    one has reached just now. In a busy moment both are too low, so what is seen later may be more.
+    """
+    sheet = data_sheet_flops()
+    if sheet is not None:
+        return sheet
+    kind = jax.local_devices()[0].device_kind
+    if kind not in _seen:
+        _seen[kind] = _measured()
+    _seen[kind] = max(_seen[kind], achieved)
+    return _seen[kind]
+
+
+def utilisation(flops: float, *, surely: float) -> float:
+    """Return the share of a device's peak that is reached at `flops` a second.
+
+    Without a data sheet the peak is no less than `surely`, the least that it may have been, and the share at
+    most 1: what is above it is an error of a short time.
+    """
+    share = flops / peak_flops(surely)
+    return share if data_sheet_flops() is not None else min(share, 1.0)
+
+
+def measure_again(seconds: float = 0.03) -> None:
+    """Time a few products more on a CPU, which others may have used before; while it is idle."""
+    if jax.default_backend() == "cpu" and data_sheet_flops() is None:
+        peak_flops(_measured((512,), seconds=seconds))
+
+
+def _measured(sizes: Sequence[int] = (512, 1024, 2048), *, seconds: float = 0.4) -> float:
+    """Return the FLOP/s of one device in the products that fit it; those of a CPU share its cores."""
+    if jax.default_backend() == "cpu":
+        return measure_matmul_flops(sizes, seconds=seconds) / jax.local_device_count()
+    return measure_matmul_flops((8192,), seconds=seconds, dtype=jnp.bfloat16)
+
+
 def measure_matmul_flops(
-    size: int = 2048, repeats: int = 5, dtype: jax.typing.DTypeLike = jnp.float32
+    sizes: Sequence[int],
+    *,
+    seconds: float,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> float:
-    """Return the FLOP/s of a matrix product [size, size], the best of `repeats`."""
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, b).block_until_ready()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        multiply(a, b).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2.0 * size**3 / float(np.min(times))
+    """Return the most FLOP/s of a matrix product [size, size], of many in turn over about `seconds`.
+
+    The best: one that another program disturbs says nothing of the device. Sizes are multiples of 512.
+    """
+    block = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), dtype)
+    matrices = [jnp.tile(block, (size // 512, size // 512)) for size in sizes]
+    for matrix in matrices:
+        _multiply(matrix, matrix).block_until_ready()
+    best, end = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
+        for matrix in matrices:
+            start = time.perf_counter()
+            _multiply(matrix, matrix).block_until_ready()
+            best = max(best, 2.0 * len(matrix) ** 3 / (time.perf_counter() - start))
+    return best

@@ -38,6 +38,7 @@ def cross_entropy(
     chunk: int = 0,
     shards: int = 1,
     whole_rows: bool = False,
+    by_row: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted sum of the objective over a batch, and the sums to report, in nats.
 
@@ -58,11 +59,12 @@ def cross_entropy(
       chunk: positions of a row that have logits at once; 0 = as many as a budget of bytes holds.
       shards: over how many devices a chunk's logits are split.
       whole_rows: also count the rows whose scored positions are all right.
+      by_row: also return the loss of each row.
 
     Returns:
       The objective's sum, which alone has a gradient, and float32 sums by name: `loss` (pure
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
-      probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`, those that are scored.
+      probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`; with `by_row`, `loss_B`.
     """
     if max_scored < x_BLD.shape[1]:
         x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
@@ -74,6 +76,7 @@ def cross_entropy(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         whole_rows=whole_rows,
+        by_row=by_row,
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
@@ -145,6 +148,7 @@ def _terms(
     z_loss: float,
     label_smoothing: float,
     whole_rows: bool,
+    by_row: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array], Callable[[], jax.Array]]:
     """Return a chunk's objective, its sums, and what makes the gradient of the logits."""
     max_Bc1 = logits_BcV.max(axis=-1, keepdims=True)
@@ -178,6 +182,8 @@ def _terms(
     sums = {"loss": loss, "correct": correct, "z_loss": penalty, "weight": weights_Bc.sum()}
     if whole_rows:
         sums["wrong"] = jnp.sum(weights_Bc * (target_Bc < max_Bc1[..., 0]), axis=1)
+    if by_row:
+        sums["loss_B"] = jnp.sum(weights_Bc * (lse_Bc - target_Bc), axis=1)
     return objective, sums, gradient
 
 

@@ -62,6 +62,7 @@ class Objective:
       chunk: positions whose logits exist at a time; 0 = by memory.
       text_bytes: the scored targets are a text, so that bits per byte mean something.
       whole_rows: report the share of rows whose scored positions are all right.
+      corpora: names of the corpora that `corpus` in a batch counts; each one's loss is reported.
     """
 
     max_scored: int
@@ -71,6 +72,7 @@ class Objective:
     chunk: int = 0
     text_bytes: bool = True
     whole_rows: bool = False
+    corpora: tuple[str, ...] = ()
 
 
 def example_batch(model: nn.Module) -> Batch:
@@ -202,6 +204,8 @@ def train_step(
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
     sums |= {"grad_norm": (grad_norm, one), "tokens": (weight, one)}
+    for name in objective.corpora:
+        sums[f"tokens/{name}"] = (sums[f"loss/{name}"][1], one)
     if schedule is not None:  # made here: on the host it would wait behind the step that runs
         sums["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
@@ -272,6 +276,7 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         chunk=objective.chunk,
         shards=sharding.mesh_size(),
         whole_rows=objective.whole_rows,
+        by_row="corpus" in batch,
     )
     weight = sums["weight"]
     pairs = {"loss": (sums["loss"], weight), "accuracy": (sums["correct"], weight)}
@@ -279,8 +284,21 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         pairs["z_loss"] = (sums["z_loss"], weight)
     if objective.whole_rows:
         pairs["exact"] = (sums["exact"], sums["rows"])
+    if "corpus" in batch:
+        pairs |= _of_each_corpus(objective.corpora, batch, sums["loss_B"])
     carry = {"carry": new["carry"]} if stateful else {}
     return objective_sum, (carry, new.get("losses", {}), pairs)
+
+
+def _of_each_corpus(names: tuple[str, ...], batch: Batch, loss_B: jax.Array) -> Metrics:
+    """Return the loss of the rows of each corpus."""
+    weight_B = batch["weights"].sum(axis=1)
+    pairs = {}
+    for number, name in enumerate(names):
+        here_B = batch["corpus"] == number
+        weight = jnp.where(here_B, weight_B, 0.0).sum()
+        pairs[f"loss/{name}"] = (jnp.where(here_B, loss_B, 0.0).sum(), weight)
+    return pairs
 
 
 def split_rows(tree: Any, parts: int) -> Any:

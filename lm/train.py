@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     complete,
+    evaluate,
     experiment,
     hardware,
     initial,
@@ -63,9 +64,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Interrupted: SIGINT or SIGTERM came.
     """
     workdir = Path(workdir)
+    made = experiment.build(config)  # first: of a mistake, its own line is enough
     for notice in config_lib.notices(config, SCHEMA):
         print(f"notice: {notice}")
-    made = experiment.build(config)
     cfg, num_steps = made.cfg, made.num_steps
     if cfg["train"].compilation_cache:
         hardware.use_compilation_cache(corpus.cache_folder() / "xla")
@@ -187,7 +188,7 @@ def score(
     for name, params in (("eval", step.learned(made.model, state)), ("eval_raw", state.params)):
         if name == "eval" or state.ema:
             try:
-                values = experiment.score(
+                values = evaluate.score(
                     made.model,
                     eval_step,
                     params,
@@ -233,7 +234,7 @@ class Log:
         self._every = made.cfg["train"].log_every_steps
         flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
         self._flops_per_step = flops * made.positions_per_step
-        self._peak = hardware.peak_flops() * made.mesh.size
+        hardware.peak_flops()  # before the devices are busy
         self._waiting: tuple[int, Any] | None = None
         self._healthy = True
         self._since: tuple[int, float] | None = None  # step and time that rates are counted from
@@ -268,6 +269,7 @@ class Log:
 
     def pause(self, now: int) -> None:
         """Count rates from here: what came before was not training."""
+        hardware.measure_again()
         if self._since is not None:
             self._since = (now, time.perf_counter())
 
@@ -275,8 +277,11 @@ class Log:
         if self._since is None or self._since[0] >= now:
             return {}
         (then, start), self._since = self._since, (now, time.perf_counter())
-        rate = (now - then) / (time.perf_counter() - start)
-        mfu = rate * self._flops_per_step / self._peak
+        seconds = self._since[1] - start
+        rate = (now - then) / seconds
+        flops = self._flops_per_step / self._made.mesh.size
+        # One step may have run before: its metrics are read when the next is on its way.
+        mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
         return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
 
 

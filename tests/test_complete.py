@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import struct
+import types
 
 import numpy as np
 import pytest
@@ -9,8 +12,9 @@ from ml_collections import ConfigDict
 
 from lm import checkpoint, generate, train
 from lm import workdir as workdirs
-from lm.complete import Sampling
+from lm.complete import Completer, Sampling
 from lm.config import ConfigError
+from lm.data import llama2c
 from tools import evaluate as evaluate_tool
 from tools import generate as generate_tool
 
@@ -50,8 +54,9 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     for place in found:
         assert sum(probability for _, probability in place) == pytest.approx(1, abs=1e-5)
         assert [p for _, p in place] == sorted((p for _, p in place), reverse=True)
-    assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]"]) == 0
-    assert capsys.readouterr().out.count("0.") >= 3
+    for flags, shown in (([], 5), (["--top_k", "7"], 7)):
+        assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]", *flags]) == 0
+        assert len(capsys.readouterr().out.split("\n")[2].split("  ")) == shown
     with pytest.raises(ConfigError, match=r"nothing to fill in.*\[MASK\]"):
         completer.complete(["the cat"], GREEDY)
     with pytest.raises(ConfigError, match="prompt: 25 tokens, and the model reads 24"):
@@ -70,9 +75,10 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     ],
     ids=["encoder", "encoder-decoder", "decoder"],
 )
-def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines):
+def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines, capsys):
     task = {"name": "classify", "length": 24, "label_length": 6}
-    completer = run(tiny, tmp_path / "run", model, task, **labelled)
+    completer = run(tiny, tmp_path / "run", model, task, train__sample_tokens=4, **labelled)
+    assert re.search(r"sample:  (good fine great|bad poor awful) \d+ -> ", capsys.readouterr().out)
     (text,) = completer.complete(["good great"], GREEDY)
     if lines:
         assert text.startswith(("yes 0.", "no 0.")) and len(text.split("  ")) == 2
@@ -144,3 +150,40 @@ def test_counting_families_write(tiny, tmp_path, capsys):
     (text,) = completer.complete(["the "], Sampling(max_tokens=12, temperature=0.0, top_k=0))
     assert len(text) == 12 and set(text) <= set("abcdefghijklmnopqrstuvwxyz .\n")
     assert np.isfinite(np.asarray(next(iter(completer.params.values())))).all()
+
+
+def test_a_text_that_nothing_is_before_has_no_space_before_it(tmp_path, monkeypatch, capsys):
+    """As Llama's own decoding has it: its tokenizer puts a space before every text."""
+    pieces = [
+        b"<unk>",
+        b"\n<s>\n",
+        b"\n</s>\n",
+        *(f"<0x{i:02X}>".encode() for i in range(256)),
+        b" a",
+    ]
+    body = b"".join(struct.pack("<fi", 0.0, len(piece)) + piece for piece in pieces)
+    tokenizer = llama2c.Llama2C(struct.pack("<i", 9) + body)
+    a = tokenizer.vocab_size - 1
+    task = types.SimpleNamespace(KINDS=("causal",), names={}, gaps=())
+    model = types.SimpleNamespace(accepts={"causal"})
+
+    def generated(model, params, rows, *, on_tokens, **sampling):
+        for row in range(len(rows) if on_tokens else 0):
+            on_tokens(row, [a])
+            on_tokens(row, [a])
+        return [[a, a] for _ in rows]
+
+    monkeypatch.setattr(generate, "generate", generated)
+    writes = Completer(model, {}, task, tokenizer, paired=False)
+    assert writes.complete(["", "a"], GREEDY) == ["a a", " a a"]
+    answers = Completer(model, {}, task, tokenizer, paired=True)
+    assert answers.complete(["", "a"], GREEDY) == ["a a", "a a"]
+    for completer, prompt, text in (
+        (writes, "", "a a"),
+        (writes, "a", "a a a"),
+        (answers, "a", "a a"),
+    ):
+        monkeypatch.setattr(checkpoint, "load", lambda *a, **k: None)
+        monkeypatch.setattr(workdirs, "completer", lambda *a, completer=completer: completer)
+        assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", prompt]) == 0
+        assert capsys.readouterr().out == f"{text}\n"

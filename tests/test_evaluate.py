@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from lm import evaluate, experiment, models, sharding, step, tasks
 from lm.config import ConfigError
-from lm.data import corpus, pipeline
+from lm.data import corpus, pipeline, settings
 from lm.tasks import causal_lm
 
 LENGTH = 16
@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 
     @functools.cache
     def build(tokenizer):
-        return corpus.build(pipeline.Config(path=(str(path),), tokenizer=tokenizer))
+        return corpus.build(settings.Config(path=(str(path),), tokenizer=tokenizer))
 
     return build
 

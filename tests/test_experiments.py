@@ -34,6 +34,12 @@ def test_every_experiment_takes_a_step(path, text_file, tmp_path):
         shrunk |= {"model.num_heads": "2", "model.num_kv_heads": "0"}
     if resolved.task.name == "span_corruption":
         shrunk["task.source_length"] = shrunk.pop("task.length")
+    if resolved.task.name == "classify":
+        labelled = tmp_path / "labelled.tsv"
+        lines = text_file.read_text().splitlines()[:120]
+        labelled.write_text("".join(f"{i % 3}\t{line} {i}\n" for i, line in enumerate(lines)))
+        shrunk |= {"data.path": str(labelled)}
+        shrunk |= {"data.source_field": "1", "data.label_field": "0"}
     if resolved.data.order == "stream":
         shrunk["eval.streams"] = "8"
     held = config_lib.flatten(resolved)  # a family may have no layers to take away

@@ -100,6 +100,14 @@ def test_a_missing_or_broken_experiment(tmp_path, capsys):
     assert "--config" in one_line(capsys)
 
 
+def test_a_mistake_is_told_without_what_goes_unused_besides(tmp_path, capsys):
+    path = tmp_path / "small.py"
+    path.write_text(EXPERIMENT.replace('"byte"', '"sentencepiece", "vocab_size": 300'))
+    assert main.main(["--config", str(path), "--config.data.tokenizer=wrong"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "data.tokenizer=wrong" in said.err
+
+
 def test_debug_shows_the_traceback(experiment):
     with pytest.raises(ValueError, match="num_steps"):
         experiment("--config.train.num_steps=soon", "--debug")

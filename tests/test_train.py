@@ -74,7 +74,7 @@ ENCODER = {"name": "bert", "num_layers": 1, "model_dim": 32, "num_heads": 2}
 
 
 def test_utilisation_counts_every_position_not_the_scored_ones(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "peak_flops", lambda: 1e12)
+    monkeypatch.setitem(hardware.PEAK_FLOPS, "cpu", 1e12)
     config = tiny(
         model=ConfigDict(ENCODER), task=ConfigDict({"name": "masked_lm", "length": 20}),
         eval__every_steps=0,
@@ -87,6 +87,15 @@ def test_utilisation_counts_every_position_not_the_scored_ones(tiny, tmp_path, m
     for row in rows:
         mfu = row["tokens_per_second"] * flops / 1e12 / len(jax.devices())
         assert row["mfu"] == pytest.approx(mfu, rel=1e-6)
+
+
+def test_utilisation_is_never_of_less_than_the_steps_themselves_reach(tiny, tmp_path, monkeypatch):
+    """Whatever a busy moment at the start has measured."""
+    monkeypatch.setattr(hardware, "measure_matmul_flops", lambda *args, **options: 1e-3)
+    monkeypatch.setattr(hardware, "_seen", {})
+    train.run(tiny(), tmp_path)
+    shares = [row["mfu"] for row in read_rows(tmp_path / "metrics.jsonl") if "mfu" in row]
+    assert len(shares) > 2 and max(shares) == 1 and min(shares) > 0
 
 
 @pytest.mark.parametrize("section", ["task", "model"])

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import math
 import resource
 import tempfile
 import time
@@ -65,7 +66,7 @@ def synthetic_corpus(vocab_size: int, num_tokens: int) -> corpus.Corpus:
         for part in (train_split, validation)
     }
     sizes = {"source": "synthetic", "bytes": num_tokens, "replaced": 0, "empty_documents": 0}
-    sizes |= {"labels": []}
+    sizes |= {"labels": [], "paired": False, "split": "synthetic"}
     return corpus.Corpus(
         Numbers(vocab_size), train_split, validation, "synthetic", {**sizes, **counts}
     )
@@ -97,7 +98,7 @@ class Ours:
             "devices": made.mesh.size,
             "jax": jax.__version__,
             "parameters": step.count_parameters(made.shapes),
-            "data_sheet_flops": hardware.peak_flops(measure=False) * made.mesh.size,
+            "data_sheet_flops": (hardware.data_sheet_flops() or math.nan) * made.mesh.size,
             "shape": self._shape(),
             "optim": dataclasses.asdict(made.cfg["optim"]),
         }
@@ -191,7 +192,7 @@ class Ours:
         """Return the FLOP/s of all devices in a matrix product of the model's type of computation."""
         on_cpu = jax.default_backend() == "cpu"
         dtype = jnp.float32 if on_cpu else jnp.bfloat16
-        rate = hardware.measure_matmul_flops(2048 if on_cpu else 8192, 3, dtype)
+        rate = hardware.measure_matmul_flops((2048 if on_cpu else 8192,), seconds=0.3, dtype=dtype)
         return rate if on_cpu else rate * self.made.mesh.size  # devices of a CPU share its cores
 
     def bandwidth(self) -> float:

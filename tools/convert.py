@@ -45,8 +45,11 @@ def _run(args: argparse.Namespace) -> int:
         following = f"python -m tools.generate --workdir {args.target}"
     print(
         f"{made.architecture}: {made.num_parameters:,} parameters in {made.dtypes}, tokenizer "
-        f"{made.tokenizer} -> {args.target}\nnext: {following}"
+        f"{made.tokenizer} -> {args.target}"
     )
+    if made.left_out:
+        print(f"not copied: {made.left_out}")
+    print(f"next: {following}")
     return 0
 
 

@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     startup.prepare()
     import jax
 
-    from lm import checkpoint, experiment, hardware, manifests, sharding, step
+    from lm import checkpoint, evaluate, experiment, hardware, manifests, sharding, step
     from lm import workdir as workdirs
     from lm.data import corpus, tokenizers
 
@@ -55,6 +55,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         assignments = [*assignments, "data.validation_fraction=1"]
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
+    if other:
+        config.data.mixture, config.data.mixture_stages = (), ()
     config = config_lib.complete(
         config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
     )
@@ -84,7 +86,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
             params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
         eval_step = experiment.jit_eval_step(model, objective)
         bar = functools.partial(tqdm, desc="evaluating", unit=" batches", delay=2)
-        scores = experiment.score(model, eval_step, params, text, task, cfg, mesh, bar)
+        scores = evaluate.score(model, eval_step, params, text, task, cfg, mesh, bar)
     for name, value in scores.items():
         print(f"{name:<14} {value:,.6g}")
     if args.json:

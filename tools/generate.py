@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lm import command, startup
+from lm.config import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 = the most probable token"
     )
-    parser.add_argument("--top_k", type=int, default=50, help="sample from the k best; 0 = all")
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="sample from the k best, 0 = all; of an encoder, answers to show (default: 50, or 5)",
+    )
     parser.add_argument(
         "--top_p", type=float, default=0.95, help="sample from this much probability; 1 = all"
     )
@@ -34,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.num_samples < 1:
+        raise ConfigError(f"num_samples={args.num_samples}: use 1 or more")
     startup.prepare()
     from lm import checkpoint, complete, hardware
     from lm import workdir as workdirs
@@ -44,10 +52,9 @@ def _run(args: argparse.Namespace) -> int:
     completer = workdirs.completer(args.workdir, loaded)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     alone = len(prompts) == 1 and completer.kind != "masked"
-    stream = _Stream(prompts[0] if completer.goes_on else "", completer) if alone else None
-    sampling = complete.Sampling(
-        args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
-    )
+    stream = _Stream(prompts[0], completer) if alone else None
+    top_k = getattr(args, "top_k", 5 if completer.kind == "masked" else 50)
+    sampling = complete.Sampling(args.max_tokens, args.temperature, top_k, args.top_p, args.seed)
     texts = completer.complete(prompts, sampling, on_tokens=stream)
     if stream:
         stream.finish()
@@ -63,18 +70,21 @@ class _Stream:
 
     def __init__(self, prompt: str, completer):
         self._tokens: list[int] = []
-        self._completer, self._printed = completer, 0
-        print(prompt, end="", flush=True)
+        self._prompt, self._completer, self._printed = prompt, completer, 0
+        print(prompt if completer.goes_on else "", end="", flush=True)
 
     def __call__(self, row: int, new: list[int]) -> None:
         self._tokens += new
-        text = self._completer.decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self._text().rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
 
     def finish(self) -> None:
         """Print what waited."""
-        print(self._completer.decode(self._tokens)[self._printed :], flush=True)
+        print(self._text()[self._printed :], flush=True)
+
+    def _text(self) -> str:
+        return self._completer.answer(self._prompt, self._tokens)
 
 
 if __name__ == "__main__":

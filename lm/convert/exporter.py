@@ -60,11 +60,12 @@ def from_run(workdir: str | Path, target: str | Path, step: int | str = "last") 
 def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, Any]]:
     """Return the architecture that a model is, and its config.json.
 
-    It is one if what is written is read as the same config, but for what training alone needs. `first`
-    is tried first, and RoBERTa before BERT, of which it is a case.
+    It is one if what is written is read as the same config, but for what training alone needs. Of several it
+    is `first`, the one that the model was read as, or else the one that claims it.
     """
+    found: dict[str, dict[str, Any]] = {}
     reasons = []
-    for name in sorted(architectures.names(), key=lambda name: (name == first, name), reverse=True):
+    for name in architectures.names():
         architecture = architectures.architecture(name)
         if family != architecture.FAMILY:
             continue
@@ -82,9 +83,14 @@ def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, A
         values = _deciding(cfg, architecture)
         differing = [key for key, value in values.items() if again.get(key) != value]
         if not differing:
-            return name, settings
+            found[name] = settings
+            continue
         shown_fields = [f"model.{key}={getattr(cfg, key)!r}" for key in differing]
         reasons.append(f"{name} has no {', '.join(shown_fields)}")
+    for name, settings in found.items():
+        claimed = len(found) == 1 or architectures.architecture(name).claims(cfg)
+        if name == first or (first not in found and claimed):
+            return name, settings
     known = "; ".join(reasons) or f"known are {', '.join(architectures.names())}"
     raise ConfigError(
         f"model.name={family!r}: no Hugging Face architecture that is known here is this model: {known}"

@@ -14,6 +14,7 @@ from lm.data import external
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 MAX_FILES = 1000
+MAX_BESIDE = external.MAX_BYTES  # bytes of all other files that a run keeps
 # What belongs to a model besides its weights, and is small.
 BESIDE = (
     "config.json",
@@ -131,7 +132,12 @@ class Folder:
             for file, header in self.headers.items()
         }
 
-    def beside(self) -> list[Path]:
-        """Return the other files that belong to the model."""
-        found = [self.path / name for name in BESIDE] + sorted(self.path.glob("tok*.bin"))
-        return [file for file in found if file.is_file()]
+    def beside(self) -> tuple[list[Path], list[str]]:
+        """Return the other files of the model, MAX_BESIDE bytes at most, and the names of all the rest."""
+        kept, room = [], MAX_BESIDE
+        for file in [*(self.path / name for name in BESIDE), *sorted(self.path.glob("tok*.bin"))]:
+            if file.is_file() and file.stat().st_size <= room:
+                kept.append(file)
+                room -= file.stat().st_size
+        taken = {*self.headers, *(file.name for file in kept)}
+        return kept, sorted(file.name for file in self.path.iterdir() if file.name not in taken)

@@ -62,10 +62,11 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
         finally:
             saver.close()
         _write_run_files(unfinished, workdir, architecture, cfg, tokenizer)
-        _keep(unfinished / KEPT, folder, architecture, cfg, renamed)
+        left_out = _keep(unfinished / KEPT, folder, architecture, cfg, renamed)
     dtypes = sorted({entry.dtype for entry in folder.entries.values()})
     count = sum(int(array.size) for array in params.values())
-    return Converted(name, count, "/".join(dtypes), f"{tokenizer.name} of {tokenizer.vocab_size:,}")
+    words = f"{tokenizer.name} of {tokenizer.vocab_size:,}"
+    return Converted(name, count, "/".join(dtypes), words, _listed(left_out))
 
 
 def _architecture(folder: Folder) -> tuple[str, Any]:
@@ -215,10 +216,11 @@ def _write_run_files(
 
 def _keep(
     target: Path, folder: Folder, architecture: Any, cfg: Any, renamed: Mapping[str, str]
-) -> None:
-    """Keep what the way back needs to give the same files."""
+) -> list[str]:
+    """Keep what the way back needs to give the same files; return the names of what is not kept."""
     target.mkdir()
-    for file in folder.beside():
+    beside, left_out = folder.beside()
+    for file in beside:
         shutil.copyfile(file, target / file.name)
     layout = {"architecture": folder.config["model_type"], "files": folder.layout(renamed)}
     manifests.write_whole(target / LAYOUT, json.dumps(layout) + "\n")
@@ -232,3 +234,4 @@ def _keep(
     }
     if kept:
         safetensors_file.write(target / UNUSED, kept, order=list(kept), metadata=None)
+    return left_out

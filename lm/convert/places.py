@@ -23,6 +23,7 @@ class Converted(NamedTuple):
     num_parameters: int
     dtypes: str
     tokenizer: str
+    left_out: str = ""  # names of files that were not copied
 
 
 @contextlib.contextmanager

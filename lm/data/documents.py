@@ -1,19 +1,19 @@
-"""Files to documents: text, JSON lines and tables, compressed or not. One function a format."""
+"""Files to documents: text, JSON lines and tables. One function a format, and what they share.
 
-import contextlib
+Every reader yields the records of one file in order from number `start` on. What is broken is refused with
+its place, or skipped, as `Reading.on_broken` says; a record that is skipped is yielded without text.
+"""
+
 import csv
-import gzip
 import io
+import itertools
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import zstandard
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from lm.config import ConfigError
+from lm.data import files
 
 _BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -23,18 +23,21 @@ TABLES = {"tsv": "\t", "csv": ","}  # what separates the columns
 class Document(NamedTuple):
     """One text, how many invalid byte sequences in it were replaced by U+FFFD, and what belongs to it.
 
-    `second` is a target or a label, where the data has pairs.
+    `second` is a target or a label, where the data has pairs. A record that is skipped has no text, and
+    `broken` is the kind of what is wrong with it, so that the records after it keep their numbers.
     """
 
     text: str
     replaced: int = 0
     second: str | None = None
+    broken: str = ""
 
 
 class Fields(NamedTuple):
     """Names of what is read of a record: the text, or a source and a target, or a source and a label.
 
-    In a table a number is a column, counted from 0, and then there is no line of names.
+    In a table a number is a column, counted from 0, and then there is no line of names. Elsewhere
+    "a.b" is field b of the record that is field a, unless a field has that very name.
     """
 
     text: str = "text"
@@ -49,178 +52,257 @@ class Fields(NamedTuple):
         return (self.source, second) if second else (self.source or self.text,)
 
 
-def text(files: Iterable[Path], *, on_invalid: str) -> Iterator[Document]:
-    """Yield each file as one document, line ends as they are."""
-    for file in files:
-        with opened(file) as handle:
-            raw = handle.read()
-        if b"\0" in raw[:4096]:
-            raise ConfigError(
-                f"data.path: {file} is no UTF-8 text (it holds NUL bytes); convert it, or name another"
-            )
-        content, replaced, _ = _decode(raw, 0, file, on_invalid)
-        content = content.removeprefix(_BYTE_ORDER_MARK)
-        if not content:
-            raise ConfigError(f"data.path: {file} is empty; name a file that holds text")
+class Reading(NamedTuple):
+    """What is read of a record, and what is done with invalid bytes and with broken records."""
+
+    fields: Fields = Fields()
+    on_invalid: str = "replace"  # or refuse
+    on_broken: str = "refuse"  # or skip
+
+    def broken(self, kind: str, message: str) -> Document:
+        """Return what stands for a record that is skipped, or raise ConfigError with `message`."""
+        if self.on_broken == "refuse":
+            raise ConfigError(f"{message}, or set data.on_broken=skip")
+        return Document("", broken=kind)
+
+
+def text(file: str, start: int, reading: Reading) -> Iterator[Document]:
+    """Yield a file as one document, line ends as they are."""
+    yield from itertools.islice(_damage_told(_text(file, reading), reading), start, None)
+
+
+def _text(file: str, reading: Reading) -> Iterator[Document]:
+    name = files.printable(file)
+    with files.opened(file) as handle:
+        raw = handle.read()
+    if b"\0" in raw[:4096]:
+        yield reading.broken(
+            "no text",
+            f"data.path: {name} is no UTF-8 text (it holds NUL bytes); convert it, name another",
+        )
+        return
+    content, replaced = decode(raw, name, reading.on_invalid)
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    if content:
         yield Document(content, replaced)
+    else:
+        yield reading.broken(
+            "empty file", f"data.path: {name} is empty; name a file that holds text"
+        )
 
 
-def jsonl(files: Iterable[Path], *, fields: Fields, on_invalid: str) -> Iterator[Document]:
-    """Yield the strings in `fields` of every line's JSON object; blank lines are skipped."""
-    for file in files:
-        offset, number = 0, 0
-        with opened(file) as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield _record(line, offset, f"{file}:{number}", fields, on_invalid)
-                offset += len(line)
-        if not number:
-            raise ConfigError(f"data.path: {file} is empty; name a file that holds JSON lines")
+def jsonl(file: str, start: int, reading: Reading) -> Iterator[Document]:
+    """Yield the strings in the fields of every line's JSON object; blank lines are skipped."""
+    name = files.printable(file)
+    lines = itertools.islice(_damage_told(_json_lines(file, name, reading), reading), start, None)
+    for line in lines:
+        yield line if isinstance(line, Document) else _of_json(line, name, reading)
 
 
-def table(
-    files: Iterable[Path], delimiter: str, *, fields: Fields, on_invalid: str
-) -> Iterator[Document]:
-    """Yield the cells in `fields` of every line; CSV has quotes, and lines in them, and TSV has not."""
-    for file in files:
-        with opened(file) as handle:
-            raw = handle.read()
-        content, replaced, _ = _decode(raw, 0, file, on_invalid)
-        content = content.removeprefix(_BYTE_ORDER_MARK)
-        if delimiter == "\t":
-            lines: Iterator[list[str]] = (
-                line.removesuffix("\r").split("\t") for line in content.split("\n") if line.strip()
+class _Line(NamedTuple):
+    """A line, and where it is: its number from 1 and its first byte's from 0."""
+
+    raw: bytes
+    number: int
+    offset: int
+
+
+def _json_lines(file: str, name: str, reading: Reading) -> Iterator[_Line | Document]:
+    offset = number = 0
+    with files.opened(file) as handle:
+        for number, raw in enumerate(handle, 1):
+            if raw.strip():
+                yield _Line(raw, number, offset)
+            offset += len(raw)
+    if not number:
+        yield reading.broken(
+            "empty file", f"data.path: {name} is empty; name a file that holds JSON lines"
+        )
+
+
+def _of_json(line: _Line, name: str, reading: Reading) -> Document:
+    where = f"{name}:{line.number}"
+    content, replaced = decode(line.raw, where, reading.on_invalid, line.offset)
+    try:
+        record = json.loads(content.removeprefix(_BYTE_ORDER_MARK))
+        del content  # a line may be most of the memory
+    except (ValueError, RecursionError) as error:
+        return reading.broken(
+            "no JSON", f"data.path: {where}: not JSON ({error}); repair that line"
+        )
+    document = of_record(record, where, reading)
+    return document._replace(replaced=document.replaced + replaced) if replaced else document
+
+
+def of_record(record: Any, where: str, reading: Reading) -> Document:
+    """Return the strings in the fields of a record, lone surrogates in them replaced and counted."""
+    texts, replaced = [], 0
+    for field in reading.fields.names:
+        value = _value(record, field)
+        if not isinstance(value, str):
+            holds = ", ".join(map(str, record)) if isinstance(record, Mapping) else "no object"
+            return reading.broken(
+                "no such text",
+                f"data.field={field}: {where} has no text by that name (it holds {holds}); "
+                "set data.field (of pairs: data.source_field and the other), repair that record",
+            )
+        content, surrogates, *_ = whole(value)
+        replaced += surrogates
+        if surrogates and reading.on_invalid == "refuse":
+            raise ConfigError(
+                f"data.on_invalid=refuse: {where}: a lone surrogate is not text; replace counts it"
+            )
+        texts.append(content)
+    return Document(texts[0], replaced, texts[1] if texts[1:] else None)
+
+
+def _value(record: Any, name: str) -> Any:
+    """Return the field of a record by its name, or by a dotted path to it; None where there is none."""
+    if not isinstance(record, Mapping):
+        return None
+    if name in record or "." not in name:
+        return record.get(name)
+    first, _, rest = name.partition(".")
+    return _value(record.get(first), rest)
+
+
+def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterator[Document]:
+    """Yield the cells in the fields of every line; CSV has quotes, and lines in them, and TSV has not."""
+    name = files.printable(file)
+    rows = _damage_told(_rows(file, name, delimiter, reading), reading)
+    names, before = reading.fields.names, 0
+    if all(field.isdecimal() and len(field) < 10 for field in names):
+        columns = [int(field) for field in names]
+    else:
+        first = next(rows, None)
+        if isinstance(first, Document):  # without the line of names nothing can be read
+            yield from [first][start:]
+            return
+        columns = _columns(name, names, first.cells if first else [])
+        before = first.replaced if first else 0  # bytes of the line of names; the first row's count
+    for number, row in enumerate(itertools.islice(rows, start, None), start + 1):
+        if isinstance(row, Document):
+            yield row
+        elif max(columns) < len(row.cells):
+            text, *second = (row.cells[column] for column in columns)
+            replaced = row.replaced + (before if number == 1 else 0)
+            yield Document(text, replaced, second[0] if second else None)
+        else:
+            yield reading.broken(
+                "ragged row",
+                f"data.path: {name}: row {number} has {len(row.cells)} columns and {max(columns) + 1} are "
+                f"needed (line {row.line}); repair that row",
+            )
+
+
+def _columns(name: str, wanted: Sequence[str], names: list[str]) -> list[int]:
+    """Return where the wanted names stand in the line of names."""
+    for field in wanted:
+        if field not in names:
+            raise ConfigError(
+                f"data.path: {name} has no column {field!r} (it has {', '.join(names) or 'none'}); name it "
+                "in data.source_field, data.target_field or data.label_field, or give column numbers"
+            )
+    return [names.index(field) for field in wanted]
+
+
+class _Row(NamedTuple):
+    """The cells of a row, the number of its last line, and the replaced bytes since the row before."""
+
+    cells: list[str]
+    line: int
+    replaced: int
+
+
+class _TextLines:
+    """The lines of a table as text, how many were taken, and how many bytes were replaced in them."""
+
+    def __init__(self, handle: BinaryIO, name: str, on_invalid: str):
+        self.number = self.replaced = 0
+        self._handle, self._name, self._on_invalid = handle, name, on_invalid
+
+    def __iter__(self) -> Iterator[str]:
+        offset = 0
+        for raw in self._handle:
+            content, replaced = decode(raw, self._name, self._on_invalid, offset)
+            self.number += 1
+            self.replaced += replaced
+            yield content if offset else content.removeprefix(_BYTE_ORDER_MARK)
+            offset += len(raw)
+
+
+def _rows(file: str, name: str, delimiter: str, reading: Reading) -> Iterator[_Row | Document]:
+    """Yield the rows that are not empty, the line of names too where there is one."""
+    with files.opened(file) as handle:
+        lines = _TextLines(handle, name, reading.on_invalid)
+        counted = 0
+        for cells in _tsv(lines) if delimiter == "\t" else _csv(lines, name, reading):
+            if isinstance(cells, Document):
+                yield cells
+            else:
+                yield _Row(cells, lines.number, lines.replaced - counted)
+                counted = lines.replaced
+
+
+def _tsv(lines: Iterable[str]) -> Iterator[list[str]]:
+    for line in lines:
+        if line.strip():
+            yield line.removesuffix("\n").removesuffix("\r").split("\t")
+
+
+def _csv(lines: Iterable[str], name: str, reading: Reading) -> Iterator[list[str] | Document]:
+    csv.field_size_limit(2**31 - 1)  # of characters: a cell may be a book
+    # A lone carriage return ends a line as well, in files of old.
+    split = (
+        part
+        for line in lines
+        for part in (io.StringIO(line, newline="") if "\r" in line else (line,))
+    )
+    rows = csv.reader(split, strict=True)
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            yield reading.broken(
+                "bad quotes",
+                f"data.path: {name}: line {rows.line_num}: {error}; repair the quotes, use .tsv",
             )
         else:
-            lines = _csv_lines(content, file)
-        columns = _columns(file, fields, lines)
-        for number, cells in enumerate(lines, 1):
-            if max(columns) >= len(cells):
-                raise ConfigError(
-                    f"data.path: {file}: row {number} has {len(cells)} columns and {max(columns) + 1} are "
-                    "needed; repair that row"
-                )
-            text, *second = (cells[column] for column in columns)
-            yield Document(text, replaced if number == 1 else 0, second[0] if second else None)
+            if cells:
+                yield cells
 
 
-def _csv_lines(content: str, file: Path) -> Iterator[list[str]]:
-    csv.field_size_limit(2**31 - 1)  # of characters: a cell may be a book
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+def _damage_told(records: Iterator[Any], reading: Reading) -> Iterator[Any]:
+    """Yield the records of a file; where it is damaged its rest is one broken record."""
     try:
-        yield from (cells for cells in reader if cells)
-    except csv.Error as error:
-        raise ConfigError(
-            f"data.path: {file}: line {reader.line_num}: {error}; repair the quotes, or use .tsv"
-        ) from None
+        yield from records
+    except files.Damaged as error:
+        yield reading.broken("damaged file", str(error))
 
 
 def whole(content: str) -> Document:
     """Return a text as a document, lone surrogates, which no UTF-8 holds, replaced and counted."""
-    return Document(*_SURROGATE.subn("\ufffd", content))
-
-
-def _columns(file: Path, fields: Fields, lines: Iterator[list[str]]) -> list[int]:
-    """Return the columns of `fields`; a line of names is taken from `lines` unless they are numbers."""
-    if all(name.isdecimal() and len(name) < 10 for name in fields.names):
-        return [int(name) for name in fields.names]
-    names = next(lines, [])
-    for name in fields.names:
-        if name not in names:
-            raise ConfigError(
-                f"data.path: {file} has no column {name!r} (it has {', '.join(names) or 'none'}); name it "
-                "in data.source_field, data.target_field or data.label_field, or give column numbers"
-            )
-    return [names.index(name) for name in fields.names]
-
-
-def _record(line: bytes, offset: int, where: str, fields: Fields, on_invalid: str) -> Document:
-    content, replaced, _ = _decode(line, offset, where, on_invalid)
     try:
-        record = json.loads(content.removeprefix(_BYTE_ORDER_MARK))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"data.path: {where}: not JSON ({error}); repair that line") from None
-    texts = []
-    for field in fields.names:
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            holds = ", ".join(map(str, record)) if isinstance(record, dict) else "no object"
-            raise ConfigError(
-                f"data.field={field}: {where} has no text by that name (it holds {holds}); "
-                "set data.field (of pairs: data.source_field and the other) or repair that line"
-            )
-        text, surrogates, _ = whole(record[field])
-        replaced += surrogates
-        if surrogates and on_invalid == "refuse":
-            raise ConfigError(
-                f"data.on_invalid=refuse: {where}: a lone surrogate is not text; replace counts it"
-            )
-        texts.append(text)
-    return Document(texts[0], replaced, texts[1] if texts[1:] else None)
+        content.isascii() or content.encode()  # many times as fast as looking for one
+    except UnicodeEncodeError:
+        return Document(*_SURROGATE.subn("\ufffd", content))
+    return Document(content)
 
 
-def _decode(raw: bytes, offset: int, file: Path | str, on_invalid: str) -> Document:
-    """Decode UTF-8; each invalid sequence counts once and becomes U+FFFD, or is refused."""
+def decode(raw: bytes, where: str, on_invalid: str, offset: int = 0) -> tuple[str, int]:
+    """Decode UTF-8; each invalid sequence counts once and becomes U+FFFD, or is refused.
+
+    `offset` is the place of the first byte in the file that `where` names.
+    """
     try:
-        return Document(raw.decode())
+        return raw.decode(), 0
     except UnicodeDecodeError as error:
         if on_invalid == "refuse":
             raise ConfigError(
-                f"data.on_invalid=refuse: {file}: byte {offset + error.start} is not UTF-8; "
+                f"data.on_invalid=refuse: {where}: byte {offset + error.start} is not UTF-8; "
                 "convert the file, or use replace, which counts such bytes"
             ) from None
     replaced = raw.decode(errors="replace")
-    return Document(replaced, replaced.count("\ufffd") - raw.count("\ufffd".encode()))
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompress frames; unlike zstandard's own reader, a truncated one raises EOFError."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._unread = b""  # compressed bytes after a frame's end
-        self._ready = b""
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            data = self._unread or self._raw.read(1 << 16)
-            if not data:
-                if self._inside:
-                    raise EOFError("the last zstd frame is cut off")
-                return 0
-            if not self._inside:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(data)
-            self._inside = not self._frame.eof
-            self._unread = self._frame.unused_data if self._frame.eof else b""
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
-@contextlib.contextmanager
-def explained(file: Path, field: str = "data.path") -> Iterator[None]:
-    """Turn what goes wrong while `file` is read into a ConfigError that names `field`."""
-    try:
-        yield
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        message = f"{field}: {file} is damaged ({error}); restore it, or decompress it by hand"
-        raise ConfigError(message) from error
-    except OSError as error:
-        raise ConfigError(f"{field}: cannot read {file} ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def opened(file: Path, field: str = "data.path") -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed by its suffix."""
-    with explained(file, field), file.open("rb") as raw:
-        if file.suffix == ".gz":
-            yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
-        elif file.suffix == ".zst":
-            yield io.BufferedReader(_Zstandard(raw), 1 << 16)
-        else:
-            yield raw
+    return replaced, replaced.count("\ufffd") - raw.count("\ufffd".encode())

@@ -11,6 +11,7 @@ exact for byte-level BPE without normalisation, and a good guess where text is c
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,24 @@ from lm.data import llama2c, tokenizers
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
 
 MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published are about 35 MB
-SAVED = {"huggingface": "huggingface.json", "llama2c": llama2c.SAVED}  # in a run's tokenizer/
+# In a run's tokenizer/, by the kind.
+SAVED = {
+    "huggingface": "huggingface.json",
+    "byte_bpe": "huggingface.json",
+    "llama2c": llama2c.SAVED,
+}
 OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
+_CHUNK = 1 << 16  # characters; a longer text is cut at the next place where that changes no id
+_BATCH = 1 << 21  # characters
+# Such places, with what may stand before and after; the first that a tokenizer's words allow counts.
+_ENDS = ("cat", "é", "12", "不", "end.", "x_")
+_CUTS = (
+    (re.compile(r"\S(?=[ \n]\w)"), _ENDS, (" a", "\nb", " 1", "\n不")),
+    (re.compile(r"[^\W\d_](?=[ \n][^\W\d_])"), _ENDS[:2], (" a", "\nb", "\n不")),
+    (re.compile(r"\S(?= \w)"), _ENDS, (" a", " 1")),
+)
+_NO_IDS = np.zeros(0, np.int32)
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Where no file beside the tokenizer's names them.
 USUAL = {
@@ -91,6 +107,7 @@ class HuggingFace(Tokenizer):
         }
         prefixed = bool(first) and self._tokens[first[0]].startswith(SPACE)
         self._anchor = first[-1:] if prefixed else []
+        self._cut = self._find_cut()
 
     def _id_of(self, character: str) -> set[int]:
         index = self._library.token_to_id(character)
@@ -114,10 +131,44 @@ class HuggingFace(Tokenizer):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._library.encode_batch_fast(
-            [checked(text) for text in texts], add_special_tokens=False
-        )
-        return [self._without_special(np.array(one.ids, np.int32)) for one in encoded]
+        parts = [self._parts(checked(text)) for text in texts]
+        encoded = self._encode_parts([part for own in parts for part in own])
+        return [np.concatenate([_NO_IDS, *(next(encoded) for _ in own)]) for own in parts]
+
+    def _encode_parts(self, parts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of each; the library, which takes about 100 bytes a character, gets a few at once."""
+        for batch in _batched(parts):
+            for one in self._library.encode_batch_fast(batch, add_special_tokens=False):
+                yield self._without_special(np.array(one.ids, np.int32))
+
+    def _parts(self, text: str) -> list[str]:
+        """Cut a long text where its ids stay the same, if this tokenizer has such places."""
+        parts, start = [], 0
+        while self._cut and len(text) - start > _CHUNK:
+            place = self._cut.search(text, start + _CHUNK)
+            end = place.end() if place else len(text)
+            parts.append(text[start:end])
+            start = end
+        return [*parts, text[start:]]
+
+    def _find_cut(self) -> re.Pattern[str] | None:
+        """Return the places that are between words as the tokenizer takes them, by examples."""
+        normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
+        added = self._library.get_added_tokens_decoder().values()
+        if splitter is None or any(
+            not token.special and (token.lstrip or token.rstrip or re.search(r"\s", token.content))
+            for token in added
+        ):
+            return None
+
+        def words(text: str) -> list[str]:
+            text = normalizer.normalize_str(text) if normalizer else text
+            return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+        for pattern, befores, afters in _CUTS:
+            if all(words(b + a) == words(b) + words(a) for b in befores for a in afters):
+                return pattern
+        return None
 
     def _without_special(self, ids: np.ndarray) -> np.ndarray:
         if not np.isin(ids, list(self._plain)).any():
@@ -172,6 +223,20 @@ def _refusing() -> Iterator[None]:
         raise
     except BaseException as error:
         raise ConfigError(f"not a tokenizer of Hugging Face's ({error})") from error
+
+
+def _batched(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of parts of about _BATCH characters."""
+    batch: list[str] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _first_known(

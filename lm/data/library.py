@@ -5,14 +5,16 @@ library's files with `ast` and never import them: importing runs code.
 """
 
 import ast
+import functools
+import itertools
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import decode_source
 from pathlib import Path, PurePosixPath
 
-from lm.data.documents import Document, whole
+from lm.data.documents import Document, Reading, whole
 
 _EXCLUDED = {
     *("test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"),
@@ -61,6 +63,17 @@ def python_pairs(files: Iterable[Path]) -> Iterator[Document]:
                 seen.add(body)
                 document = whole(body.strip())
                 yield document._replace(second=whole(summary).text)
+
+
+def read(name: str, start: int, reading: Reading) -> Iterator[Document]:
+    """Yield the documents of an embedded source from number `start` on."""
+    yield from itertools.islice(_kept(name, tuple(library_files())), start, None)
+
+
+# Kept, because the corpora are small and parsing takes seconds.
+@functools.lru_cache(maxsize=1)
+def _kept(name: str, files: tuple[Path, ...]) -> tuple[Document, ...]:
+    return tuple(_READERS[name](files))
 
 
 def library_folder() -> Path:
@@ -124,8 +137,9 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield from _docstrings(child, name)
 
 
-READERS = {
+_READERS: dict[str, Callable[[Iterable[Path]], Iterator[Document]]] = {
     "python_docs": python_docs,
     "python_source": python_source,
     "python_pairs": python_pairs,
 }
+NAMES = tuple(_READERS)

@@ -1,19 +1,38 @@
-"""Where documents come from: the user's files, and what every Python carries."""
+"""Where documents come from: files, datasets, databases, and what every Python carries.
 
-import dataclasses
-import glob
+A source has parts, each read in order and from any record on, so that preparation can share the work and be
+resumed, and so that part and number say where a document came from.
+"""
+
+import functools
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lm.config import ConfigError
-from lm.data import documents, library
-from lm.data.documents import TABLES, Document, Fields
+from lm.data import documents, files, huggingface, library, mongodb, parquet
+from lm.data.documents import TABLES, Document, Fields, Reading
+from lm.data.huggingface import WHOLE, Dataset
 
-EMBEDDED = ("python_docs", "python_source", "python_pairs")
-NAMES = (*EMBEDDED, "text", "jsonl", "tsv", "csv")
+EMBEDDED = library.NAMES
+_FILES: dict[str, Callable[[str, int, Reading], Iterator[Document]]] = {
+    "text": documents.text,
+    "jsonl": documents.jsonl,
+    **{name: functools.partial(documents.table, delimiter=TABLES[name]) for name in TABLES},
+    "parquet": parquet.read,
+}
+_READERS: dict[str, Callable[[Any, int, Reading], Iterator[Document]]] = {
+    **dict.fromkeys(EMBEDDED, library.read),
+    **_FILES,
+    "huggingface": huggingface.read,
+    "mongodb": mongodb.read,
+}
+NAMES = tuple(_READERS)
+WITH_FIELDS = tuple(name for name in NAMES if name not in (*EMBEDDED, "text"))
+# Of a user in a URL; of MongoDB's it may have a "/" in it, or stand in an option.
+_PASSWORD = re.compile(r"://[^/]*:[^/]*@|^mongodb[^/]*//.*:.*@|[?&;]\w*password=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -21,31 +40,25 @@ class Source:
     """The documents of one source, to be read any number of times in the same order."""
 
     name: str  # one of NAMES
-    files: tuple[Path, ...]
-    fields: Fields  # of JSONL and tables
-    on_invalid: str  # replace or refuse
-
-    # What was parsed is kept: the embedded corpora are small and parsing takes seconds.
-    _kept: list[Document] = dataclasses.field(default_factory=list, repr=False, compare=False)
+    parts: tuple[str, ...]  # read one after the other: files, shards, a collection, printable
+    reading: Reading
+    places: tuple[Any, ...] = field(repr=False)  # what the reader of each part is given
 
     def __iter__(self) -> Iterator[Document]:
-        if self.name == "jsonl":
-            yield from documents.jsonl(self.files, fields=self.fields, on_invalid=self.on_invalid)
-        elif self.name in TABLES:
-            delimiter = TABLES[self.name]
-            yield from documents.table(
-                self.files, delimiter, fields=self.fields, on_invalid=self.on_invalid
-            )
-        elif self.name == "text":
-            yield from documents.text(self.files, on_invalid=self.on_invalid)
-        elif self._kept:
-            yield from self._kept
-        else:
-            parsed = []
-            for document in library.READERS[self.name](self.files):
-                parsed.append(document)
-                yield document
-            self._kept.extend(parsed)
+        for part in range(len(self.parts)):
+            yield from self.read(part)
+
+    def read(self, part: int, start: int = 0) -> Iterator[Document]:
+        """Yield the documents of `parts[part]` in order, beginning with number `start`, counted from 0.
+
+        A record that is empty or broken counts, and is yielded without text.
+        """
+        return _READERS[self.name](self.places[part], start, self.reading)
+
+    @property
+    def fields(self) -> Fields:
+        """The names of what is read of a record."""
+        return self.reading.fields
 
     @property
     def paired(self) -> bool:
@@ -53,45 +66,124 @@ class Source:
         return self.name == "python_pairs" or len(self.fields.names) == 2
 
     def fingerprint(self) -> str:
-        """Return a hex digest of the files' bytes and the settings; names do not count."""
-        digest = hashlib.blake2b(f"{self.name} {self.on_invalid} ".encode(), digest_size=16)
-        of_records = self.name == "jsonl" or self.name in TABLES
-        digest.update("\0".join(self.fields).encode() if of_records else b"")
-        for file in self.files:
-            digest.update(file.suffix.encode() if file.suffix in (".gz", ".zst") else b"")
-            with documents.explained(file), file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "blake2b").digest())
+        """Return a hex digest of the content and the settings; names of files do not count.
+
+        The content of a dataset of the hub's is its commit, of a remote file its checksum or time, of a
+        collection its size and last record.
+        """
+        settings = f"{self.name} {self.reading.on_invalid} {self.reading.on_broken} "
+        digest = hashlib.blake2b(settings.encode(), digest_size=16)
+        if self.name in WITH_FIELDS:
+            digest.update("\0".join(self.fields).encode())
+        for mark in self._marks():
+            digest.update(mark)
         return digest.hexdigest()
 
+    def _marks(self) -> Iterator[bytes]:
+        if self.name == "huggingface":
+            yield from huggingface.marks(self.places)
+        elif self.name == "mongodb":
+            yield from mongodb.marks(self.places)
+        else:
+            embedded = self.name in EMBEDDED
+            for file in map(str, library.library_files() if embedded else self.places):
+                yield files.packing(file).encode()
+                yield files.mark(file)
 
-def open_source(name: str, *, path: Sequence[str], fields: Fields, on_invalid: str) -> Source:
-    """Return the source that `resolve(name, path)` names, over the files that `path` names.
 
-    Raises ConfigError for a missing or empty file, an empty glob, files of two kinds.
+@dataclass(frozen=True)
+class Joined:
+    """A source to train on and, after it, one of the same kind to evaluate on."""
+
+    training: Source
+    validation: Source
+
+    def __iter__(self) -> Iterator[Document]:
+        yield from self.training
+        yield from self.validation
+
+    def read(self, part: int, start: int = 0) -> Iterator[Document]:
+        """See `Source.read`; the parts of both are counted through."""
+        if part < self.training_parts:
+            return self.training.read(part, start)
+        return self.validation.read(part - self.training_parts, start)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of both."""
+        return (*self.training.parts, *self.validation.parts)
+
+    @property
+    def training_parts(self) -> int:
+        """How many of the parts are trained on."""
+        return len(self.training.parts)
+
+    @property
+    def name(self) -> str:
+        """The name of the source to train on."""
+        return self.training.name
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of both."""
+        return self.training.fields
+
+    @property
+    def paired(self) -> bool:
+        """Whether each document has a second text."""
+        return self.training.paired
+
+    def fingerprint(self) -> str:
+        """Return a hex digest of both."""
+        return f"{self.training.fingerprint()} {self.validation.fingerprint()}"
+
+
+def open_source(
+    name: str,
+    *,
+    path: Sequence[str],
+    fields: Fields,
+    on_invalid: str,
+    on_broken: str = "refuse",
+    dataset: Dataset = WHOLE,
+) -> Source:
+    """Return the source that `resolve(name, path)` names, over what `path` names.
+
+    Raises ConfigError for a missing or empty file, an empty glob, files of two kinds, a dataset or collection
+    that is not there.
     """
     resolved = resolve(name, path)
-    files = tuple(library.library_files()) if resolved in EMBEDDED else tuple(_expand(path))
-    if resolved in EMBEDDED and not files:
-        raise ConfigError(
-            f"data.source={name}: no Python files in {library.library_folder()}; "
-            "set data.path to your own text"
-        )
-    for file in files:
-        if name in EMBEDDED and path and kind(file.name) != resolved:
+    if resolved in EMBEDDED:
+        if not library.library_files():
             raise ConfigError(
-                f"data.path: {file} looks like {kind(file.name)} and {path[0]} like {resolved}; "
-                "set data.source to text or jsonl"
+                f"data.source={name}: no Python files in {library.library_folder()}; "
+                "set data.path to your own text"
             )
-    return Source(resolved, files, fields, on_invalid)
+        named: list[tuple[str, Any]] = [(resolved, resolved)]
+    elif resolved == "huggingface":
+        named = list(huggingface.locate(path, dataset))
+    elif resolved == "mongodb":
+        named = list(mongodb.locate(path))
+    else:
+        named = [(files.printable(file), file) for file in files.expand(path)]
+        for part, file in named:
+            if name in EMBEDDED and kind(file) != resolved:
+                raise ConfigError(
+                    f"data.path: {part} looks like {kind(file)} and {path[0]} like {resolved}; "
+                    "set data.source to text or jsonl"
+                )
+    parts, places = zip(*named, strict=True)
+    return Source(resolved, parts, Reading(fields, on_invalid, on_broken), places)
 
 
 def resolve(name: str, path: Sequence[str]) -> str:
     """Return the source that is read: with a path, its suffix decides unless `name` is of files.
 
-    Raises ConfigError for an unknown name, files without a path, a path of two kinds.
+    Raises ConfigError for an unknown name, files without a path, a path of two kinds or with a password.
     """
     if name not in NAMES:
         raise ConfigError(f"data.source={name}: no such source; use one of {', '.join(NAMES)}")
+    refuse_passwords("path", path)
     if name not in EMBEDDED and not path:
         raise ConfigError(f"data.source={name}: no files named; set data.path to a file or glob")
     if name not in EMBEDDED or not path:
@@ -104,33 +196,21 @@ def resolve(name: str, path: Sequence[str]) -> str:
     return kinds[0]
 
 
+def refuse_passwords(field: str, paths: Sequence[str]) -> None:
+    """Raise ConfigError for a password in one of the paths of a field of `data`."""
+    if any(map(_PASSWORD.search, paths)):
+        raise ConfigError(
+            f"data.{field}: a password in it would be written into a run's files; leave it out and set the "
+            f"environment variable {mongodb.PASSWORD} for MongoDB, what fsspec's file system asks for else"
+        )
+
+
 def kind(path: str) -> str:
-    """Return "jsonl", "tsv", "csv" or "text" by the suffix, with `.gz` and `.zst` set aside."""
-    suffix = path.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
-    return suffix if suffix in ("jsonl", *TABLES) else "text"
+    """Return which source a path is of: a database's by its scheme, files' by their suffix, else text.
 
-
-def _expand(path: Sequence[str]) -> Iterator[Path]:
-    """Yield the files that paths and globs name, a glob's in order of name."""
-    for item in path:
-        pattern = os.path.expanduser(item)
-        if os.path.exists(pattern) or not glob.has_magic(pattern):
-            found = [pattern]
-        else:
-            found = sorted(
-                name for name in glob.glob(pattern, recursive=True) if Path(name).is_file()
-            )
-        if not found:
-            raise ConfigError(
-                f"data.path={item}: no file matches; check the pattern (and quote it)"
-            )
-        for file in map(Path, found):
-            if file.is_dir():
-                raise ConfigError(f"data.path={item}: a folder; name its files, as in {item}/*")
-            if not os.path.exists(file):
-                raise ConfigError(f"data.path={item}: no such file; check the path")
-            if not file.is_file():
-                raise ConfigError(
-                    f"data.path={item}: no regular file, which is read more than once"
-                )
-            yield file
+    `.gz` and `.zst` are set aside.
+    """
+    if path.startswith(("mongodb://", "mongodb+srv://")):
+        return "mongodb"
+    suffix = files.bare(path).removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    return suffix if suffix in _FILES else "text"

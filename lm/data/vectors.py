@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import documents
+from lm.data import files
 
 _LONGEST_WORD = 10_000  # bytes; a longer one is no word but a file of another kind
 _LARGEST = 1 << 16  # numbers of a vector, at most
@@ -51,7 +51,7 @@ def read(path: str | Path, ids: Mapping[str, int], *, field: str) -> tuple[np.nd
 
 def _vectors(file: Path, field: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every (word, vector) of a file of either kind."""
-    with documents.opened(file, field) as handle:
+    with files.opened(file, field) as handle:
         first = handle.readline(_LONGEST_WORD * 20)
         counts = first.split()
         header = len(counts) == 2 and all(part.isdigit() and len(part) < 20 for part in counts)

@@ -15,6 +15,7 @@ from lm.config import ConfigError
 from lm.data import tokenizers
 
 UNKNOWN_WORD, NEWLINE = "<unk>", "<eos>"
+_MOST_WORDS = 1 << 22  # counted at once, about half a gigabyte; then rare ones are counted anew
 
 
 class Word(tokenizers.Tokenizer):
@@ -56,6 +57,12 @@ class Word(tokenizers.Tokenizer):
         return {"words": self.words[2:]}
 
 
+def _frequent(counts: collections.Counter[str]) -> collections.Counter[str]:
+    """Return the counts of more than the median, at most half of them (Manku and Motwani 2002)."""
+    least = sorted(counts.values())[len(counts) // 2]
+    return collections.Counter({word: count for word, count in counts.items() if count > least})
+
+
 def train(texts: Iterable[str], *, vocab_size: int) -> Word:
     """Return the tokenizer of the most frequent words, at most `vocab_size` ids in all.
 
@@ -68,6 +75,8 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Word:
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text.split())
+        if len(counts) > _MOST_WORDS:
+            counts = _frequent(counts)
     for word in (UNKNOWN_WORD, NEWLINE):
         counts.pop(word, None)
     words = sorted(counts, key=lambda word: (-counts[word], word))

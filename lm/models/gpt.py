@@ -135,7 +135,7 @@ class Config:
     @property
     def sizes(self) -> dict[str, int]:
         """The derived sizes: num_kv_heads, head_dim, mlp_dim, rope_original_length."""
-        wide = (
+        usual_mlp_dim = (
             -(-8 * self.model_dim // (3 * 64)) * 64
             if self.activation in GATED
             else 4 * self.model_dim
@@ -143,7 +143,7 @@ class Config:
         return {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.model_dim // self.num_heads,
-            "mlp_dim": self.mlp_dim or wide,
+            "mlp_dim": self.mlp_dim or usual_mlp_dim,
             "rope_original_length": self.rope_original_length
             or int(self.max_length / self.rope_factor),
         }

@@ -56,7 +56,7 @@ class Config:
     def sizes(self) -> dict[str, int]:
         """The derived sizes: head_dim, key_dim, mlp_dim."""
         head_dim = self.head_dim or self.model_dim // self.num_heads
-        wide = (
+        usual_mlp_dim = (
             -(-8 * self.model_dim // (3 * 64)) * 64
             if self.activation == "swiglu"
             else 4 * self.model_dim
@@ -64,7 +64,7 @@ class Config:
         return {
             "head_dim": head_dim,
             "key_dim": self.key_dim or head_dim,
-            "mlp_dim": self.mlp_dim or wide,
+            "mlp_dim": self.mlp_dim or usual_mlp_dim,
         }
 
 

@@ -22,10 +22,10 @@ from flax import linen as nn
 from lm import hardware, sharding
 from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, causal_mask
+from lm.nn.cells import CELLS
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear
 from lm.nn.norm import Norm
-from lm.nn.recurrence import CELLS
 from lm.nn.recurrent import Recurrent, uniform
 
 

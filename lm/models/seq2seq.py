@@ -22,9 +22,9 @@ from lm import hardware, sharding
 from lm.config import ConfigError
 from lm.models import check_fields, check_option
 from lm.nn.attention import segment_mask
+from lm.nn.cells import CELLS
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear, wide
-from lm.nn.recurrence import CELLS
 from lm.nn.recurrent import Recurrent, States, hand_over
 
 UNSEEN = -1e30  # a score; finite, so that a source of padding alone gives numbers

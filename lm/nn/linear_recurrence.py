@@ -54,7 +54,7 @@ def recur(
     Returns:
       y [B, H, L, P] and the last S, in the type of `state`.
     """
-    L, wide = query_BHLK.shape[2], state_BHKP.dtype
+    L, state_dtype = query_BHLK.shape[2], state_BHKP.dtype
     C = min(chunk, L)
     query, key, value = (_cut(x, C, axis=2) for x in (query_BHLK, key_BHLK, value_BHLP))
     valid_B1MC = _cut(valid_BL, C, axis=1)[:, None]
@@ -69,16 +69,16 @@ def recur(
     # Sums since the document's or the chunk's begin, by a product with the mask: of what is masked, not even
     # the rounding of a sum depends on it.
     total_BHMC = jnp.einsum(
-        "bmts,bhms->bhmt", same_B1MCC[:, 0].astype(wide), log_decay_BHMC, precision="highest"
+        "bmts,bhms->bhmt", same_B1MCC[:, 0].astype(state_dtype), log_decay_BHMC, precision="highest"
     )
     from_start = jnp.where(came_in, jnp.exp(total_BHMC), 0)
     to_end = _exp_where(goes_out, total_BHMC[..., -1:] - total_BHMC)
     decay_BHMCC = _exp_where(same_B1MCC, total_BHMC[..., :, None] - total_BHMC[..., None, :])
 
-    scores = _product("bhmtk,bhmsk->bhmts", query, key, wide) * decay_BHMCC
-    within = _product("bhmts,bhmsp->bhmtp", scores.astype(value.dtype), value, wide)
+    scores = _product("bhmtk,bhmsk->bhmts", query, key, state_dtype) * decay_BHMCC
+    within = _product("bhmts,bhmsp->bhmtp", scores.astype(value.dtype), value, state_dtype)
     kept_key = (key * to_end[..., None]).astype(key.dtype)
-    added_MBHKP = _product("bhmsk,bhmsp->mbhkp", kept_key, value, wide)
+    added_MBHKP = _product("bhmsk,bhmsp->mbhkp", kept_key, value, state_dtype)
 
     def step(state, inputs):
         decay_BH, added_BHKP = inputs
@@ -87,7 +87,7 @@ def recur(
     decays_MBH = jnp.moveaxis(from_start[..., -1], 2, 0)
     last, entering_MBHKP = jax.lax.scan(step, state_BHKP, (decays_MBH, added_MBHKP))
     seeing = (query * from_start[..., None]).astype(query.dtype)
-    before = _product("bhmtk,mbhkp->bhmtp", seeing, entering_MBHKP.astype(query.dtype), wide)
+    before = _product("bhmtk,mbhkp->bhmtp", seeing, entering_MBHKP.astype(query.dtype), state_dtype)
     y_BHMCP = within + before
     return y_BHMCP.reshape(*y_BHMCP.shape[:2], -1, y_BHMCP.shape[-1])[:, :, :L], last
 
@@ -210,8 +210,9 @@ class LinearRecurrence(nn.Module):
         step_size_BHL, log_decay_BHL = self._decay(x_BLD)
         value = (value * step_size_BHL[..., None]).astype(self.dtype)
 
-        wide = log_decay_BHL.dtype
-        zeros, axes = jnp.zeros((len(x_BLD), H, K, P), wide), ("act_batch", "act_heads", None, None)
+        state_dtype = log_decay_BHL.dtype
+        zeros = jnp.zeros((len(x_BLD), H, K, P), state_dtype)
+        axes = ("act_batch", "act_heads", None, None)
         state, replace = _memory(self, memory, "state", zeros, axes)
         y_BHLP, last = recur(
             query, key, value, log_decay_BHL, sharding.constrain(zeros if fresh else state, *axes),

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn.cells import CELLS, FORGET, State, Weights, recur
 from lm.nn.linear import wide
-from lm.nn.recurrence import CELLS, FORGET, State, Weights, recur
 
 # Of each layer, of each direction: h and, of an LSTM, c. Arrays [B, L, H], float32 or wider.
 States = tuple[tuple[State, ...], ...]

@@ -19,6 +19,7 @@ documents that must not see each other), and `Task(cfg, setting)`, which has
   tokens are shown;
 - `text_bytes`: every byte of a text is scored once, so that bits per byte mean something;
 - `whole_rows`: whether the share of rows that are all right is reported;
+- `pieces(split, indices)`, (begin, length) of the parts of the stream that each row is made of;
 - `num_rows(split)` and `rows(split, indices, *, epochs=None, stream_starts=None)`: a pure function of its
   arguments and the setting's seed. `epochs` [R] says how often a row was seen before; None in evaluation.
 """
@@ -32,6 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.config import ConfigError
+
+PACKINGS = ("split", "best_fit", "pad")  # see lm.data.packing
 
 
 class Setting(NamedTuple):
@@ -81,6 +84,35 @@ def special_ids(tokenizer: Any, names: Sequence[str]) -> dict[str, int]:
     return {name: own[name] if name in own else next(fresh) for name in names}
 
 
+def num_windows(split: Any, packing: str, capacity: int) -> int:
+    """Return how many windows hold every token of `split` once."""
+    if packing == "split":
+        return -(-(len(split.tokens) - 1) // capacity)
+    return split.plan(packing, capacity).num_rows
+
+
+def window_pieces(split: Any, index: int, packing: str, capacity: int) -> list[tuple[int, int]]:
+    """Return (begin, length) of the parts of the stream in a row of at most `capacity` tokens.
+
+    Packed as "split", row r has the stream's tokens from 1 + r * capacity on; otherwise documents, or pieces
+    of them, and the ends of text behind them, as the plan says. Past the last row there is nothing.
+    """
+    if packing == "split":
+        begin = 1 + index * capacity
+        size = min(capacity, len(split.tokens) - begin)
+        return [(begin, size)] if size > 0 else []
+    plan = split.plan(packing, capacity)
+    pieces = plan.pieces(index) if index < plan.num_rows else []
+    return [(begin + 1, length) for begin, length in pieces]
+
+
+def window(split: Any, index: int, packing: str, capacity: int) -> np.ndarray:
+    """Return the tokens, int32, of the pieces of a row."""
+    pieces = window_pieces(split, index, packing, capacity)
+    tokens = [split.tokens[begin : begin + length] for begin, length in pieces]
+    return np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32)
+
+
 def random_of(seed: int, epoch: int, row: int) -> np.random.Generator:
     """Return the randomness of a row, which depends on nothing else."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, row))))
@@ -98,3 +130,9 @@ def check_share(cfg: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(cfg, name) < 1:
             raise ConfigError(f"task.{name}={getattr(cfg, name)}: use a share in (0, 1)")
+
+
+def check_packing(packing: str) -> None:
+    """Raise ConfigError for a `task.packing` that there is not."""
+    if packing not in PACKINGS:
+        raise ConfigError(f"task.packing={packing}: no such packing; use {', '.join(PACKINGS)}")

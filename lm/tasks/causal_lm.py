@@ -1,15 +1,18 @@
 """Predict the next token: every token and every closing end of text of a stream, once each.
 
-Row r scores the inputs r * length to (r + 1) * length - 1 of the stream, after up to `context`
-tokens of weight 0 before them. The last row may be shorter.
+Packed as "split", row r scores the inputs r * length to (r + 1) * length - 1 of the stream, after up to
+`context` tokens of weight 0 before them; the last row may be shorter. Otherwise a row holds the pieces of
+documents that its plan says (`lm.data.packing`).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from lm.tasks import Setting, check_positive
+from lm.config import ConfigError
+from lm.tasks import Setting, check_packing, check_positive
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,17 @@ class Config:
     name: str = "causal_lm"  # the objective, a file of lm/tasks
     length: int = 256  # tokens scored a row
     context: int = 0  # tokens of weight 0 before them, in training and evaluation
+    packing: str = "split"  # split the stream, best_fit of whole documents, or pad: one a row
     isolate_documents: bool = True  # documents of a row do not see each other
 
     def __post_init__(self):
         check_positive(self, length=1, context=0)
+        check_packing(self.packing)
+        if self.context and self.packing != "split":
+            raise ConfigError(
+                f"task.context={self.context}: a row of packing={self.packing!r} is no part of a stream; use "
+                "task.context=0, or task.packing=split"
+            )
 
     @property
     def packed(self) -> bool:
@@ -45,6 +55,8 @@ class Task:
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows score every target of `split` once."""
+        if self.cfg.packing != "split":
+            return split.plan(self.cfg.packing, self.cfg.length).num_rows
         return -(-(len(split.tokens) - 1) // self.cfg.length)
 
     def rows(
@@ -61,33 +73,61 @@ class Task:
         the stream where each row's stream begins: positions then count since the document's begin
         or that place, whichever is later, and not since the row's begin.
         """
-        num_inputs = len(split.tokens) - 1
-        scored = np.asarray(indices, np.int64) * self.cfg.length
-        ends = np.minimum(scored + self.cfg.length, num_inputs)
-        begins = np.maximum(scored - self.cfg.context, 0)
-        sizes = np.where(scored < num_inputs, ends - begins, 0)
-        window = np.zeros((len(scored), self.row_length + 1), split.tokens.dtype)
-        for row, begin, size in zip(window, begins.tolist(), sizes.tolist(), strict=True):
-            if size:
-                row[: size + 1] = split.tokens[begin : begin + size + 1]
+        indices = np.asarray(indices, np.int64)
+        shape = (len(indices), self.row_length)
+        inputs, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        weights = np.zeros(shape, np.float32)
         places = np.arange(self.row_length, dtype=np.int32)
-        borders = (window[:, :-1] == split.tokens[0]) & self.cfg.isolate_documents
-        # The place of the latest border; before the first one, so far to the left of the row as the
-        # document began.
-        before = begins - self._origins(split, begins, stream_starts)
-        latest = np.where(borders, places, -before[:, None].astype(np.int32))
-        np.maximum.accumulate(latest, axis=1, out=latest)
-        batch = {
-            "inputs": window[:, :-1].astype(np.int32),
-            "targets": window[:, 1:].astype(np.int32),
-            "segments": np.cumsum(borders, axis=1, dtype=np.int32) + ~borders[:, :1],
-            "positions": places - latest,
-            "weights": (places >= (scored - begins)[:, None]).astype(np.float32),
+        before, context = self._before(split, indices, stream_starts)
+        for row, pieces in enumerate(self.pieces(split, indices)):
+            at = first = 0
+            for number, (begin, length) in enumerate(self._documents(split, pieces), 1):
+                tokens, here = split.tokens[begin : begin + length + 1], slice(at, at + length)
+                inputs[row, here], targets[row, here] = tokens[:-1], tokens[1:]
+                segments[row, here], positions[row, here] = number, places[:length]
+                at, first = at + length, first or length
+            if not self.cfg.isolate_documents:
+                segments[row, :at], positions[row, :at], first = 1, places[:at], at
+            positions[row, :first] += before[row]
+            weights[row, context[row] : at] = 1
+        return {
+            "inputs": inputs,
+            "targets": targets,
+            "segments": segments,
+            "positions": positions,
+            "weights": weights,
         }
-        for row in np.flatnonzero(sizes < self.row_length):
-            for values in batch.values():
-                values[row, sizes[row] :] = 0
-        return batch
+
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return (begin, length) of the parts of the stream in each row."""
+        if self.cfg.packing != "split":
+            plan = split.plan(self.cfg.packing, self.cfg.length)
+            return [plan.pieces(i) if i < plan.num_rows else [] for i in indices.tolist()]
+        num_inputs = len(split.tokens) - 1
+        ends = np.minimum((indices + 1) * self.cfg.length, num_inputs)
+        begins = np.maximum(indices * self.cfg.length - self.cfg.context, 0)
+        there = indices * self.cfg.length < num_inputs
+        spans = zip(begins.tolist(), (ends - begins).tolist(), there, strict=True)
+        return [[(begin, size)] if is_there else [] for begin, size, is_there in spans]
+
+    def _documents(self, split: Any, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pieces of a row, cut where documents begin that are to be kept apart."""
+        if self.cfg.packing != "split" or not self.cfg.isolate_documents or not pieces:
+            return pieces
+        ((begin, length),) = pieces
+        inside = np.searchsorted(split.starts, (begin + 1, begin + length))
+        edges = [begin, *split.starts[slice(*inside)].tolist(), begin + length]
+        return [(low, high - low) for low, high in itertools.pairwise(edges)]
+
+    def _before(
+        self, split: Any, indices: np.ndarray, stream_starts: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return how far before a row its first document began, and how many of its tokens are context."""
+        if self.cfg.packing != "split":
+            return np.zeros_like(indices), np.zeros_like(indices)
+        scored = indices * self.cfg.length
+        begins = np.maximum(scored - self.cfg.context, 0)
+        return begins - self._origins(split, begins, stream_starts), scored - begins
 
     def _origins(
         self, split: Any, begins: np.ndarray, stream_starts: np.ndarray | None

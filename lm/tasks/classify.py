@@ -82,6 +82,10 @@ class Task:
         """Return how many labelled texts `split` has."""
         return split.num_pairs
 
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return (begin, length) of the parts of the stream in each row."""
+        return seq2seq.pair_pieces(split, indices)
+
     def rows(
         self,
         split: Any,

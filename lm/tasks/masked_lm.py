@@ -3,7 +3,7 @@
 "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", Devlin et al. 2018
 (arXiv 1810.04805); masks drawn anew each epoch: RoBERTa, Liu et al. 2019 (1907.11692).
 
-Row r is [CLS], the stream's tokens r * n to (r + 1) * n, n = length - 2, and [SEP]; with `next_sentence`
+Row r is [CLS], a window of n = length - 2 tokens (`lm.tasks.window`), and [SEP]; with `next_sentence`
 [CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another row's. Of
 the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay.
 
@@ -17,7 +17,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lm.config import ConfigError
-from lm.tasks import Setting, check_positive, check_share, random_of, special_ids
+from lm.tasks import (
+    Setting,
+    check_packing,
+    check_positive,
+    check_share,
+    num_windows,
+    random_of,
+    special_ids,
+    window,
+    window_pieces,
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,17 @@ class Config:
     dynamic: bool = True  # other masks each epoch; false = the same ones always
     whole_word: bool = False  # a word is masked whole or not at all
     next_sentence: bool = False  # rows of two parts, and whether they follow each other
+    packing: str = "split"  # split the stream, best_fit of whole documents, or pad: one a row
     isolate_documents: bool = False  # documents of a row do not see each other
 
     def __post_init__(self):
         check_positive(self, length=8)
+        check_packing(self.packing)
+        if self.next_sentence and self.packing != "split":
+            raise ConfigError(
+                f"task.packing={self.packing}: the halves of a row follow each other in the stream, for "
+                "task.next_sentence; use task.packing=split"
+            )
         check_share(self, "mask_rate")
         if self.next_sentence and self.isolate_documents:
             raise ConfigError(
@@ -74,7 +91,11 @@ class Task:
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows hold every token of `split` once."""
-        return -(-(len(split.tokens) - 1) // self.stride)
+        return num_windows(split, self.cfg.packing, self.stride)
+
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return (begin, length) of the parts of the stream in each row."""
+        return [window_pieces(split, i, self.cfg.packing, self.stride) for i in indices.tolist()]
 
     def rows(
         self,
@@ -134,8 +155,7 @@ class Task:
         row["inputs"][chosen] = np.where((draw >= 0.8) & (draw < 0.9), other, shown)
 
     def _window(self, split, index: int) -> np.ndarray:
-        begin = 1 + index * self.stride
-        return split.tokens[begin : begin + self.stride].astype(np.int32)
+        return window(split, index, self.cfg.packing, self.stride)
 
     def _documents(self, tokens: np.ndarray, split) -> tuple[np.ndarray, np.ndarray]:
         """Return the segment and the position of each token of a row."""

@@ -55,6 +55,10 @@ class Task:
         """Return how many rows score every pair, or every token of the stream, once."""
         return split.num_pairs if split.paired else self._windows.num_rows(split)
 
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return (begin, length) of the parts of the stream in each row."""
+        return pair_pieces(split, indices) if split.paired else self._windows.pieces(split, indices)
+
     def rows(
         self,
         split: Any,
@@ -88,6 +92,12 @@ class Task:
             asked = targets[first:stop]
             parts.append(([*known, end], [self.start, *asked[:-1]], asked))
         return _batch(parts, source_length=self.cfg.source_length, length=self.cfg.length)
+
+
+def pair_pieces(split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    """Return (begin, length) in the stream of both texts of each pair, as they are before they are cut."""
+    pairs = [(2 * i, 2 * i + 1) if i < split.num_pairs else () for i in indices.tolist()]
+    return [[split.span(document) for document in pair] for pair in pairs]
 
 
 def pair_batch(

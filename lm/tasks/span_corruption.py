@@ -14,7 +14,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lm.config import ConfigError
-from lm.tasks import Setting, check_positive, check_share, random_of, special_ids
+from lm.tasks import (
+    Setting,
+    check_packing,
+    check_positive,
+    check_share,
+    num_windows,
+    random_of,
+    special_ids,
+    window,
+    window_pieces,
+)
 from lm.tasks.seq2seq import pair_batch
 
 
@@ -25,9 +35,11 @@ class Config:
     corruption_rate: float = 0.15  # share of the tokens that is cut out
     mean_span: float = 3.0  # tokens of a span, on average
     dynamic: bool = True  # other spans each epoch; false = the same ones always
+    packing: str = "split"  # split the stream, best_fit of whole documents, or pad: one a row
 
     def __post_init__(self):
         check_positive(self, source_length=8, mean_span=1)
+        check_packing(self.packing)
         check_share(self, "corruption_rate")
         raw = self.sizes[0]
         if sum(self._cut(raw)) >= raw:
@@ -87,7 +99,11 @@ class Task:
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows hold every token of `split` once."""
-        return -(-(len(split.tokens) - 1) // self.stride)
+        return num_windows(split, self.cfg.packing, self.stride)
+
+    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Return (begin, length) of the parts of the stream in each row."""
+        return [window_pieces(split, i, self.cfg.packing, self.stride) for i in indices.tolist()]
 
     def rows(
         self,
@@ -103,8 +119,7 @@ class Task:
             epochs = np.zeros(len(indices), np.int64)
         pairs = []
         for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
-            begin = 1 + index * self.stride
-            tokens = split.tokens[begin : begin + self.stride].astype(np.int32)
+            tokens = window(split, index, self.cfg.packing, self.stride)
             pairs.append(self._corrupt(tokens, random_of(self.seed, epoch, index)))
         return pair_batch(
             pairs,

@@ -152,6 +152,26 @@ def test_roberta_s_first_positions_and_pooler_are_nobody_s_and_come_back(parity,
         importer.to_run(tmp_path / "wrong", tmp_path / "other")
 
 
+@pytest.mark.parametrize(("kind", "types"), [("roberta", 2), ("bert", 1)])
+def test_what_a_model_was_counts_more_than_its_kinds_of_segments(
+    kind, types, parity, folders, tmp_path
+):
+    fixture = parity(kind)
+    weights = {
+        k: v for k, v in fixture.weight.items() if not k.startswith(("cls.seq", "bert.pool"))
+    }
+    table = f"{kind}.embeddings.token_type_embeddings.weight"
+    weights[table] = np.repeat(weights[table], 2, axis=0)[:types]
+    (masked,) = architectures.architecture(kind).CLASSES[-1:]
+    settings = {**fixture.config, "type_vocab_size": types, "architectures": [masked]}
+    theirs = folders.write_folder(tmp_path / "theirs", settings, weights)
+    importer.to_run(theirs, tmp_path / "run")
+    assert exporter.from_run(tmp_path / "run", tmp_path / "back").architecture == kind
+    assert hashes(tmp_path / "back") == hashes(theirs)
+    cfg = checkpoint.load(tmp_path / "run").model.cfg
+    assert exporter._expressed("bert", cfg)[0] == ("bert" if types == 2 else "roberta")
+
+
 def test_old_t5_files_have_the_embedding_three_times_and_a_table_of_no_use(
     parity, folders, tmp_path
 ):

@@ -9,6 +9,7 @@ import pytest
 
 from lm import checkpoint, train
 from lm.config import ConfigError
+from lm.convert import folder as folder_lib
 from lm.convert import importer, safetensors_file
 from tools import convert, evaluate
 
@@ -279,3 +280,17 @@ def test_a_tied_head_that_is_another_is_refused(folder, tmp_path):
     change_config(folder, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
         importer.to_run(folder, tmp_path / "run")
+
+
+def test_files_beside_the_weights_are_kept_while_they_are_small_and_the_rest_is_named(
+    folder, tmp_path, monkeypatch, capsys
+):
+    (folder / "README.md").write_text("about")
+    (folder / "added_tokens.json").write_text("{}")
+    (folder / "vocab.json").write_text("x" * 10_000)
+    used = sum((folder / name).stat().st_size for name in ("config.json", "tokenizer.json"))
+    monkeypatch.setattr(folder_lib, "MAX_BESIDE", used + 9_999)
+    assert convert.main(["--from", str(folder), "--to", str(tmp_path / "run")]) == 0
+    assert "not copied: README.md, vocab.json\n" in capsys.readouterr().out
+    kept = {path.name for path in (tmp_path / "run" / "huggingface").iterdir()}
+    assert kept == {"config.json", "tokenizer.json", "added_tokens.json", "layout.json"}

@@ -8,9 +8,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.config import ConfigError
-from lm.data import corpus, tokenizers
-from lm.data.pipeline import Config
+from lm.data import corpus, shards, tokenizers
+from lm.data.settings import Config
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tinyshakespeare/input.txt"
 
@@ -157,7 +154,7 @@ def test_what_was_built_is_found_by_content_not_by_path(tmp_path, cache, monkeyp
     cfg = write_jsonl(tmp_path / "a.jsonl", ["some text", "more"])
     first = corpus.build(cfg)
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    monkeypatch.setattr(corpus, "_write", None)  # a build would fail
+    monkeypatch.setattr(corpus.prepare, "prepare", None)  # a build would fail
     second = corpus.build(
         dataclasses.replace(cfg, path=(str(tmp_path / "b.jsonl"),), batch_size=7, vocab_size=9)
     )
@@ -190,47 +187,9 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     assert corpus.cache_folder() == Path("/three/.cache/lm")
 
 
-KILLED = """
-import sys, time
-from lm.data import corpus, tokenizers
-from lm.data.pipeline import Config
-corpus._BATCH = 1000
-encode = tokenizers.Byte.encode_all
-calls = []
-def slow(self, texts):
-    calls.append(0)
-    if len(calls) == 3:
-        print("half way", flush=True)
-        time.sleep(600)
-    return encode(self, texts)
-tokenizers.Byte.encode_all = slow
-corpus.build(Config(path=(sys.argv[1],), tokenizer="byte"))
-"""
-
-
-def test_killed_half_way_the_next_run_builds_it(tmp_path, cache, monkeypatch):
-    cfg = write_jsonl(tmp_path / "a.jsonl", [f"document {i}\n" * 20 for i in range(200)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, cfg.path[0]], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "half way\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    (left,) = (cache / "corpora").iterdir()  # an unfinished folder, with tokens in it
-    assert (left / "train.tokens").exists()
-    assert entries(cache) == []
-    rebuilt = corpus.build(cfg)
-    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "elsewhere"))
-    assert_equal(rebuilt, corpus.build(cfg))
-    # What was left is removed once it is certain that nobody works on it.
-    os.utime(left, (0, 0))
-    monkeypatch.setenv("LM_CACHE_DIR", str(cache))
-    corpus.build(dataclasses.replace(cfg, validation_fraction=0.2))
-    assert not left.exists()
-
-
-@pytest.mark.parametrize("name", ["train.tokens", "train.starts", "meta.json", "tokenizer"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.tokens", "train.starts", "manifest.json", "tokenizer"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone", "changed"])
 def test_a_damaged_entry_is_built_again(tmp_path, cache, capsys, name, damage):
     cfg = write_jsonl(tmp_path / "a.jsonl", ["some text", "more"])
@@ -253,7 +212,7 @@ def test_runs_at_once_agree_and_leave_one_entry(tmp_path, cache, broken):
     cfg = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
     if broken:
         corpus.build(cfg)
-        (entries(cache)[0] / "meta.json").write_text("{")
+        (entries(cache)[0] / "manifest.json").write_text("{")
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         first, *others = pool.map(corpus.build, [cfg] * 6)
     for other in others:
@@ -276,7 +235,47 @@ def test_a_full_disk_is_an_error_that_names_the_fix(tmp_path, cache, monkeypatch
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(corpus, "_sync", full)
+    monkeypatch.setattr(shards, "sync", full)
     with pytest.raises(ConfigError, match=r"No space left.*LM_CACHE_DIR"):
         corpus.build(cfg)
-    assert list((cache / "corpora").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("LM_CACHE_DIR", str(cache))
+    assert texts_of(corpus.build(cfg), corpus.build(cfg).train)  # with room again it goes on
+
+
+def test_what_nobody_went_on_with_is_removed_after_a_week(tmp_path, cache):
+    left = cache / "corpora" / "left"
+    for name in ("left", "fresh"):
+        (cache / "corpora" / name).mkdir(parents=True)
+    os.utime(left, (0, 0))
+    cfg = write_jsonl(tmp_path / "a.jsonl", ["some text", "more"])
+    corpus.build(cfg)
+    assert not left.exists() and (cache / "corpora" / "fresh").exists()
+
+
+def test_folds_are_apart_and_cover_all(tmp_path, cache):
+    texts = [f"document {i}\n" for i in range(300)]
+    cfg = write_jsonl(tmp_path / "a.jsonl", texts)
+    built = [corpus.build(dataclasses.replace(cfg, fold=f"{i}/4")) for i in range(4)]
+    parts = [texts_of(one, one.validation) for one in built]
+    assert sorted(text for part in parts for text in part) == sorted(texts)
+    for one, part in zip(built, parts, strict=True):
+        assert 45 < len(part) < 110
+        assert sorted(texts_of(one, one.train) + part) == sorted(texts)
+    for fold in ("4/4", "1", "-1/3", "a/b"):
+        with pytest.raises(ConfigError, match=rf"data.fold={fold}: not i/k"):
+            dataclasses.replace(cfg, fold=fold)
+    with pytest.raises(ConfigError, match=r"data.validation_fraction=0.2: data.fold decides"):
+        dataclasses.replace(cfg, fold="0/2", validation_fraction=0.2)
+
+
+def test_files_for_validation_are_given(tmp_path, cache):
+    write_jsonl(tmp_path / "b.jsonl", ["x", "y"])
+    cfg = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(150)])
+    built = corpus.build(dataclasses.replace(cfg, validation_path=(str(tmp_path / "b.jsonl"),)))
+    assert texts_of(built, built.validation) == ["x", "y"]
+    assert len(texts_of(built, built.train)) == 150
+    assert built.validation.origins["part"].tolist() == [1, 1]
+    assert built.parts == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    with pytest.raises(ConfigError, match=r"set data\.path"):
+        Config(validation_path="b.jsonl")

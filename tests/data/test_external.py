@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lm.config import ConfigError
-from lm.data import corpus, external, llama2c, pipeline, tokenizers
+from lm.data import corpus, external, llama2c, tokenizers
+from lm.data.settings import Config
 
 TEXT = ["the cat sat on the mat, and the dog ran to the sea.\n  Then café <|endoftext|> </s> é"] * 9
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -278,7 +279,7 @@ def test_llama2c_joins_the_best_score_first_and_the_leftmost(text):
 def test_a_run_reads_its_text_with_a_given_tokenizer(tmp_path, text_file):
     file = tmp_path / "tok.bin"
     file.write_bytes(llama2c_file(PIECES))
-    cfg = pipeline.Config(path=(str(text_file),), tokenizer="file", tokenizer_path=str(file))
+    cfg = Config(path=(str(text_file),), tokenizer="file", tokenizer_path=str(file))
     made = corpus.build(cfg)
     assert made.tokenizer.fingerprint == external.open_tokenizer(file).fingerprint
     text = text_file.read_text()
@@ -286,7 +287,7 @@ def test_a_run_reads_its_text_with_a_given_tokenizer(tmp_path, text_file):
     parts = np.split(whole, np.flatnonzero(whole == 1))
     assert "".join(made.tokenizer.decode(part) for part in parts) == text
     with pytest.raises(ConfigError, match=r"data\.tokenizer=file: .*data\.tokenizer_path"):
-        pipeline.Config(tokenizer="file")
+        Config(tokenizer="file")
 
 
 def model(**fields):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.data import corpus
-from lm.data.pipeline import Config
+from lm.data import corpus, prepare
+from lm.data.settings import Config
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_mistake_is_named(tmp_path, name, content, fields, words):
 
 
 def test_too_many_labels_are_no_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_MOST_LABELS", 3)
+    monkeypatch.setattr(prepare, "_MOST_LABELS", 3)
     content = "".join(f"text {i}\tlabel {i}\n" for i in range(5))
     with pytest.raises(ConfigError, match=r"is it data\.target_field"):
         build(tmp_path / "a.tsv", content, source_field="0", label_field="1")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lm import tasks
 from lm.config import ConfigError
-from lm.data import pipeline, tokenizers
+from lm.data import corpus, pipeline, shuffle, tokenizers
+from lm.data.settings import Config
 from lm.tasks import causal_lm
 
 END = 99
@@ -23,7 +24,7 @@ def make_split(sizes, name="train"):
         pieces += [np.arange(size) % 90, np.array([END])]
     starts = np.cumsum([0, *(size + 1 for size in sizes)])[:-1]
     tokens = np.concatenate(pieces).astype(np.uint16)
-    return types.SimpleNamespace(name=name, tokens=tokens, starts=starts, num_bytes=sum(sizes))
+    return corpus.Split(name, tokens, starts, sum(sizes))
 
 
 def make_task(**settings):
@@ -33,7 +34,7 @@ def make_task(**settings):
 
 def batches(split, task, **settings):
     settings = {"batch_size": 4, "seed": 0, "order": "shuffle", **settings}
-    return pipeline.Batches(split, task, **settings)
+    return pipeline.Batches([split], task, **settings)
 
 
 def row_indices(made, steps):
@@ -61,27 +62,27 @@ def assert_same(one, two):
 @settings(deadline=None, max_examples=60)
 def test_permute_is_a_bijection(size, seed, epoch):
     places = np.arange(size)
-    assert sorted(pipeline.permute(places, size, seed=seed, epoch=epoch)) == places.tolist()
+    assert sorted(shuffle.permute(places, size, seed=seed, epoch=epoch)) == places.tolist()
 
 
 def test_permute_of_a_part_is_a_part_of_permute():
     size = 3 * 10**12
     places = np.array([0, 5, size - 1])
-    together = pipeline.permute(places, size, seed=1, epoch=2)
-    alone = [pipeline.permute(places[i : i + 1], size, seed=1, epoch=2)[0] for i in range(3)]
+    together = shuffle.permute(places, size, seed=1, epoch=2)
+    alone = [shuffle.permute(places[i : i + 1], size, seed=1, epoch=2)[0] for i in range(3)]
     assert together.tolist() == alone
     assert together.max() < size
 
 
 def test_permute_is_as_even_as_chance():
     size, epochs = 7, 2000
-    rows = [pipeline.permute(np.arange(size), size, seed=3, epoch=e) for e in range(epochs)]
+    rows = [shuffle.permute(np.arange(size), size, seed=3, epoch=e) for e in range(epochs)]
     counts = np.stack([np.bincount(column, minlength=size) for column in np.array(rows).T])
     expected = epochs / size
     # Chi-squared with 36 degrees of freedom: 36 on average, above 80 once in thirty thousand.
     assert ((counts - expected) ** 2 / expected).sum() < 80
     # Neighbours do not stay neighbours.
-    far = pipeline.permute(np.arange(10**5), 10**5, seed=3, epoch=0)
+    far = shuffle.permute(np.arange(10**5), 10**5, seed=3, epoch=0)
     assert abs(np.corrcoef(far[:-1], far[1:])[0, 1]) < 0.02
 
 
@@ -256,7 +257,7 @@ def test_a_batch_is_described_by_its_documents_weights_and_text():
     tokenizer = tokenizers.Byte()
     end = tokenizer.end_of_text
     tokens = np.array([end, *b"abc", end, *b"de\n", end])
-    split = types.SimpleNamespace(name="train", tokens=tokens, starts=np.array([0, 4]))
+    split = corpus.Split("train", tokens, np.array([0, 4]), 0)
     batch = make_task(length=5, context=2).rows(split, np.array([1, 0]))
     assert pipeline.describe_batch(batch, tokenizer, rows=2).splitlines() == [
         "row 0: 5 tokens of 2 documents, 3 scored, 2 padding",
@@ -280,9 +281,9 @@ def test_a_batch_is_described_by_its_documents_weights_and_text():
 
 
 def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
-    cfg = pipeline.Config(path="a.jsonl, b.jsonl.gz", field="body")
+    cfg = Config(path="a.jsonl, b.jsonl.gz", field="body")
     assert cfg.path == ("a.jsonl", "b.jsonl.gz")
-    assert pipeline.Config(source="jsonl", path=("a.txt",), field="body").field == "body"
+    assert Config(source="jsonl", path=("a.txt",), field="body").field == "body"
 
 
 @pytest.mark.parametrize(
@@ -303,4 +304,4 @@ def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
 )
 def test_values_that_cannot_be_are_refused_by_name(values, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline.Config(**values)
+        Config(**values)

@@ -81,6 +81,28 @@ def test_a_source_reads_the_same_again(library):
     assert list(source) == list(source) == read("python_docs")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.csv", "a.txt", "python_docs"])
+def test_a_part_is_read_from_any_record_on(tmp_path, library, name):
+    rows = [f"text {i}" for i in range(7)]
+    lines = {
+        "a.jsonl": "\n\n".join(json.dumps({"text": row}) for row in rows),
+        "a.tsv": "\n\n".join(["text", *rows]),
+        "a.csv": "\n".join(["text", *rows]),
+    }
+    paths = [] if name == "python_docs" else [tmp_path / name, tmp_path / f"b{name}"]
+    for path in paths:
+        path.write_text(lines.get(name, "one text"))
+    source = sources.open_source(
+        "python_docs", path=list(map(str, paths)), fields=sources.Fields(), on_invalid="replace"
+    )
+    assert source.parts == (tuple(map(str, paths)) or ("python_docs",))
+    parts = [list(source.read(part)) for part in range(len(source.parts))]
+    assert len(parts[-1]) == {"a.txt": 1, "python_docs": 4}.get(name, 7)
+    assert list(source) == [document for part in parts for document in part]
+    for start in range(9):
+        assert list(source.read(len(parts) - 1, start)) == parts[-1][start:]
+
+
 @pytest.mark.slow
 def test_the_real_library_is_english_and_code_of_the_promised_size():
     docs, code = read("python_docs"), read("python_source")
@@ -116,7 +138,7 @@ def test_jsonl_yields_the_field_of_every_line(tmp_path, suffix):
 def test_invalid_bytes_are_replaced_and_counted_or_refused_with_their_place(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"ok \xff\xfe \xe2\x82 \xef\xbf\xbd end")  # the last one is U+FFFD itself
-    ((text, replaced, _),) = read(path=file)
+    ((text, replaced, *_),) = read(path=file)
     assert text == "ok \ufffd\ufffd \ufffd \ufffd end"
     assert replaced == 3
     with pytest.raises(ConfigError, match=r"a\.txt: byte 3 is not UTF-8"):

@@ -7,7 +7,7 @@ from lm import checkpoint, train
 from lm import workdir as workdirs
 from lm.complete import Sampling
 from lm.config import ConfigError
-from lm.data import corpus, pipeline, tokenizers, words
+from lm.data import corpus, settings, tokenizers, words
 
 TEXT = " no it was n't black monday \n but while it <unk> was N \n it"
 
@@ -75,11 +75,11 @@ def test_a_corpus_of_words_is_made_of_its_training_text_alone(tmp_path, monkeypa
         "tokenizer": "word",
         "validation_fraction": 0.1,
     }
-    made = corpus.build(pipeline.Config(**fields, vocab_size=5))
+    made = corpus.build(settings.Config(**fields, vocab_size=5))
     assert made.tokenizer.words == ["<unk>", "<eos>", "a", "b"]
     assert made.validation.tokens.tolist() == [4, 0, 2, 3, 1, 4]
     # Another size is another vocabulary, and not what the cache holds.
-    smaller = corpus.build(pipeline.Config(**fields, vocab_size=4))
+    smaller = corpus.build(settings.Config(**fields, vocab_size=4))
     assert smaller.tokenizer.words == ["<unk>", "<eos>", "a"]
 
 
@@ -91,3 +91,11 @@ def test_no_room_for_a_word_is_refused():
 def test_a_lone_surrogate_is_refused_by_place():
     with pytest.raises(ConfigError, match="at position 1 is a lone surrogate"):
         words.train([TEXT], vocab_size=6).encode("a\ud800")
+
+
+def test_counting_holds_no_more_than_so_many_words(monkeypatch):
+    monkeypatch.setattr(words, "_MOST_WORDS", 100)
+    texts = [f"the cat and rare{i} the once{i}" for i in range(1000)]
+    assert words.train(texts, vocab_size=6).words[2:] == ["the", "and", "cat"]
+    assert words.train(texts[:10], vocab_size=99).vocab_size == 3 + 3 + 20
+    assert len(words.train(texts, vocab_size=9999).words) <= 2 + 100 + 6

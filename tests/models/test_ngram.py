@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lm import models, sharding, step, tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
+from lm.data.settings import Config
 from lm.generate import generate
 from lm.models import ngram
 from lm.nn.embed import MASKED_LOGIT
@@ -147,7 +148,7 @@ def test_probabilities_are_those_of_independent_implementations(fixed):
     cfg = causal_lm.Config(length=7, context=order - 1)
     task = causal_lm.Task(cfg, tasks.Setting("causal", tokenizer))
     split = corpus.Split("train", stream, starts, 0)
-    made = pipeline.Batches(split, task, batch_size=1, seed=0, order="shuffle")
+    made = pipeline.Batches([split], task, batch_size=1, seed=0, order="shuffle")
     batches = [made[index] for index in range(made.num_rows)]
     names = ("smoothing", "discount", "weights", "k")
     fields = {name: fixed[name] for name in names if name in fixed}
@@ -418,7 +419,7 @@ def test_evaluation_gives_the_mean_of_the_log_probabilities():
 
 @functools.cache
 def shakespeare():
-    data = pipeline.Config(source="text", path=(str(SHAKESPEARE),), tokenizer="char")
+    data = Config(source="text", path=(str(SHAKESPEARE),), tokenizer="char")
     return corpus.build(data)
 
 

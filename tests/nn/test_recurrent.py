@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm.nn.recurrence import CELLS, FORGET
+from lm.nn.cells import CELLS, FORGET
 from lm.nn.recurrent import Layer, Recurrent, glorot_gates, hand_over, orthogonal_gates
 
 B, L, D, H = 3, 7, 5, 4

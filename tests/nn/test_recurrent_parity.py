@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.nn import recurrence
-from lm.nn.recurrence import CELLS
+from lm.nn import cells
+from lm.nn.cells import CELLS
 from lm.nn.recurrent import Layer
 
 TOLERANCE = 2e-5  # absolute, of float32; nowhere loosened
@@ -52,7 +52,7 @@ def run(name, hidden_dim, weights, sources):
 @pytest.mark.parametrize("columns", [8, 512])
 @pytest.mark.parametrize("name", CELLS)
 def test_outputs_states_and_gradients_are_pytorchs(name, columns, parity, monkeypatch):
-    monkeypatch.setattr(recurrence, "CPU_CHUNK", columns)  # a row is five chunks, or one
+    monkeypatch.setattr(cells, "CPU_CHUNK", columns)  # a row is five chunks, or one
     fixture = parity(name)
     sources = {key: x for key, x in fixture.input.items() if not key.startswith("mixture")}
 

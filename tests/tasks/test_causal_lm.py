@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lm import tasks
 from lm.config import ConfigError
+from lm.data.corpus import Split
 from lm.tasks import causal_lm
 
 END = 7
@@ -17,7 +18,7 @@ END = 7
 def make_split(documents):
     tokens = np.array([END, *(t for d in documents for t in (*d, END))], np.uint16)
     starts = np.flatnonzero(tokens == END)[:-1]
-    return types.SimpleNamespace(tokens=tokens, starts=starts)
+    return Split("train", tokens, starts, 0)
 
 
 def make_task(**settings):

@@ -114,7 +114,7 @@ def test_synthetic_data_is_a_stream_as_of_a_corpus():
         assert np.array_equal(np.flatnonzero(split.tokens == 0)[:-1], split.starts)
         assert split.tokens.max() == 299
     batches = pipeline.Batches(
-        made.train,
+        [made.train],
         causal_lm.Task(causal_lm.Config(), tasks.Setting("causal", made.tokenizer)),
         batch_size=4,
         seed=0,

@@ -31,7 +31,7 @@ def stories(tmp_path_factory):
 def test_it_goes_on_as_published(stories, capsys, prompt):
     flags = ["--workdir", str(stories), "--prompt", prompt, "--temperature", "0"]
     assert generate.main([*flags, "--max_tokens", "60"]) == 0
-    assert capsys.readouterr().out.lstrip(" ").startswith(PUBLISHED)
+    assert capsys.readouterr().out.startswith(PUBLISHED)
 
 
 def test_its_loss_on_a_story_is_low(stories, tmp_path):

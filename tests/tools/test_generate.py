@@ -69,6 +69,8 @@ def test_evaluates_its_own_and_other_text(workdir, tmp_path, capsys):
         (generate, ["--prompt", "\N{SNOWMAN}"], "\N{SNOWMAN}"),
         (generate, ["--temperature", "-1"], "temperature=-1"),
         (generate, ["--top_p", "2"], "top_p=2"),
+        (generate, ["--num_samples", "0"], "num_samples=0: use 1 or more"),
+        (generate, ["--seed", str(10**30)], f"seed={10**30}: use a whole number"),
         (evaluate, ["--workdir", "nowhere"], "nowhere"),
         (evaluate, ["--config.model.num_layers=2"], "model.num_layers"),
         (evaluate, ["--config.data.path=missing.txt"], "missing.txt"),

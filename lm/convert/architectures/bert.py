@@ -36,7 +36,6 @@ def read(settings: Settings) -> dict[str, Any]:
     have one.
     """
     fields = read_encoder(settings)
-    fields["num_types"] = settings.integer("type_vocab_size", 2)
     fields["max_length"] = settings.integer("max_position_embeddings", 512)
     named = settings.values.get("architectures") == [CLASSES[0]]
     weight = f"{NEXT_SENTENCE}.weight"
@@ -58,6 +57,7 @@ def read_encoder(settings: Settings) -> dict[str, Any]:
         "num_heads": settings.integer("num_attention_heads", 12),
         "mlp_dim": settings.integer("intermediate_size", 3072),
         "vocab_size": settings.integer("vocab_size", 30522),
+        "num_types": settings.integer("type_vocab_size", 2),
         "activation": settings.one_of("hidden_act", "gelu", ACTIVATIONS),
         "norm_epsilon": settings.number("layer_norm_eps", 1e-12),
         "dropout": settings.number("hidden_dropout_prob", 0.1),
@@ -75,9 +75,13 @@ def write(cfg: bert.Config) -> dict[str, Any]:
     return {
         "architectures": [CLASSES[0] if cfg.next_sentence else CLASSES[1]],
         **write_encoder(cfg),
-        "type_vocab_size": cfg.num_types,
         "max_position_embeddings": cfg.max_length,
     }
+
+
+def claims(cfg: bert.Config) -> bool:
+    """Return whether a model that could be a RoBERTa is a BERT: it tells two kinds of segments apart."""
+    return cfg.num_types > 1
 
 
 def write_encoder(cfg: bert.Config) -> dict[str, Any]:
@@ -94,6 +98,7 @@ def write_encoder(cfg: bert.Config) -> dict[str, Any]:
         "hidden_dropout_prob": cfg.dropout,
         "attention_probs_dropout_prob": 0.0,
         "tie_word_embeddings": True,
+        "type_vocab_size": cfg.num_types,
     }
 
 

@@ -29,7 +29,6 @@ def read(settings: Settings) -> dict[str, Any]:
     settings.only(pad_token_id=PADDING, hidden_act="gelu")  # its head has gelu whatever this says
     fields = bert_architecture.read_encoder(settings)
     fields["vocab_size"] = settings.integer("vocab_size", 50265)
-    fields["num_types"] = settings.integer("type_vocab_size", 2)
     rows = settings.integer("max_position_embeddings", 512)
     if rows <= UNUSED:
         raise settings.wrong("max_position_embeddings", f"more than {UNUSED}")
@@ -44,13 +43,17 @@ def task(cfg: bert.Config) -> dict[str, Any]:
 
 
 def write(cfg: bert.Config) -> dict[str, Any]:
-    """Return config.json's settings; with more than one type of token it is BERT."""
+    """Return config.json's settings."""
     return {
         **bert_architecture.write_encoder(cfg),
-        "type_vocab_size": 1,
         "max_position_embeddings": cfg.max_length + UNUSED,
         "pad_token_id": PADDING,
     }
+
+
+def claims(cfg: bert.Config) -> bool:
+    """Return whether a model that could be a BERT is a RoBERTa: its segments are all of one kind."""
+    return cfg.num_types == 1
 
 
 def parts(cfg: bert.Config) -> list[Part]:

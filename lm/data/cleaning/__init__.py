@@ -81,6 +81,7 @@ class Cleaner:
         self._within = [(name, step) for name, step in steps if not isinstance(step, _ACROSS)]
         self._across = [(name, step) for name, step in steps if isinstance(step, _ACROSS)]
         self.names = tuple(name for name, _ in steps)
+        self.compares = bool(self._across)  # documents with earlier ones
         parts = json.dumps([FORMAT, unicodedata.unidata_version, self.names, depends_on])
         self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lm.nn import recurrence
-from lm.nn.recurrence import CELLS, FORGET, Weights, recur
+from lm.nn import cells
+from lm.nn.cells import CELLS, FORGET, Weights, recur
 
 B, L, D, H = 3, 7, 5, 4
 
@@ -104,7 +104,7 @@ def plain_scan(cell, arrays, rest):
 
 
 OPTIONS = [{}, {"begin": True}, {"factors": True}, {"begin": True, "factors": True}]
-cells = pytest.mark.parametrize("name", CELLS)
+every_cell = pytest.mark.parametrize("name", CELLS)
 options = pytest.mark.parametrize(
     "options", OPTIONS, ids=lambda options: "-".join(options) or "plain"
 )
@@ -113,10 +113,10 @@ options = pytest.mark.parametrize(
 @pytest.fixture
 def columns(request, monkeypatch):
     """The size of chunks: 2 and 3 positions do not divide the length, 512 columns are all of it."""
-    monkeypatch.setattr(recurrence, "CPU_CHUNK", request.param)
+    monkeypatch.setattr(cells, "CPU_CHUNK", request.param)
 
 
-@cells
+@every_cell
 @options
 @pytest.mark.parametrize("columns", [3 * B, 512], indirect=True)
 def test_cell_equals_a_loop_in_numpy(name, options, columns):
@@ -141,7 +141,7 @@ def scalar(run, cell, rest):
     return loss
 
 
-@cells
+@every_cell
 @options
 @pytest.mark.parametrize("columns", [2 * B, 512], indirect=True)
 def test_gradient_equals_autodiff_of_a_scan(name, options, columns):
@@ -153,7 +153,7 @@ def test_gradient_equals_autodiff_of_a_scan(name, options, columns):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-@cells
+@every_cell
 @pytest.mark.parametrize("columns", [3 * B], indirect=True)
 def test_gradient_equals_finite_differences_in_float64(name, columns):
     with jax.enable_x64(True):
@@ -172,7 +172,7 @@ def loops(jaxpr):
             yield from loops(body)
 
 
-@cells
+@every_cell
 def test_a_step_holds_one_product_and_the_kernels_gradients_are_taken_after(name):
     cell, arrays, rest = example(name)
     jaxpr = jax.make_jaxpr(jax.grad(scalar(ours, cell, rest)))(arrays)
@@ -181,10 +181,10 @@ def test_a_step_holds_one_product_and_the_kernels_gradients_are_taken_after(name
 
 
 def test_on_several_devices_a_row_is_one_chunk(monkeypatch):
-    assert recurrence._num_chunks(256, 32) == 16
-    assert recurrence._num_chunks(7, 1000) == 7
-    monkeypatch.setattr(recurrence.sharding, "mesh_size", lambda: 2)
-    assert recurrence._num_chunks(256, 32) == 1
+    assert cells._num_chunks(256, 32) == 16
+    assert cells._num_chunks(7, 1000) == 7
+    monkeypatch.setattr(cells.sharding, "mesh_size", lambda: 2)
+    assert cells._num_chunks(256, 32) == 1
 
 
 def test_the_forget_gate_is_the_one_that_keeps_the_cell():

@@ -200,9 +200,9 @@ def _run(cell: Cell, loop: Loop) -> tuple[jax.Array, State, State]:
 def _run_forward(cell: Cell, loop: Loop):
     (C, _, T, B), (K, H) = loop.x.shape, loop.weights.bias.shape
     apart = cell.num_slots - cell.num_gates
-    dtype, wide = loop.x.dtype, loop.state[0].dtype
+    dtype, state_dtype = loop.x.dtype, loop.state[0].dtype
     kernel_GHD, recurrent_GHD = (_by_rows(kernel, C * T) for kernel in loop.weights[:2])
-    bias_KH1 = loop.weights.bias.astype(wide)[:, :, None]
+    bias_KH1 = loop.weights.bias.astype(state_dtype)[:, :, None]
 
     def chunk(carry, inputs):
         state, gates_LKHB, stacks = carry
@@ -217,7 +217,7 @@ def _run_forward(cell: Cell, loop: Loop):
             state = _reset(state, begin, fresh_1B)
             recurrent_GHB = jnp.einsum(
                 "ghd,db->ghb", recurrent_GHD, _factored(state[0], loop.factors).astype(dtype),
-                preferred_element_type=wide,
+                preferred_element_type=state_dtype,
             )  # fmt: skip
             pre_KHB = _at(x_KHTB, t, 2) + bias_KH1
             pre_KHB += jnp.pad(recurrent_GHB, ((apart, 0), (0, 0), (0, 0)))
@@ -239,7 +239,9 @@ def _run_forward(cell: Cell, loop: Loop):
     # each layer; it does not see through this number.
     unset = loop.weights.bias[0, 0]
     gates_LKHB = jnp.broadcast_to(unset.astype(dtype), (C * T, K, H, B))
-    stacks = tuple(jnp.broadcast_to(unset.astype(wide), (C * T + 1, H, B)) for _ in cell.reads)
+    stacks = tuple(
+        jnp.broadcast_to(unset.astype(state_dtype), (C * T + 1, H, B)) for _ in cell.reads
+    )
     stacks = tuple(_put(s, loop.state[i], 0, 0) for s, i in zip(stacks, cell.reads, strict=True))
     inputs = (jnp.arange(C), loop.x, loop.begin, loop.fresh, loop.valid)
     carry = (loop.state, gates_LKHB, stacks)
@@ -252,7 +254,7 @@ def _run_backward(cell: Cell, residuals, gradients):
     loop, h_CHTB, h_CHB, gates_LKHB, stacks = residuals
     dh_CHTB, dlast, dothers = gradients
     (C, _, T, B), (K, H) = loop.x.shape, loop.weights.bias.shape
-    dtype, wide = loop.x.dtype, loop.state[0].dtype
+    dtype, state_dtype = loop.x.dtype, loop.state[0].dtype
 
     def chunk(carry, inputs):
         dpre_KHTB, dstate, dweights = carry
@@ -261,14 +263,14 @@ def _run_backward(cell: Cell, residuals, gradients):
         def step(carry, inputs):
             dpre_KHTB, dstate = carry
             t, dothers, (begin, fresh_1B, valid_1B) = inputs
-            before = [jnp.zeros((H, B), wide)] * cell.num_states  # of what is not read, any value
+            before = [jnp.zeros((H, B), state_dtype)] * cell.num_states  # any value, if not read
             after = list(before)
             for stack, i in zip(stacks, cell.reads, strict=True):
                 before[i] = _at(stack, number * T + t, 0)
                 after[i] = _at(stack, number * T + t + 1, 0)
             state = _reset(tuple(before), begin, fresh_1B)
-            gates_KHB = _at(gates_LKHB, number * T + t, 0).astype(wide)
-            dnew = (_at(dh_HTB, t, 1).astype(wide), *dothers)
+            gates_KHB = _at(gates_LKHB, number * T + t, 0).astype(state_dtype)
+            dnew = (_at(dh_HTB, t, 1).astype(state_dtype), *dothers)
             dnew = tuple(a + b for a, b in zip(dstate, dnew, strict=True))
             dpre_KHB, dbefore = cell.pull(gates_KHB, state, tuple(after), _only(valid_1B, dnew))
             held = _only(~valid_1B, dnew)
@@ -277,7 +279,7 @@ def _run_backward(cell: Cell, residuals, gradients):
             dpre_KHB = jax.lax.optimization_barrier(dpre_KHB.astype(dtype))
             through_DB = jnp.einsum(
                 "dgh,ghb->db", loop.weights.recurrent, dpre_KHB[K - cell.num_gates :],
-                preferred_element_type=wide,
+                preferred_element_type=state_dtype,
             )  # fmt: skip
             dstate = (dstate[0] + _factored(through_DB, loop.factors), *dstate[1:])
             dbegin = None if begin is None else _only(fresh_1B, dstate)
@@ -290,8 +292,8 @@ def _run_backward(cell: Cell, residuals, gradients):
         return (dpre_KHTB, dstate, dweights), (dx_DTB, dbegin)
 
     # The kernels' gradients are summed as [G, H, D], as the products make them.
-    kernel, recurrent = (jnp.zeros((*w.shape[1:], len(w)), wide) for w in loop.weights[:2])
-    zeros = Weights(kernel, recurrent, jnp.zeros((K, H), wide))
+    kernel, recurrent = (jnp.zeros((*w.shape[1:], len(w)), state_dtype) for w in loop.weights[:2])
+    zeros = Weights(kernel, recurrent, jnp.zeros((K, H), state_dtype))
     carry = (jnp.zeros((K, H, T, B), dtype), dlast, zeros)
     masks = (loop.begin, loop.fresh, loop.valid)
     inputs = (jnp.arange(C), (loop.x, h_CHTB, h_CHB), (dh_CHTB, dothers), masks)
@@ -306,7 +308,7 @@ def _products_backward(cell: Cell, loop: Loop, dpre_KHTB, kept, masks):
     """Return the gradients of a chunk's inputs and of the weights, these of the kernels as [G, H, D]."""
     x_DTB, h_HTB, h_HB = kept
     begin, fresh_T1B, _ = masks
-    wide = loop.state[0].dtype
+    state_dtype = loop.state[0].dtype
     before_HTB = jnp.concatenate([h_HB[:, None].astype(h_HTB.dtype), h_HTB[:, :-1]], axis=1)
     begin_HTB = 0 if begin is None else begin[0].swapaxes(0, 1).astype(h_HTB.dtype)
     before_HTB = jnp.where(fresh_T1B.swapaxes(0, 1), begin_HTB, before_HTB)
@@ -314,10 +316,10 @@ def _products_backward(cell: Cell, loop: Loop, dpre_KHTB, kept, masks):
         before_HTB = (before_HTB * loop.factors[:, None]).astype(h_HTB.dtype)
     d_GHTB = dpre_KHTB[: cell.num_gates]
     dx_DTB = jnp.einsum("dgh,ghtb->dtb", loop.weights.kernel, d_GHTB)
-    product = functools.partial(jnp.einsum, "ghtb,dtb->ghd", preferred_element_type=wide)
+    product = functools.partial(jnp.einsum, "ghtb,dtb->ghd", preferred_element_type=state_dtype)
     dkernel_GHD = product(d_GHTB, x_DTB)
     drecurrent_GHD = product(dpre_KHTB[cell.num_slots - cell.num_gates :], before_HTB)
-    dbias_KH = dpre_KHTB.sum(axis=(2, 3), dtype=wide)
+    dbias_KH = dpre_KHTB.sum(axis=(2, 3), dtype=state_dtype)
     return dx_DTB, Weights(dkernel_GHD, drecurrent_GHD, dbias_KH)
 
 

@@ -1,0 +1,253 @@
+"""Files on this machine and on any file system that fsspec knows, compressed or not.
+
+A path with "://" in it is a URL (s3://, gs://, https://, hf://, memory://, zip://...::s3://...): fsspec opens
+it, and finds keys and passwords where it looks for them (the environment, its own settings), never here.
+"""
+
+import contextlib
+import errno
+import glob
+import gzip
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from lm.config import ConfigError
+
+_CHUNK = 1 << 16  # bytes that are read, and at least decompressed, at a time
+# What tells one content of a remote file from another, as the file systems name it.
+_MARKS = ("ETag", "etag", "md5Hash", "crc32c", "sha256", "generation", "blob_id", "content_md5")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+
+
+class Damaged(ConfigError):
+    """A file that can be read only in part."""
+
+
+def expand(path: Sequence[str]) -> Iterator[str]:
+    """Yield the files that paths, URLs and globs name, a glob's in order of name.
+
+    Raises ConfigError for a missing file, a folder, a glob that matches nothing.
+    """
+    for item in path:
+        item = item.removeprefix("file://")
+        yield from _remote_files(item) if is_remote(item) else _local_files(item)
+
+
+def is_remote(path: str) -> bool:
+    """Return whether a path is a URL."""
+    return "://" in path
+
+
+def printable(path: str) -> str:
+    """Return a path without what a URL has behind its "?": it may be signed."""
+    return path.partition("?")[0] if is_remote(path) else path
+
+
+def bare(path: str) -> str:
+    """Return a path in small letters, without what a URL has around the file's name."""
+    return (printable(path).partition("::")[0] if is_remote(path) else path).lower()
+
+
+def packing(path: str) -> str:
+    """Return the suffix that says how a file is compressed, "" where it is not."""
+    return next((suffix for suffix in (".gz", ".zst") if bare(path).endswith(suffix)), "")
+
+
+def mark(path: str) -> bytes:
+    """Return what changes when the file does: a digest of its bytes.
+
+    Of a remote file its size and its checksum or else its times, and only where it has none of them its
+    bytes: reading them would be a download.
+    """
+    if not is_remote(path):
+        with explained(path), open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "blake2b").digest()
+    system, name = _connect(path)
+    with _asked(path):
+        info = system.info(name)
+    for names in (_MARKS, _TIMES):
+        known = {key: str(info[key]) for key in names if info.get(key)}
+        if known:
+            about = [printable(path), info.get("size"), sorted(known.items())]
+            return hashlib.blake2b(repr(about).encode()).digest()
+    digest = hashlib.blake2b()
+    with _raw(path) as handle:
+        while data := handle.read(1 << 20):
+            digest.update(data)
+    return digest.digest()
+
+
+def _local_files(item: str) -> Iterator[str]:
+    pattern = os.path.expanduser(item)
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        found = [pattern]
+    else:
+        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    if not found:
+        raise ConfigError(f"data.path={item}: no file matches; check the pattern (and quote it)")
+    for file in map(Path, found):
+        if file.is_dir():
+            raise ConfigError(
+                f"data.path={item}: a folder; name its files, as in {item}/*, or set "
+                "data.source=huggingface"
+            )
+        if not os.path.exists(file):
+            raise ConfigError(f"data.path={item}: no such file; check the path")
+        if not file.is_file():
+            raise ConfigError(f"data.path={item}: no regular file, which is read more than once")
+        yield str(file)
+
+
+def _remote_files(item: str) -> Iterator[str]:
+    system, name = _connect(item)
+    chain = item.partition("::")[1] + item.partition("::")[2]
+    with _asked(item):
+        # A "?" begins a query, as in https://host/file.txt?version=3, and is no pattern.
+        if "*" in printable(item) or "[" in printable(item):
+            matches = system.glob(name, detail=True)
+            names = sorted(name for name in matches if matches[name]["type"] == "file")
+            found = [system.unstrip_protocol(name) + chain for name in names]
+        else:
+            try:
+                folder = system.info(name)["type"] == "directory"
+            except FileNotFoundError:
+                found = []
+            else:
+                found = [item]
+                if folder:
+                    raise ConfigError(f"data.path={item}: a folder; name its files, as in {item}/*")
+    if not found:
+        raise ConfigError(f"data.path={printable(item)}: no such file; check the path or pattern")
+    yield from found
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the file's name in it."""
+    try:
+        import fsspec
+    except ImportError:
+        raise ConfigError(
+            f"data.path={printable(url)}: a URL needs fsspec; pip install 'lm[data]'"
+        ) from None
+    with _asked(url):
+        return fsspec.core.url_to_fs(url)
+
+
+@contextlib.contextmanager
+def _asked(url: str) -> Iterator[None]:
+    """Turn what goes wrong with a remote file system into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # every file system has errors of its own kind
+        message = str(error).partition("\n")[0].replace(url, printable(url))
+        raise ConfigError(
+            f"data.path={printable(url)}: {type(error).__name__} ({message}); check the URL, what its file "
+            "system needs installed, and your keys"
+        ) from error
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec's whose errors, of any kind, are OSErrors."""
+
+    def __init__(self, url: str, seek: bool):
+        system, name = _connect(url)
+        # Read in order an HTTP server need not know of ranges, and is asked once.
+        in_order = {} if seek or "https" not in system.protocol else {"block_size": 0}
+        self._seek = seek
+        with _asked(url):
+            self._file = system.open(name, "rb", **in_order)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except Exception as error:  # every file system has errors of its own kind
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompress frames; unlike zstandard's own reader, a truncated one raises EOFError."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._unread = b""  # compressed bytes after a frame's end
+        self._ready = memoryview(b"")
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            data = self._unread or self._raw.read(_CHUNK)
+            if not data:
+                if self._inside:
+                    raise EOFError("the last zstd frame is cut off")
+                return 0
+            if not self._inside:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+            self._inside = not self._frame.eof
+            self._unread = self._frame.unused_data if self._frame.eof else b""
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+@contextlib.contextmanager
+def explained(file: str | Path, field: str = "data.path") -> Iterator[None]:
+    """Turn what goes wrong while `file` is read into a ConfigError that names `field`."""
+    name = printable(str(file))
+    try:
+        yield
+    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+        message = f"{field}: {name} is damaged ({error}); restore it, or decompress it by hand"
+        raise Damaged(message) from error
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot read {name} ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def opened(file: str | Path, field: str = "data.path", *, seek: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed by its suffix; in order, or anywhere with `seek`."""
+    kind = packing(str(file))
+    with explained(file, field), _raw(str(file), seek) as raw:
+        if kind == ".gz":
+            yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
+        elif kind == ".zst":
+            yield io.BufferedReader(_Zstandard(raw), _CHUNK)
+        else:
+            yield raw
+
+
+def _raw(file: str, seek: bool = False) -> BinaryIO:
+    if is_remote(file):
+        return io.BufferedReader(_Remote(file, seek), _CHUNK)
+    return open(file, "rb")

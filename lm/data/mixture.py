@@ -1,0 +1,120 @@
+"""Which of several corpora each row is of: exact proportions, by arithmetic alone.
+
+Row g of an endless sequence belongs to the first corpus where g w / W, rounded, goes up by one (w its weight,
+W the sum of all), and else to one of the others, among which the rows that are left are shared out in the
+same way. So after any number of rows each corpus has its share but for a row or two, and after every W rows
+exactly; and which row of its corpus it is needs no memory either.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from lm.config import ConfigError
+
+_MOST = 1 << 20  # sum of the integer weights: with fewer than 2**43 rows nothing overflows
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights of the corpora, integers, from a first row on: one entry a stage, the first from row 0."""
+
+    stages: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each of `rows` [R] its corpus and the number of rows of that corpus before it."""
+        firsts = np.array([first for first, _ in self.stages])
+        stage_of = np.searchsorted(firsts, rows, side="right") - 1
+        corpora, indices = np.zeros_like(rows), np.zeros_like(rows)
+        for stage in np.unique(stage_of).tolist():
+            here = stage_of == stage
+            first, weights = self.stages[stage]
+            owner, index = _share_out(rows[here] - first, weights)
+            corpora[here], indices[here] = owner, index + self.counts(first)[owner]
+        return corpora, indices
+
+    def counts(self, num_rows: int) -> np.ndarray:
+        """Return how many of the first `num_rows` rows are of each corpus: int64 [corpora]."""
+        total = np.zeros(len(self.stages[0][1]), np.int64)
+        ends = [first for first, _ in self.stages[1:]] + [num_rows]
+        for (first, weights), end in zip(self.stages, ends, strict=True):
+            left = max(min(end, num_rows) - first, 0)
+            for number, weight in enumerate(weights):
+                taken = _taken(left, weight, sum(weights[number:]))
+                total[number] += taken
+                left -= taken
+        return total
+
+
+def _share_out(rows: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the owner of each of `rows` [R], and its rows before."""
+    owners = np.full_like(rows, len(weights) - 1)
+    indices, left = np.zeros_like(rows), rows.copy()
+    free = np.ones(len(rows), bool)
+    for number, weight in enumerate(weights[:-1]):
+        before = _taken(left, weight, sum(weights[number:]))
+        mine = free & (_taken(left + 1, weight, sum(weights[number:])) > before)
+        owners[mine], indices[mine] = number, before[mine]
+        free &= ~mine
+        left -= before
+    return owners, np.where(free, left, indices)
+
+
+def _taken(rows: Any, weight: int, whole: int) -> Any:
+    """Return how many of the first `rows` one of `weight` out of `whole` takes: its share, rounded."""
+    return (2 * rows * weight + whole) // (2 * whole) if whole else 0 * rows
+
+
+def make(
+    weights: Sequence[float],
+    *,
+    stages: Sequence[tuple[int, Sequence[float]]] = (),
+    temperature: float = 1.0,
+    sizes: Sequence[int],
+    batch_size: int,
+) -> Mixture:
+    """Return the mixture of `weights`, and of others from a step on.
+
+    A weight is relative, and 0 stands for the corpus's size in tokens; it is raised to 1 / `temperature`
+    (Arivazhagan et al. 2019, arXiv 1907.05019): above 1 small corpora count more. `stages` are (first step,
+    weights), where 0 is nothing. Raises ConfigError for what is no mixture.
+    """
+    own = [weight or size for weight, size in zip(weights, sizes, strict=True)]
+    all_stages = [(0, own), *stages]
+    made = []
+    for number, (step, values) in enumerate(all_stages):
+        if len(values) != len(weights):
+            raise ConfigError(
+                f"data.mixture_stages: {len(values)} weights from step {step} on, and data.mixture has "
+                f"{len(weights)} corpora; give one weight for each"
+            )
+        if number and step <= all_stages[number - 1][0]:
+            raise ConfigError(
+                f"data.mixture_stages: step {step} does not come after {all_stages[number - 1][0]}; give the "
+                "stages in order, the first after step 0"
+            )
+        made.append((step * batch_size, integers(values, temperature)))
+    return Mixture(tuple(made))
+
+
+def integers(weights: Sequence[float], temperature: float = 1.0) -> tuple[int, ...]:
+    """Return the smallest integers in proportion to weights ** (1 / temperature); of many digits, nearly."""
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ConfigError(
+            f"data.mixture: weights {', '.join(map(str, weights))} are no proportions; give positive numbers"
+        )
+    if temperature != 1:
+        weights = [float(weight) ** (1 / temperature) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]
+    common = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * common) for weight in exact]
+    divisor = math.gcd(*whole)
+    whole = [weight // divisor for weight in whole]
+    if sum(whole) > _MOST:
+        total = sum(whole)
+        whole = [max(round(Fraction(weight * _MOST, total)), min(weight, 1)) for weight in whole]
+    return tuple(whole)

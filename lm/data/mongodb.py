@@ -1,0 +1,106 @@
+"""Collections of a MongoDB server to documents, in the order of _id."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from lm.config import ConfigError
+from lm.data.documents import Document, Reading, of_record
+
+PASSWORD = "LM_MONGODB_PASSWORD"  # environment variable
+_URI = re.compile(r"(mongodb(?:\+srv)?)://(?:[^@/]*@)?([^@/?]+)/([^/?]+)(\?.*)?")
+
+
+def locate(path: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the printable name and the URI of a collection; raise ConfigError for what names none."""
+    uri = ",".join(path)  # of a set of replicas, hosts have commas between them
+    if not (match := _URI.fullmatch(uri)) or not all(_collection_name(match[3])):
+        raise ConfigError(
+            "data.path: name a collection, as in mongodb://user@host/database.collection"
+        )
+    yield f"{match[1]}://{match[2]}/{match[3]}", uri
+
+
+def read(uri: str, start: int, reading: Reading) -> Iterator[Document]:
+    """Yield a document for every record of a collection from number `start` on, in the order of _id."""
+    pymongo = _installed()
+    ((name, _),) = locate([uri])
+    number = reached = start
+    while True:
+        try:
+            with _connected(uri) as client:
+                records = _collection(client, uri).find(
+                    projection=list(reading.fields.names), sort=[("_id", 1)], skip=number
+                )
+                for record in records:
+                    where = f"{name}: the record with _id {record['_id']!r}"
+                    yield of_record(record, where, reading)
+                    number += 1
+            return
+        except (pymongo.errors.AutoReconnect, pymongo.errors.CursorNotFound) as error:
+            # A cursor that waited too long is gone, or a server is: go on from where it was, but
+            # not for ever.
+            if number == reached:
+                raise _failed(name, error) from error
+            reached = number
+        except pymongo.errors.PyMongoError as error:
+            raise _failed(name, error) from error
+
+
+def marks(uris: Sequence[str]) -> Iterator[bytes]:
+    """Yield what changes when records come, go or change size; reading all would be a download."""
+    pymongo = _installed()
+    for uri in uris:
+        ((name, _),) = locate([uri])
+        try:
+            with _connected(uri) as client:
+                collection = _collection(client, uri)
+                about = collection.database.command("collStats", collection.name)
+                last = collection.find_one(projection=["_id"], sort=[("_id", -1)])
+        except pymongo.errors.PyMongoError as error:
+            raise _failed(name, error) from error
+        mark = [name, about["count"], about["size"], str(last)]
+        yield hashlib.blake2b(repr(mark).encode()).digest()
+
+
+def _collection_name(path: str) -> tuple[str, str]:
+    database, _, collection = unquote(path).partition(".")
+    return database, collection
+
+
+def _collection(client: Any, uri: str) -> Any:
+    database, collection = _collection_name(_URI.fullmatch(uri)[3])  # type: ignore[index]
+    return client[database][collection]
+
+
+def _connected(uri: str) -> Any:
+    """Return a client, whose password is the environment's."""
+    password = {"password": os.environ[PASSWORD]} if PASSWORD in os.environ and "@" in uri else {}
+    pymongo = _installed()
+    try:
+        return pymongo.MongoClient(uri, **password)
+    except (pymongo.errors.PyMongoError, ValueError) as error:
+        raise ConfigError(
+            f"data.path: no client for this URI ({type(error).__name__}); check its options, and the user's "
+            f"password in the environment variable {PASSWORD}"
+        ) from None
+
+
+def _failed(name: str, error: Exception) -> ConfigError:
+    message = " ".join(str(error).partition(", full error")[0].split())[:200]
+    return ConfigError(
+        f"data.path: cannot read {name}: {type(error).__name__} ({message}); check that the server runs, and "
+        f"the user's password in the environment variable {PASSWORD}"
+    )
+
+
+def _installed() -> Any:
+    try:
+        import pymongo
+        import pymongo.errors
+    except ImportError:
+        raise ConfigError("data.source=mongodb needs pymongo; pip install 'lm[mongo]'") from None
+    return pymongo

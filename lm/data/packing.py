@@ -1,0 +1,186 @@
+"""Which pieces of a stream stand in each row: planned once, so that any row is a lookup.
+
+- split: the stream is cut every `capacity` tokens, wherever documents end; no table is needed.
+- best_fit: a document longer than a row is cut at multiples of `capacity`; what is left of it and the
+  shorter documents are put together by best-fit decreasing, so that none is cut without need ("Fewer
+  Truncations Improve Language Modeling", Ding et al. 2024, arXiv 2404.10830).
+- pad: each document, or each `capacity` tokens of one, has a row of its own.
+
+A piece is [begin, begin + length) of the stream's places as inputs, the next token of each as its target; a
+document has one input more than tokens, the end of text before it.
+
+What differs from the paper: packing runs over windows of 2**20 documents, so that a corpus need not fit in
+memory; a row stands at the place of its first piece, so that a part of a corpus is like the whole.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.data import shards
+
+NAMES = ("split", "best_fit", "pad")
+FORMAT = 1  # raise it when the same documents are packed otherwise
+_WINDOW = 1 << 20  # documents packed at a time
+_FOLDER, _ABOUT = "rows", "about.json"
+_FILES = {"first": np.int64, "begins": np.int64, "lengths": np.int32}
+
+
+class Plan(NamedTuple):
+    """Row r has the pieces first[r] to first[r + 1]: arrays [rows + 1], [pieces], [pieces]."""
+
+    first: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.first) - 1
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """Return (begin, length) of each piece of a row, in order."""
+        where = slice(int(self.first[row]), int(self.first[row + 1]))
+        return list(zip(self.begins[where].tolist(), self.lengths[where].tolist(), strict=True))
+
+
+def make(name: str, starts: np.ndarray, num_inputs: int, capacity: int) -> Plan:
+    """Return the plan `name` ("best_fit" or "pad") of the documents that begin at `starts` [documents].
+
+    `num_inputs` is where the last one ends, and `capacity` the tokens of a row.
+    """
+    ends = np.append(starts[1:], num_inputs)
+    parts = []
+    for low in range(0, len(starts), _WINDOW):
+        window = slice(low, low + _WINDOW)
+        begins, lengths = _cut(starts[window], ends[window], capacity)
+        rows = _best_fit(lengths, capacity) if name == "best_fit" else np.arange(len(lengths))
+        parts.append(_table(rows, begins, lengths))
+    if not parts:
+        return Plan(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
+    shifts = np.cumsum([0, *(len(part.begins) for part in parts)])
+    first = [part.first[:-1] + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
+    return Plan(
+        np.append(np.concatenate(first), shifts[-1]),
+        np.concatenate([part.begins for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+    )
+
+
+def _cut(starts: np.ndarray, ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return begins and lengths of the pieces of documents, none longer than `capacity`."""
+    counts = -(-(ends - starts) // capacity)
+    last = np.cumsum(counts)
+    inside = np.arange(last[-1]) - np.repeat(last - counts, counts)
+    begins = np.repeat(starts, counts) + inside * capacity
+    return begins, np.minimum(np.repeat(ends, counts) - begins, capacity)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the row of each piece [pieces], by best-fit decreasing.
+
+    Pieces of one length are placed together: the fullest rows that still take one take as many as they can.
+    """
+    rows = np.zeros(len(lengths), np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    sizes, firsts = np.unique(-lengths[order], return_index=True)
+    open_rows: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # by the room left
+    has_room = np.zeros(capacity + 1, bool)
+    num_rows = 0
+    for size, pieces in zip((-sizes).tolist(), np.split(order, firsts[1:]), strict=True):
+        while len(pieces):
+            room = size + int(has_room[size:].argmax())
+            if has_room[room]:
+                bins = np.concatenate(open_rows[room])
+            else:
+                room = capacity
+                bins = num_rows + np.arange(-(-len(pieces) // (room // size)))
+                num_rows += len(bins)
+            each = room // size
+            used = min(-(-len(pieces) // each), len(bins))
+            open_rows[room] = [bins[used:]] if used < len(bins) else []
+            has_room[room] = used < len(bins)
+            bins = bins[:used]
+            placed = pieces[: used * each]
+            rows[placed] = np.repeat(bins, each)[: len(placed)]
+            pieces = pieces[used * each :]
+            left = [(bins, room - each * size)]
+            if len(placed) < used * each:  # the last row took fewer
+                last = len(placed) - (used - 1) * each
+                left = [(bins[:-1], room - each * size), (bins[-1:], room - last * size)]
+            for some, rest in left:
+                if len(some) and rest:
+                    open_rows[rest].append(some)
+                    has_room[rest] = True
+    return rows
+
+
+def _table(rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> Plan:
+    """Return the plan of pieces with their rows, which are ordered by their first pieces."""
+    earliest = np.full(int(rows.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(earliest, rows, begins)
+    rank = np.empty(len(earliest), np.int64)
+    rank[np.argsort(earliest)] = np.arange(len(earliest))
+    order = np.lexsort((begins, rank[rows]))
+    first = np.append(0, np.cumsum(np.bincount(rank[rows], minlength=len(earliest))))
+    return Plan(first.astype(np.int64), begins[order], lengths[order].astype(np.int32))
+
+
+def save(
+    folder: Path, name: str, capacity: int, plans: dict[str, Plan], *, fingerprint: str
+) -> None:
+    """Keep the plan of each split in a prepared corpus, whole or not at all.
+
+    `fingerprint` is of the corpus: a plan of another one is never taken.
+    """
+    place = folder / _FOLDER / f"{name}-{capacity}"
+    place.parent.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
+    try:
+        files = {}
+        for split, plan in plans.items():
+            for part, dtype in _FILES.items():
+                file = unfinished / f"{split}.{part}"
+                file.write_bytes(np.ascontiguousarray(getattr(plan, part), dtype).tobytes())
+                files[file.name] = shards.recorded(file)
+                shards.sync(file)
+        about = unfinished / _ABOUT
+        about.write_text(json.dumps({"format": FORMAT, "fingerprint": fingerprint, "files": files}))
+        shards.sync(about)
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):  # another process was first, with the same plan
+            os.replace(unfinished, place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load(folder: Path, *, fingerprint: str) -> dict[tuple[str, int], dict[str, Plan]]:
+    """Return the plans that `save` kept for a corpus: by name and capacity, by split.
+
+    Raises Damaged for one that is not whole.
+    """
+    found = {}
+    for place in sorted((folder / _FOLDER).glob("[!.]*")):
+        try:
+            about = json.loads((place / _ABOUT).read_text())
+            if (about["format"], about["fingerprint"]) != (FORMAT, fingerprint):
+                continue
+            name, _, capacity = place.name.rpartition("-")
+            sizes = {file: record["size"] for file, record in about["files"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise shards.Damaged(place / _ABOUT, str(error)) from None
+        for file, size in sizes.items():
+            if not (place / file).is_file() or (place / file).stat().st_size != size:
+                raise shards.Damaged(place / file, f"not the {size} bytes that it had")
+        found[name, int(capacity)] = {
+            split: Plan(
+                *(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items())
+            )
+            for split in shards.SPLITS
+        }
+    return found

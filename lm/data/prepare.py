@@ -1,0 +1,331 @@
+"""Documents to token shards: read in order, encoded by worker processes, written in order.
+
+What is written depends neither on the number of workers nor on where an earlier start was killed: the
+documents are cut into chunks, of which whole shards are made, and a start goes on behind the last whole
+shard. Documents before it are read again and not encoded.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lm.config import ConfigError
+from lm.data import cleaning, shards, sources, splits, tokenizers
+from lm.data.cleaning import Cleaner
+from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
+from lm.data.shards import SPLITS
+from lm.data.splits import Item, Rule
+from lm.data.tokenizers import Tokenizer
+from lm.data.writer import JOURNAL, Writer, begun_key
+
+FORMAT = 4  # part of every key: raise it when extraction, split or layout changes
+CHUNK = 1 << 20  # characters that are encoded at a time
+CHUNK_ITEMS = 1 << 14
+SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
+_MOST_LABELS = 10_000
+_COUNTS = ("documents", "empty_documents", "characters", "replaced")
+_BROKEN = "broken "  # before the kind of what is wrong with a record, in counts
+_LOCK = ".lock"
+
+
+Run = Callable[..., Iterator[Worked]]
+
+
+def prepare(
+    folder: Path,
+    cfg: Any,
+    source: sources.Source,
+    *,
+    key: str,
+    tokenizer: Tokenizer | None = None,
+    workers: int = 0,
+    repair: bool = False,
+) -> None:
+    """Fill `folder` with the corpus of the frozen `data` section `cfg`, or finish it.
+
+    `key` stands for all that the result depends on. Of two processes at once the second waits, and finds the
+    work done. With `workers` 0 this process does all; with `repair` what is damaged is made again. Raises
+    ConfigError for what sources and tokenizers refuse, and where `folder` holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if _is_whole(folder, key, repair=repair):
+            return
+        rule = splits.rule(cfg, source)
+        tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
+        writer = Writer(
+            folder, {"key": key, "shard": SHARD}, dtype_for(tokenizer), tokenizer.end_of_text
+        )
+        cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
+        encoder = Encoder(rule, tokenizer, bool(source.fields.label), cleaner)
+        sieve = Sieve(cleaner, writer.progress.clean)
+        with _progress(_size(source), "encoding") as bar:
+            bar.update(sum(writer.progress.bytes.values()))
+            with _pool(encoder, folder, workers) as run:
+                if cleaner and cleaner.compares:
+                    _see_again(run, source, rule, writer.progress.following, sieve)
+                waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
+                for worked in run(waiting):
+                    encoded = sieve.pass_on(worked)
+                    writer.add(encoded)
+                    writer.progress.clean = sieve.counts
+                    _check_labels(source, writer.progress.labels)
+                    bar.update(int(encoded.sizes.sum()))
+                    if writer.shard_bytes >= SHARD:
+                        writer.end_shard()
+        writer.end_shard()
+        _finish(folder, source, rule, tokenizer, writer, key)
+
+
+def _see_again(run: Run, source: Any, rule: Rule, following: tuple[int, int], sieve: Sieve) -> None:
+    """Show the documents before `following` to the sieve, which compares later ones with them."""
+    before = itertools.takewhile(
+        lambda chunk: chunk.following <= following, chunks(source, rule, (0, 0), {})
+    )
+    for worked in run(before, tokens=False):
+        sieve.pass_on(worked, count=False)
+
+
+def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
+    """Return whether the corpus is there. Raises ConfigError where something else is."""
+    other = "of other text or settings; name an empty folder"
+    try:
+        if (folder / shards.MANIFEST).exists():
+            if shards.read_manifest(folder)["key"] != key:
+                raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
+            return True
+        begun = begun_key(folder)
+        if begun is None and {file.name for file in folder.iterdir()} - {_LOCK, "tokenizer"}:
+            raise shards.Damaged(folder / shards.MANIFEST, "missing, and the folder is not empty")
+        if begun not in (None, key):
+            raise ConfigError(f"{folder}: a corpus was begun here, {other}")
+    except shards.Damaged as error:
+        if not repair:
+            raise
+        print(
+            f"{error.file}: a damaged cache entry; building it again", file=sys.stderr, flush=True
+        )
+        for file in folder.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != _LOCK:
+                file.unlink()
+    return False
+
+
+def chunks(
+    source: sources.Source, rule: Rule, following: tuple[int, int], before: dict[str, int]
+) -> Iterator[Chunk]:
+    """Yield the documents from part and record `following` on; `before` counts those that came before."""
+    total, counts = Counter(before), Counter[str]()
+    items: list[Item] = []
+    size = 0
+    for part in range(following[0], len(source.parts)):
+        start = following[1] if part == following[0] else 0
+        for record, document in enumerate(source.read(part, start), start):
+            new = list(rule.items(part, record, document, total))
+            items += new
+            whole = bool(document.text) and document.second != ""
+            read = Counter(characters=len(document.text), replaced=document.replaced)
+            broken = document.broken and f"{_BROKEN}{document.broken}"
+            read[broken or ("documents" if whole else "empty_documents")] += 1
+            total.update(read)
+            counts.update(read)
+            size += sum(len(text) for item in new for text in item.texts)
+            if size >= CHUNK or len(items) >= CHUNK_ITEMS:
+                yield Chunk(items, (part, record + 1), counts)
+                items, size, counts = [], 0, Counter()
+    if counts:
+        yield Chunk(items, (len(source.parts), 0), counts)
+
+
+def _tokenizer(
+    folder: Path, cfg: Any, source: sources.Source, given: Tokenizer | None, key: str
+) -> Tokenizer:
+    """Return the tokenizer in `folder`: the given one, or one trained, once, on the training split."""
+    place, mark = folder / "tokenizer", folder / "tokenizer" / ".key"
+    if mark.exists() and mark.read_text() == key:
+        return tokenizers.load(place)
+    if given is None:
+        given = train(cfg, [source])
+    given.save(place)
+    for file in place.iterdir():
+        shards.sync(file)
+    mark.write_text(key)
+    return tokenizers.load(place)
+
+
+def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
+    """Return the tokenizer that the frozen `data` section asks for, trained on all training splits."""
+    # An alphabet is no knowledge of the text: it is taken whole, so that both splits encode.
+    wanted = range(2) if cfg.tokenizer == "char" else (splits.TRAIN,)
+    cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
+
+    def texts(bar: tqdm) -> Iterator[str]:
+        for source in inputs:
+            rule = splits.rule(cfg, source)
+            for chunk in chunks(source, rule, (0, 0), {}):
+                for item in clean(cleaner, chunk.items)[0]:
+                    if item and rule.split_of(item) in wanted:
+                        yield from item.texts
+                bar.update(sum(len(text) for item in chunk.items for text in item.texts))
+
+    sizes = [_size(source) for source in inputs]
+    with _progress(None if None in sizes else sum(filter(None, sizes)), "reading") as bar:
+        return tokenizers.train(
+            cfg.tokenizer,
+            texts(bar),
+            vocab_size=cfg.vocab_size,
+            model=cfg.sentencepiece_model,
+            unknown=cfg.unknown,
+            symbols=cfg.user_symbols,
+        )
+
+
+def _finish(
+    folder: Path, source: sources.Source, rule: Rule, tokenizer: Tokenizer, writer: Writer, key: str
+) -> None:
+    """Write the manifest."""
+    done, digests = writer.progress, writer.finish()
+    everything = tokenizer.fingerprint + "".join(digests[split] for split in SPLITS)
+    broken = {n.removeprefix(_BROKEN): c for n, c in done.counts.items() if n.startswith(_BROKEN)}
+    report = {
+        "source": source.name,
+        "files": len(source.parts),
+        "paired": source.paired,
+        **{name: done.counts.get(name, 0) for name in _COUNTS},
+        "bytes": sum(done.bytes.values()),
+        "broken": broken,
+        "clean": done.clean,
+        "labels": done.labels,
+        "split": rule.by,
+    }
+    for split in SPLITS:
+        numbers = {"documents": done.documents, "bytes": done.bytes, "tokens": done.tokens}
+        report[split] = {name: values[split] for name, values in numbers.items()}
+    others = [f"{split}.{kind}" for split in SPLITS for kind in ("starts", "origins")]
+    others += [f"tokenizer/{file.name}" for file in sorted((folder / "tokenizer").iterdir())]
+    shards.write_manifest(
+        folder,
+        {
+            "key": key,
+            "fingerprint": hashlib.blake2b(everything.encode(), digest_size=16).hexdigest(),
+            "dtype": dtype_for(tokenizer).str,
+            "report": report,
+            "parts": list(source.parts),
+            "files": done.files | {name: shards.recorded(folder / name) for name in others},
+        },
+    )
+    (folder / JOURNAL).unlink()
+
+
+def _check_labels(source: sources.Source, labels: Sequence[str]) -> None:
+    if len(labels) > _MOST_LABELS:
+        raise ConfigError(
+            f"data.label_field={source.fields.label}: more than {_MOST_LABELS} labels; is it "
+            "data.target_field?"
+        )
+
+
+@contextlib.contextmanager
+def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
+    """Yield a function that encodes chunks, in order, in `workers` processes or, with 0, in this one."""
+    if not workers:
+        yield lambda waiting, tokens=True: (encoder.encode(c, tokens=tokens) for c in waiting)
+        return
+    # Not fork: jax's threads may run here already.
+    context = multiprocessing.get_context("spawn")
+    setup = (folder / "tokenizer", encoder.rule, encoder.labelled, encoder.cleaner)
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, setup)
+    try:
+
+        def run(waiting: Iterable[Chunk], tokens: bool = True) -> Iterator[Worked]:
+            running: deque = deque()
+            for chunk in itertools.chain(waiting, [None] * (2 * workers)):
+                if chunk is not None:
+                    running.append(pool.submit(_encode, chunk, tokens))
+                if running and (chunk is None or len(running) == 2 * workers):
+                    yield running.popleft().result()
+
+        yield run
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a worker that encodes was killed, perhaps for memory; use fewer workers, and go on with the "
+            "same command"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_ENCODER: list[Encoder] = []  # of a worker process
+
+
+def _begin_worker(folder: Path, rule: Rule, labelled: bool, cleaner: Cleaner | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    tokenizers.use_one_thread()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _ENCODER.append(Encoder(rule, tokenizers.load(folder), labelled, cleaner))
+
+
+def _end_with(parent: Any) -> None:
+    """Wait for the end of the parent, by a kill too, which a pool's processes would outlive."""
+    parent.join()
+    os._exit(1)
+
+
+def _encode(chunk: Chunk, tokens: bool) -> Worked:
+    return _ENCODER[0].encode(chunk, tokens=tokens)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, after another process that holds it."""
+    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"{folder}: waiting for another process that prepares it",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _progress(num_bytes: int | None, description: str) -> tqdm:
+    """Return a progress bar over text that stays away from quick work and is short in a log file."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(
+        desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
+    )
+
+
+def _size(source: Any) -> int | None:
+    """Return about how many bytes of text there are; None where only reading would tell."""
+    sizes = [
+        os.path.getsize(p)
+        for p in source.parts
+        if os.path.isfile(p) and not p.endswith((".gz", ".zst"))
+    ]
+    return sum(sizes) if len(sizes) == len(source.parts) else None

@@ -1,0 +1,135 @@
+"""A prepared corpus on disk: its files, what makes them whole, and a stream over many shards.
+
+`manifest.json`, written last, has every file's size and SHA-256; a folder without one is unfinished. Files:
+`tokenizer/`; `train-00000.tokens`, ... and the same of validation, little-endian uint16 or uint32, one
+stream cut anywhere between documents; `train.starts`, int64, where each document's leading end of text is in
+the stream; `train.origins`, for each document the part of the source (uint32) and the record in it (int64).
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.config import ConfigError
+
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+ORIGIN = np.dtype([("part", "<u4"), ("record", "<i8")])
+_DIGESTED = (
+    64 << 20
+)  # bytes that are checked by digest when a corpus is opened, so that a start is quick
+
+
+class Damaged(ConfigError):
+    """A file of a prepared corpus that cannot be used."""
+
+    def __init__(self, file: Path, why: str):
+        super().__init__(
+            f"data.path: {file} is damaged ({why}); restore it, or prepare the corpus again elsewhere"
+        )
+        self.file, self.why = file, why
+
+    def __reduce__(self):
+        return Damaged, (self.file, self.why)
+
+
+class Tokens(Sequence[Any]):
+    """The tokens of a stream that lies in several arrays, by place or by slice."""
+
+    def __init__(self, shards: Sequence[np.ndarray]):
+        self.shards = list(shards)
+        self.dtype = self.shards[0].dtype
+        self._ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, place):
+        """Return the token at `place`, or the tokens of a slice of step 1 (a view, within a shard)."""
+        if not isinstance(place, slice):
+            place = range(len(self))[place]
+            number = bisect.bisect_right(self._ends, place)
+            return self.shards[number][place - self._ends[number] + len(self.shards[number])]
+        begin, end, step = place.indices(len(self))
+        assert step == 1, step
+        number = bisect.bisect_right(self._ends, begin)
+        if end <= begin:
+            return self.shards[0][:0]
+        pieces = []
+        while begin < end:
+            shard, first = self.shards[number], self._ends[number] - len(self.shards[number])
+            pieces.append(shard[begin - first : end - first])
+            begin, number = self._ends[number], number + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.concatenate(self.shards).astype(dtype or self.dtype)
+
+
+def view(file: Path, dtype: Any) -> np.ndarray:
+    """Return the array in `file`, read as it is used; an empty one where there is nothing."""
+    if not file.exists() or not file.stat().st_size:
+        return np.zeros(0, dtype)
+    # A plain view: slicing numpy's memmap class costs ten times a row's copy.
+    return np.memmap(file, dtype, "r").view(np.ndarray)
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """Return a file's size and SHA-256."""
+    with file.open("rb") as handle:
+        return {
+            "size": file.stat().st_size,
+            "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
+        }
+
+
+def write_manifest(folder: Path, body: dict[str, Any]) -> None:
+    """Write the manifest, which makes `folder` whole: of a kill it is there or not."""
+    text = json.dumps(body)
+    whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
+    unfinished = folder / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(whole), encoding="utf-8")
+    sync(unfinished)
+    os.replace(unfinished, folder / MANIFEST)
+    sync(folder)
+
+
+def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
+    """Return the manifest of a whole folder.
+
+    Every file's size is checked, and digests up to 64 MB in all, or with `thorough` each. Raises Damaged for
+    what is missing or changed.
+    """
+    try:
+        whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        body, files = whole["body"], whole["body"]["files"]
+        if whole["sha256"] != hashlib.sha256(json.dumps(body).encode()).hexdigest():
+            raise ValueError("its digest is another")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(folder / MANIFEST, str(error)) from None
+    left = _DIGESTED
+    for name, record in files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else -1
+        if size != record["size"]:
+            raise Damaged(file, "missing" if size < 0 else f"{size} bytes of {record['size']}")
+        if thorough or size <= left:
+            left -= size
+            if recorded(file) != record:
+                raise Damaged(file, "its SHA-256 is another")
+    return body
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file or folder last."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,192 @@
+"""Write the shards of a corpus, and the journal that lets a killed preparation go on."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from lm.data import shards
+from lm.data.shards import ORIGIN, SPLITS
+
+JOURNAL = "journal.jsonl"
+
+
+class Encoded(NamedTuple):
+    """Encoded texts one after the other, each closed by end of text."""
+
+    tokens: np.ndarray  # [tokens], in the type of the shards
+    lengths: np.ndarray  # [texts], in tokens, end of text included
+    sizes: np.ndarray  # [texts], bytes of UTF-8
+    splits: np.ndarray  # [texts], index of SPLITS
+    origins: np.ndarray  # [texts], ORIGIN
+    following: tuple[int, int]  # part and record of the document that comes next
+    counts: Counter  # of what was read and done
+    labels: frozenset[str]
+
+    def only(self, kept: np.ndarray) -> "Encoded":
+        """Return the texts where `kept` [texts] is true."""
+        return self._replace(
+            tokens=self.tokens[np.repeat(kept, self.lengths)],
+            lengths=self.lengths[kept],
+            sizes=self.sizes[kept],
+            splits=self.splits[kept],
+            origins=self.origins[kept],
+        )
+
+
+def _zeros() -> dict[str, int]:
+    return dict.fromkeys(SPLITS, 0)
+
+
+@dataclass
+class Progress:
+    """What all finished shards hold, and with which document the next one begins."""
+
+    following: tuple[int, int] = (0, 0)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the shards
+    documents: dict[str, int] = field(default_factory=_zeros)
+    tokens: dict[str, int] = field(default_factory=_zeros)  # the first end of text left out
+    bytes: dict[str, int] = field(default_factory=_zeros)
+    counts: dict[str, int] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    clean: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each step did
+
+
+class Writer:
+    """Append encoded texts to a folder; what `key` is prepared there already is kept."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], dtype: np.dtype, end_of_text: int):
+        self.folder, self.key, self.dtype = folder, dict(key), dtype
+        self.progress, self._shard = Progress(), 0
+        self._begin = np.array([end_of_text], dtype).tobytes()
+        self._digests = {split: hashlib.blake2b(self._begin, digest_size=16) for split in SPLITS}
+        self._open: dict[str, BinaryIO] = {}
+        self._hashes: dict[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self._lists = {name: self._continued(name) for name in _list_files()}
+        self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of text in the shard that is being written."""
+        return sum(self.progress.bytes.values()) - self._bytes_before
+
+    def add(self, encoded: Encoded) -> None:
+        """Write the texts of a chunk."""
+        progress = self.progress
+        owners = np.repeat(encoded.splits, encoded.lengths)
+        for number, split in enumerate(SPLITS):
+            here = encoded.splits == number
+            if not here.any():
+                continue
+            data = encoded.tokens[owners == number].tobytes()
+            self._write(split, data)
+            self._digests[split].update(data)
+            lengths = encoded.lengths[here]
+            ends = progress.tokens[split] + np.cumsum(lengths)
+            self._lists[f"{split}.starts"].write((ends - lengths).astype("<i8").tobytes())
+            self._lists[f"{split}.origins"].write(encoded.origins[here].tobytes())
+            progress.documents[split] += len(lengths)
+            progress.tokens[split] = int(ends[-1])
+            progress.bytes[split] += int(encoded.sizes[here].sum())
+        progress.following = encoded.following
+        progress.counts = dict(Counter(progress.counts) + encoded.counts)
+        progress.labels = sorted({*progress.labels, *encoded.labels})
+
+    def end_shard(self) -> None:
+        """Make what was written last, and say so in the journal."""
+        for split in SPLITS if not self._shard else ():
+            self._write(split, b"")  # the stream's first token, of an empty split too
+        for handle in (*self._open.values(), *self._lists.values()):
+            handle.flush()
+            shards.sync(Path(handle.name))
+        for split, handle in self._open.items():
+            size, digest = handle.tell(), self._hashes[split].hexdigest()
+            self.progress.files[Path(handle.name).name] = {"size": size, "sha256": digest}
+            handle.close()
+        self._open.clear()
+        self._hashes.clear()
+        self._shard += 1
+        self._bytes_before = sum(self.progress.bytes.values())
+        self._journal.write(json.dumps({"shard": self._shard, **asdict(self.progress)}) + "\n")
+        self._journal.flush()
+        shards.sync(self.folder / JOURNAL)
+
+    def finish(self) -> dict[str, str]:
+        """Close all files; return the digest of each split's whole stream."""
+        for handle in self._lists.values():
+            handle.close()
+        self._journal.close()
+        return {split: digest.hexdigest() for split, digest in self._digests.items()}
+
+    def _write(self, split: str, data: bytes) -> None:
+        if split not in self._open:
+            self._open[split] = (self.folder / f"{split}-{self._shard:05d}.tokens").open("wb")
+            self._hashes[split] = hashlib.sha256()
+            data = data if self._shard else self._begin + data
+        self._open[split].write(data)
+        self._hashes[split].update(data)
+
+    def _resume(self) -> None:
+        """Take over the shards that an earlier preparation of the same finished, up to a damaged one."""
+        lines = []
+        journal = self.folder / JOURNAL
+        if journal.exists():
+            for line in journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break  # cut off by the kill
+        if not lines or lines[0] != self.key:
+            lines = [self.key]
+        kept = lines[:1]
+        for line in lines[1:]:
+            new = {name for name in line["files"] if name not in self.progress.files}
+            if any(not self._matches(name, line["files"][name]) for name in new):
+                break
+            for name in sorted(new):
+                data = (self.folder / name).read_bytes()
+                split, number = name.removesuffix(".tokens").split("-")
+                self._digests[split].update(data[0 if int(number) else len(self._begin) :])
+            kept.append(line)
+            self._shard = line["shard"]
+            self.progress = Progress(**{k: v for k, v in line.items() if k != "shard"})
+            self.progress.following = tuple(line["following"])
+        self._bytes_before = sum(self.progress.bytes.values())
+        for file in self.folder.glob("*.tokens"):
+            if file.name not in self.progress.files:
+                file.unlink()
+        unfinished = self.folder / f".{JOURNAL}"
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        unfinished.replace(journal)
+
+    def _matches(self, name: str, record: dict[str, Any]) -> bool:
+        file = self.folder / name
+        return file.is_file() and shards.recorded(file) == record
+
+    def _continued(self, name: str) -> BinaryIO:
+        """Open a list of the documents, cut to what the finished shards hold."""
+        split, kind = name.split(".")
+        width = {"starts": 8, "origins": ORIGIN.itemsize}[kind]
+        handle = (self.folder / name).open("ab")
+        handle.truncate(self.progress.documents[split] * width)
+        handle.seek(0, 2)
+        return handle
+
+
+def _list_files() -> list[str]:
+    return [f"{split}.{kind}" for split in SPLITS for kind in ("starts", "origins")]
+
+
+def begun_key(folder: Path) -> str | None:
+    """Return the key of the corpus that was begun in `folder`; None where there is none."""
+    try:
+        return json.loads((folder / JOURNAL).read_text(encoding="utf-8").splitlines()[0])["key"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

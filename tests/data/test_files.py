@@ -1,0 +1,243 @@
+"""Files of any file system give what they hold, a mark that changes with it, and errors of one line."""
+
+import gzip
+import http.server
+import json
+import threading
+import time
+import zipfile
+
+import pytest
+import zstandard
+
+from lm.config import ConfigError
+from lm.data import corpus, files, sources
+from lm.data.settings import Config
+
+ROWS = [f"text {i} ü" for i in range(300)]
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+CONTENT = {
+    "txt": "\n".join(ROWS),
+    "jsonl": "\n".join(json.dumps({"text": row}) for row in ROWS),
+    "csv": "\n".join(["n,text", *(f'{i},"{row}"' for i, row in enumerate(ROWS))]),
+    "tsv": "\n".join(["n\ttext", *(f"{i}\t{row}" for i, row in enumerate(ROWS))]),
+}
+
+
+def opened(*path, **options):
+    settings = {"fields": sources.Fields(), "on_invalid": "replace", **options}
+    return sources.open_source("python_docs", path=list(map(str, path)), **settings)
+
+
+def texts(source):
+    return [document.text for document in source]
+
+
+@pytest.fixture
+def memory():
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+@pytest.fixture
+def server(tmp_path):
+    pytest.importorskip("aiohttp")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+@pytest.mark.parametrize("packing", PACK)
+def test_a_remote_file_reads_like_a_local_one(tmp_path, memory, kind, packing):
+    name = f"a.{kind}{packing}"
+    data = PACK[packing](CONTENT[kind].encode())
+    (tmp_path / name).write_bytes(data)
+    memory.pipe(f"/folder/{name}", data)
+    expected = texts(opened(tmp_path / name))
+    assert len(expected) == (1 if kind == "txt" else 300)
+    assert texts(opened(f"memory://folder/{name}")) == expected
+    assert opened(f"file://{tmp_path}/{name}") == opened(tmp_path / name)
+    assert (
+        list(opened(f"memory://folder/{name}").read(0, 250)) == list(opened(tmp_path / name))[250:]
+    )
+
+
+def test_a_glob_of_a_url_is_in_order_of_name(memory):
+    for name in ("b", "a", "deep/c"):
+        memory.pipe(f"/folder/{name}.txt", name.encode())
+    source = opened("memory://folder/*.txt")
+    assert source.parts == ("memory:///folder/a.txt", "memory:///folder/b.txt")
+    assert texts(source) == ["a", "b"]
+    assert texts(opened("memory://folder/**/*.txt")) == ["a", "b", "deep/c"]
+
+
+def test_a_file_over_http(tmp_path, server):
+    rows = [row * 3000 for row in ROWS]  # more than is read ahead
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    source = opened(f"{server}/a.jsonl?signature=secret")
+    assert texts(source) == rows
+    assert source.parts == (f"{server}/a.jsonl",) and "secret" not in repr(source)
+    assert source.fingerprint() == source.fingerprint()
+    with pytest.raises(ConfigError, match=r"none\.txt: no such file"):
+        opened(f"{server}/none.txt?signature=secret")
+
+
+def test_files_inside_an_archive(tmp_path, memory):
+    with zipfile.ZipFile(memory.open("/a.zip", "wb"), "w") as archive:
+        archive.writestr("one.txt", "first")
+        archive.writestr("two.jsonl", CONTENT["jsonl"])
+    assert texts(opened("zip://*.txt::memory://a.zip")) == ["first"]
+    assert texts(opened("zip://two.jsonl::memory://a.zip")) == ROWS
+
+
+def test_the_mark_of_a_remote_file_changes_with_it(memory, monkeypatch):
+    def mark(content):
+        memory.pipe("/a.txt", content)
+        return files.mark("memory://a.txt")
+
+    assert mark(b"one") != mark(b"more")
+    first = files.mark("memory://a.txt")
+    assert files.mark("memory://a.txt") == first
+    time.sleep(0.01)
+    assert mark(b"two ") != first  # of the same size
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_raw", None)  # it is not read
+        assert files.mark("memory://a.txt")
+    # A file system that knows no time and no checksum is read.
+    monkeypatch.setattr(files, "_TIMES", ())
+    assert mark(b"one") == mark(b"one") != mark(b"two")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("memory://none.txt", r"none\.txt: no such file"),
+        ("memory://*.none", r"no such file"),
+        ("memory://folder", r"a folder; name its files"),
+        ("nowhere://a.txt", r"nowhere://a\.txt: ValueError .*Protocol not known"),
+        ("https://me:secret@host/a.txt", r"a password in it .*leave it out"),
+        ("mongodb://me:se/cr@et@host/a.b", r"a password in it .*LM_MONGODB_PASSWORD"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_an_error_of_one_line(memory, path, message):
+    memory.pipe("/folder/a.txt", b"text")
+    with pytest.raises(ConfigError, match=message) as caught:
+        opened(path)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_network_that_fails_is_no_damaged_file(memory, monkeypatch):
+    memory.pipe("/a.jsonl", CONTENT["jsonl"].encode())
+    source = opened("memory://a.jsonl", on_broken="skip")
+
+    def fails(*args):
+        raise TimeoutError("too slow")
+
+    monkeypatch.setattr(type(memory.open("/a.jsonl")), "read", fails, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"cannot read memory:///?a\.jsonl \(TimeoutError: too slow"
+    ):
+        texts(source)
+
+
+BROKEN = {
+    "a.jsonl": (
+        b'{"text": "one"}\n{"te\n{"body": 1}\n{"text": "two"}\n',
+        ["no JSON", "no such text"],
+    ),
+    "a.tsv": (b"n\ttext\n1\tone\n2\n\n3\n4\ttwo\n", ["ragged row", "ragged row"]),
+    "a.csv": (b'n,text\n1,one\n2,"x"y\n3\n4,two\n', ["bad quotes", "ragged row"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_records_are_skipped_where_they_stand(tmp_path, name):
+    content, kinds = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    documents = list(opened(tmp_path / name, on_broken="skip"))
+    assert [(d.text, d.broken) for d in documents] == [
+        ("one", ""), ("", kinds[0]), ("", kinds[1]), ("two", ""),
+    ]  # fmt: skip
+    for start in range(5):
+        assert list(opened(tmp_path / name, on_broken="skip").read(0, start)) == documents[start:]
+    with pytest.raises(ConfigError, match=rf"{name}.*data\.on_broken=skip"):
+        list(opened(tmp_path / name))
+
+
+def test_what_is_skipped_is_counted_by_its_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_bytes(BROKEN["a.jsonl"][0] + b"{\n")
+    built = corpus.build(
+        Config(
+            path=(str(tmp_path / "a.jsonl"),),
+            tokenizer="byte",
+            on_broken="skip",
+            validation_fraction=0.5,
+        )
+    )
+    assert built.report["broken"] == {"no JSON": 2, "no such text": 1}
+    assert built.report["documents"] == 2
+    assert "3 broken records skipped" in built.summary()
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", CONTENT)
+def test_of_a_damaged_file_what_is_whole_is_read(tmp_path, kind, packing):
+    content, file = CONTENT[kind].encode(), tmp_path / f"a.{kind}{packing}"
+    whole = PACK[packing](content)
+    file.write_bytes(whole)
+    expected = texts(opened(file))
+    for data, kept in ((whole + b"no member", 300), (whole[: len(whole) * 2 // 3], 0)):
+        file.write_bytes(data)
+        documents = list(opened(file, on_broken="skip"))
+        found = [document.text for document in documents[:-1]]
+        assert documents[-1] == ("", 0, None, "damaged file")
+        assert found == expected[: len(found)]
+        assert len(found) >= (kept - 1 if kind != "txt" else 0)  # its last line may go on
+        for start in (len(found), len(found) + 1):
+            assert list(opened(file, on_broken="skip").read(0, start)) == documents[start:]
+        with pytest.raises(ConfigError, match=r"is damaged .*data\.on_broken=skip"):
+            list(opened(file))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\1\2"])
+def test_a_text_that_is_none_is_skipped(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt").write_bytes(b"text")
+    first, second = opened(tmp_path / "*.txt", on_broken="skip")
+    assert first.broken in ("empty file", "no text") and not first.text
+    assert second.text == "text"
+
+
+def test_a_field_inside_a_field_unless_its_name_has_the_dot(tmp_path):
+    rows = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "flat", "a": {"b": {"c": "no"}}}, {"a": "no"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path / "a.jsonl", fields=sources.Fields("a.b.c"), on_broken="skip")
+    assert texts(source) == ["deep", "flat", ""]
+
+
+def test_tables_are_read_line_by_line_as_they_were_at_once(tmp_path):
+    """Lines that end in any way, quotes over lines, invalid bytes, a mark of the byte order."""
+    content = b'\xef\xbb\xbfn,text\r1,"a\r\nb"\r\n\r\n2,\xff\xfe\n3,"c\n\n""d"""\n4,\xef\xbb\xbfe'
+    (tmp_path / "a.csv").write_bytes(content)
+    documents = list(opened(tmp_path / "a.csv"))
+    assert [d.text for d in documents] == ["a\r\nb", "\ufffd\ufffd", 'c\n\n"d"', "\ufeffe"]
+    assert [d.replaced for d in documents] == [0, 2, 0, 0]
+    (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbftext\tn\r\n a\rb \t1\r\n \t\n"c\t\xff\r\r\n')
+    documents = list(opened(tmp_path / "a.tsv"))
+    assert [(d.text, d.replaced) for d in documents] == [(" a\rb ", 0), ('"c', 1)]
+    (tmp_path / "b.csv").write_bytes(b"\xff,text\r1,\xff\r2,two")
+    assert [d.replaced for d in opened(tmp_path / "b.csv")] == [2, 0]

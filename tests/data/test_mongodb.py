@@ -1,0 +1,178 @@
+"""A collection is read in order of _id, from any record on, from a server that speaks MongoDB's protocol."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm.config import ConfigError
+from lm.data import corpus, mongodb, sources
+from lm.data.settings import Config
+
+pymongo = pytest.importorskip("pymongo")
+SERVERS = {  # those that are installed are started
+    "nx-27017": ["--db", "memory", "-p", "{port}"],
+    "mongod": ["--dbpath", "{folder}", "--port", "{port}"],
+    "secantusd-py": ["--storage-path", "{folder}", "--port", "{port}", "--log-level", "ERROR"],
+}
+TEXTS = [f"text {i} ü" for i in range(500)]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, tmp_path_factory):
+    """The address of a server; skips where this one is not installed."""
+    here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which(request.param, path=here)
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"port": port, "folder": tmp_path_factory.mktemp("database")}
+    options = [option.format(**places) for option in SERVERS[request.param]]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([program, *options], cwd=places["folder"], **quiet)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()  # what it holds is of no use
+        process.wait(30)
+
+
+@pytest.fixture
+def collection(server):
+    """A collection of records whose _ids the driver makes, in order."""
+    with pymongo.MongoClient(f"mongodb://{server}") as client:
+        client.books.drop_collection("pages")
+        rows = [{"text": text, "deep": {"body": f"b {text}"}, "more": "x" * 99} for text in TEXTS]
+        client.books.pages.insert_many(rows)
+        yield client.books.pages
+
+
+def opened(server, on_broken="refuse", fields=("text",), user="", options=""):
+    return sources.open_source(
+        "python_docs",
+        path=[f"mongodb://{user}{server}/books.pages{options}"],
+        fields=sources.Fields(*fields),
+        on_invalid="replace",
+        on_broken=on_broken,
+    )
+
+
+def test_every_record_is_a_document_from_any_on(server, collection):
+    source = opened(server)
+    assert source.parts == (f"mongodb://{server}/books.pages",)
+    documents = list(source)
+    assert (documents[0].text, len(documents)) == ("text 0 ü", 500)
+    assert [document.text for document in documents] == TEXTS
+    for start in (0, 1, 101, 499, 500, 501):
+        assert list(source.read(0, start)) == documents[start:]
+    pairs = opened(server, fields=("", "text", "deep.body"))
+    assert [d[:3] for d in pairs][7] == ("text 7 ü", 0, "b text 7 ü")
+    assert list(pickle.loads(pickle.dumps(source)).read(0, 498)) == documents[498:]
+
+
+def test_a_record_without_a_text_is_refused_or_skipped(server, collection):
+    wrong = collection.insert_many([{"text": 3}, {"body": "no text"}]).inserted_ids
+    documents = list(opened(server, "skip"))
+    assert [d.broken for d in documents[499:]] == ["", "no such text", "no such text"]
+    with pytest.raises(ConfigError, match=rf"data\.field=text: .*{wrong[0]}.* has no text"):
+        list(opened(server))
+
+
+def test_a_cursor_that_is_lost_is_opened_where_it_was(server, collection, monkeypatch):
+    """A server forgets a cursor that waits for minutes; here a getMore is made to fail as then."""
+    lost = []
+    cursor = pymongo.cursor.Cursor
+    more = cursor._send_message
+
+    def forgetful(self, operation):
+        if type(operation).__name__ == "_GetMore" and len(lost) < 3:
+            lost.append(operation)
+            raise pymongo.errors.CursorNotFound("cursor id 7 not found")
+        return more(self, operation)
+
+    monkeypatch.setattr(cursor, "_send_message", forgetful)
+    assert [document.text for document in opened(server)] == TEXTS
+    assert len(lost) == 3
+
+
+def test_the_fingerprint_changes_with_the_records(server, collection):
+    first = opened(server).fingerprint()
+    assert opened(server).fingerprint() == first
+    assert opened(server, fields=("more",)).fingerprint() != first
+    collection.insert_one({"text": "one more"})
+    second = opened(server).fingerprint()
+    assert second != first
+    collection.update_one({"text": TEXTS[3]}, {"$set": {"text": TEXTS[3] * 20}})
+    assert opened(server).fingerprint() not in (first, second)
+
+
+def test_a_corpus_is_built_of_it(server, collection, monkeypatch, tmp_path):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    # As the command line gives it, where a comma is between hosts and between paths.
+    path = tuple(f"mongodb://{server},{server}/books.pages".split(","))
+    built = corpus.build(Config(source="mongodb", path=path, tokenizer="byte"))
+    assert built.report["documents"] == 500
+
+
+@pytest.mark.parametrize(
+    "user", ["me:secret@", "me:sec/re/secret@", "me:secret%40@", ":secret@", "me@you:secret@"]
+)
+def test_a_password_is_refused_and_never_repeated(user):
+    path = f"mongodb://{user}host/books.pages"
+    for fields in (
+        {"path": (path,)},
+        {"path": (path,), "source": "mongodb"},
+        {"path": (path,), "source": "text"},
+        {"path": ("mongodb://host/a.b",), "validation_path": (path,)},
+        {"mixture": ((path, 1.0),)},
+    ):
+        with pytest.raises(ConfigError, match="LM_MONGODB_PASSWORD") as caught:
+            Config(**fields)
+        assert "secret" not in str(caught.value)
+
+
+def test_the_password_of_the_environment_goes_nowhere_else(monkeypatch):
+    monkeypatch.setenv("LM_MONGODB_PASSWORD", "secret")
+    source = opened("127.0.0.1:1", user="me@", options="?serverSelectionTimeoutMS=50")
+    assert source.parts == ("mongodb://127.0.0.1:1/books.pages",)
+    with mongodb._connected(source.places[0]) as client:
+        assert client.options.pool_options._credentials.password == "secret"
+    with pytest.raises(ConfigError) as caught:
+        list(source)
+    assert "secret" not in repr(source) + str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["mongodb://host", "mongodb://host/books", "mongodb://host/.pages", "mongodb:///a.b"]
+)
+def test_a_uri_that_names_no_collection_is_an_error(path):
+    with pytest.raises(ConfigError, match=r"data\.path: name a collection"):
+        sources.open_source("mongodb", path=[path], fields=sources.Fields(), on_invalid="replace")
+
+
+def test_a_collection_may_have_dots_in_its_name():
+    ((part, uri),) = mongodb.locate(["mongodb+srv://me@host/books.pages%20of.one?tls=true"])
+    assert part == "mongodb+srv://host/books.pages%20of.one"
+    collection = mongodb._collection({"books": {"pages of.one": "found"}}, uri)
+    assert collection == "found"
+
+
+def test_a_server_that_is_not_there_is_an_error_of_one_line():
+    source = opened("127.0.0.1:1", options="?serverSelectionTimeoutMS=50")
+    for action in (lambda: list(source), source.fingerprint):
+        with pytest.raises(ConfigError, match=r"cannot read mongodb://127\.0\.0\.1:1/") as caught:
+            action()
+        assert "\n" not in str(caught.value)

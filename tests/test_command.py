@@ -1,0 +1,54 @@
+"""What every command does at its end: an exit code, and a line where there is something to say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lm import command
+from lm.config import ConfigError
+
+PRINTS = """
+import sys
+from lm import command, config
+def work():
+    for number in range(int(sys.argv[1])):
+        print(number)
+    sys.stdin.read()  # until the test has closed the pipe
+    try:
+        print("end", flush=sys.argv[2] == "flush")
+    except OSError as error:
+        raise config.ConfigError(f"as lm.main has it: {error}") from error
+sys.exit(command.exit_on_user_error(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "flush"), [("1", "flush"), ("1", "later"), ("99999", "later"), ("1", "unbuffered")]
+)
+def test_a_command_whose_reader_is_gone_ends_quietly(lines, flush):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if flush == "unbuffered" else {}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS, lines, flush], env=environment, **pipes
+    )
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_another_broken_pipe_is_a_line_and_so_is_a_mistake(capsys):
+    def fail(error):
+        def work():
+            raise error
+
+        return work
+
+    for error in (BrokenPipeError(32, "Broken pipe"), ConfigError("a.b=1:\n  use 2")):
+        assert command.exit_on_user_error(fail(error)) == 2
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\nerror: a.b=1: use 2\n"
+    assert command.exit_on_user_error(lambda: None) == 0
+    with pytest.raises(ConfigError):
+        command.exit_on_user_error(fail(ConfigError("")), debug=True)

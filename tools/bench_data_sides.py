@@ -1,0 +1,152 @@
+"""The sides of `tools.bench_data`: this project's batches, Grain over ArrayRecord, datasets and PyTorch.
+
+Each has the same documents, and gives batches of [rows, length] tokens in a shuffled order. Only the standard
+library and numpy are needed to import this file.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bench_pipe import serve
+
+
+class Sides:
+    """What a process serves: one side, chosen in `prepare`."""
+
+    def prepare(
+        self, kind: str, folder: str, work: str, length: int, rows: int, threads: int
+    ) -> str:
+        """Make ready to read batches, and return the side's library and version."""
+        side = {"ours": _ours, "grain": _grain, "datasets": _datasets}[kind]
+        self._positions = length * rows
+        self._batches, library = side(Path(folder), Path(work), length, rows, threads)
+        next(self._batches)
+        return library
+
+    def read(self, steps: int) -> float:
+        """Return the positions a second of `steps` batches."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(self._batches)
+        return steps * self._positions / (time.perf_counter() - start)
+
+    def random_rows(self, folder: str, work: str, length: int, count: int) -> dict[str, float]:
+        """Return the seconds in which `count` random rows of `length` tokens are read, by format."""
+        return _random_rows(Path(folder), Path(work), length, count)
+
+
+def _ours(
+    folder: Path, work: Path, length: int, rows: int, threads: int
+) -> tuple[Iterator[Any], str]:
+    from lm import tasks
+    from lm.data import corpus, pipeline
+    from lm.tasks import causal_lm
+
+    text = corpus.load(folder)
+    cfg = causal_lm.Config(length=length, packing="best_fit")
+    task = causal_lm.Task(cfg, tasks.Setting("causal", text.tokenizer))
+    batches = pipeline.Batches([text.train], task, batch_size=rows, seed=0, order="shuffle")
+    if threads:
+        made = pipeline.prefetch(batches, 0, 1 << 40, threads=threads, buffer=8)
+        return (batch for _, batch in made), f"lm, {threads} threads"
+    return (batches[step] for step in itertools.count()), "lm, no threads"
+
+
+def _documents(folder: Path) -> Iterator[np.ndarray]:
+    """Yield the tokens of each training document, end of text included."""
+    tokens = np.fromfile(folder / "train-00000.tokens", np.uint16)
+    starts = np.append(np.fromfile(folder / "train.starts", np.int64), len(tokens) - 1)
+    yield from (tokens[a + 1 : b + 1] for a, b in itertools.pairwise(starts.tolist()))
+
+
+def _grain(
+    folder: Path, work: Path, length: int, rows: int, threads: int
+) -> tuple[Iterator[Any], str]:
+    """Documents in ArrayRecord, shuffled, packed first-fit, in batches: Grain's own parts."""
+    import grain
+    from array_record.python import array_record_module
+
+    file = str(work / "documents.array_record")
+    writer = array_record_module.ArrayRecordWriter(file, "group_size:1")
+    for document in _documents(folder):
+        for begin in range(0, len(document), length):  # a pack takes no longer ones
+            writer.write(document[begin : begin + length].tobytes())
+    writer.close()
+    source = grain.sources.ArrayRecordDataSource([file])
+    dataset = grain.MapDataset.source(source).shuffle(seed=0).repeat()
+    parsed = dataset.map(
+        lambda record: {"tokens": np.frombuffer(record, np.uint16).astype(np.int32)}
+    )
+    options = grain.ReadOptions(num_threads=threads or 1, prefetch_buffer_size=500)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        parsed.to_iter_dataset(options), length_struct={"tokens": length}, num_packing_bins=rows
+    )
+    return iter(packed.batch(rows)), "grain, ArrayRecord, first fit"
+
+
+def _datasets(
+    folder: Path, work: Path, length: int, rows: int, threads: int
+) -> tuple[Iterator[Any], str]:
+    """Rows that were joined and cut beforehand, with what tells documents apart, through PyTorch's loader."""
+    import datasets
+    import torch
+
+    documents = list(_documents(folder))
+    sizes = [len(document) for document in documents]
+    columns = {
+        "input_ids": np.concatenate(documents),
+        "segment_ids": np.repeat(np.arange(len(documents)), sizes),
+        "position_ids": np.concatenate([np.arange(size) for size in sizes]),
+    }
+    cut = len(columns["input_ids"]) // length * length
+    tables = {
+        name: list(x[:cut].astype(np.int32).reshape(-1, length)) for name, x in columns.items()
+    }
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(tables).save_to_disk(str(work / "rows"))
+    rows_of = datasets.load_from_disk(str(work / "rows")).with_format("torch")
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from torch.utils.data.DataLoader(
+                rows_of, batch_size=rows, shuffle=True, num_workers=threads, drop_last=True
+            )
+
+    return (
+        endless(),
+        f"datasets {datasets.__version__}, torch {torch.__version__}, {threads} workers",
+    )
+
+
+def _random_rows(folder: Path, work: Path, length: int, count: int) -> dict[str, float]:
+    """Read the same rows from a memory-mapped file and from ArrayRecord, several at a time in both."""
+    from array_record.python import array_record_module
+
+    tokens = np.memmap(folder / "train-00000.tokens", np.uint16, "r").view(np.ndarray)
+    num_rows = len(tokens) // length
+    file = str(work / "rows.array_record")
+    if not Path(file).exists():
+        writer = array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
+        for row in range(num_rows):
+            writer.write(tokens[row * length : (row + 1) * length].tobytes())
+        writer.close()
+    reader = array_record_module.ArrayRecordReader(file)
+    places = np.random.default_rng(0).integers(num_rows, size=(count // 32, 32))
+    start = time.perf_counter()
+    for batch in places.tolist():
+        np.stack([np.frombuffer(record, np.uint16) for record in reader.read(batch)])
+    middle = time.perf_counter()
+    for batch in places.tolist():
+        np.stack([tokens[row * length : (row + 1) * length] for row in batch])
+    return {"array_record": middle - start, "memory_map": time.perf_counter() - middle}
+
+
+if __name__ == "__main__":
+    serve(Sides())
+    sys.exit()

@@ -1,0 +1,234 @@
+"""Look into a corpus, or at what a step of a run saw.
+
+    python -m tools.inspect_data corpora/mine --out corpora/mine.png
+    python -m tools.inspect_data --config experiments/gpt_tiny.py --rows 3
+    python -m tools.inspect_data runs/mine --step 1000
+
+Shows counts, lengths (a histogram, as a picture with --out), the most frequent tokens, how much of the
+vocabulary is used, bytes per token, and rows decoded, with the borders of documents and what is scored. With
+--step: the source, document and place of every row that the step trains on.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import command, tasks
+from lm import config as config_lib
+from lm.config import ConfigError
+from lm.data import corpus, pipeline, shards
+from tools.prepare_data import SCHEMA
+
+_BARS = 24
+_WIDTH = 40
+_CHUNK = 1 << 24  # tokens counted at a time
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the flags, print what is inside, return the exit code."""
+    assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Fields of the experiment are set by --config.SECTION.FIELD=VALUE.",
+    )
+    parser.add_argument("folder", nargs="?", help="a prepared corpus, or the workdir of a run")
+    parser.add_argument("--config", help="an experiment, whose corpus is made where missing")
+    parser.add_argument("--step", type=int, help="show what this step, from 0 on, trains on")
+    parser.add_argument("--rows", type=int, default=1, help="rows to decode")
+    parser.add_argument("--tokens", type=int, default=12, help="most frequent tokens to show")
+    parser.add_argument(
+        "--verify", action="store_true", help="check every byte of a prepared corpus"
+    )
+    parser.add_argument("--out", help="PNG for the histogram of the documents' lengths")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
+    args = parser.parse_args(rest)
+    return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+
+
+def _run(args: argparse.Namespace, assignments: list[str]) -> int:
+    if bool(args.folder) == bool(args.config):
+        raise ConfigError("name a folder or --config, one of them")
+    for name in ("step", "rows", "tokens"):
+        if (getattr(args, name) or 0) < 0:
+            raise ConfigError(f"--{name}={getattr(args, name)}: use 0 or more")
+    folder = Path(args.folder) if args.folder else None
+    if args.step is not None:
+        _show_step(_config(folder, args.config, assignments), args.step)
+        return 0
+    if folder and (folder / shards.MANIFEST).exists():
+        text = corpus.load(folder, thorough=args.verify)
+        if args.verify:
+            print("every file is as its manifest says")
+        config = config_lib.override(ConfigDict({"data": {}, "task": {}}), assignments, SCHEMA)
+    else:
+        config = _config(folder, args.config, assignments)
+        config = ConfigDict({name: config.get(name, {}) for name in SCHEMA}, type_safe=False)
+        text = corpus.build(_frozen(config, "data"))
+    task_cfg = _frozen(config, "task")
+    for name, member in text.mixed or (("", text),):
+        if name:
+            print(f"\n=== {name}")
+        _show(member, args.tokens)
+        kind = tasks.kinds(task_cfg)[0]
+        task = tasks.build(task_cfg, tasks.Setting(kind, member.tokenizer, member.labels))
+        if args.rows and task.num_rows(member.train):
+            batch = task.rows(member.train, np.arange(args.rows))
+            print("\n" + pipeline.describe_batch(batch, member.tokenizer, rows=args.rows))
+    if args.out:
+        _draw(text, Path(args.out))
+        print(f"picture: {args.out}")
+    return 0
+
+
+def _config(folder: Path | None, experiment: str | None, assignments: list[str]) -> ConfigDict:
+    """Return the config of a run's folder or of an experiment, with what is set by flags."""
+    from lm import experiment as experiments
+
+    if folder:
+        file = folder / "config.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"{folder}: neither a prepared corpus (no {shards.MANIFEST}) nor a run (no config.json)"
+            )
+        config = config_lib.from_json(file.read_text(encoding="utf-8"), where=str(file))
+    else:
+        config = config_lib.load(str(experiment))
+    return config_lib.override(config, assignments, experiments.SCHEMA)
+
+
+def _frozen(config: ConfigDict, section: str) -> Any:
+    config = config_lib.complete(config, SCHEMA)
+    return config_lib.freeze(SCHEMA[section](config[section]), config[section], where=section)
+
+
+def _show(text: corpus.Corpus, num_tokens: int) -> None:
+    """Print counts, lengths, and how the tokenizer fits."""
+    report, tokenizer = text.report, text.tokenizer
+    print(text.summary())
+    print(f"fingerprint {text.fingerprint}; split by {report['split']}")
+    for step, counts in report.get("clean", {}).items():
+        print(f"  {step}: " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+    for split in (text.train, text.validation):
+        if not len(split.starts):
+            continue
+        counts = _count(split, tokenizer.vocab_size)
+        used, total = np.count_nonzero(counts), max(int(counts.sum()), 1)
+        size = split.num_bytes / max(split.num_inputs - len(split.starts), 1)
+        print(
+            f"\n{split.name}: {len(split.starts):,} documents, {split.num_inputs:,} tokens, "
+            f"{split.num_bytes:,} bytes, {size:.2f} bytes a token; {used:,} of "
+            f"{tokenizer.vocab_size:,} ids used ({used / tokenizer.vocab_size:.1%})"
+        )
+        best = np.argsort(-counts, kind="stable")[:num_tokens]
+        words = [f"{tokenizer.piece(i)!r} {counts[i] / total:.2%}" for i in best if counts[i]]
+        print("most frequent: " + ", ".join(words))
+        for line in _histogram(_lengths(split)):
+            print(line)
+
+
+def _count(split: corpus.Split, vocab_size: int) -> np.ndarray:
+    """Return how often each id stands in the split, ends of text left out."""
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(1, len(split.tokens), _CHUNK):
+        counts += np.bincount(split.tokens[begin : begin + _CHUNK], minlength=vocab_size)
+    counts[split.end_of_text] = 0
+    return counts
+
+
+def _lengths(split: corpus.Split) -> np.ndarray:
+    """Return the tokens of each document."""
+    return np.diff(np.append(split.starts, split.num_inputs)) - 1
+
+
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """Return the edges of bins that grow with the lengths."""
+    top = max(int(lengths.max(initial=1)), 2)
+    return np.unique(np.geomspace(1, top + 1, _BARS + 1).astype(np.int64))
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Yield lines of a histogram of documents' lengths in tokens."""
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).astype(int)
+    least, median, ninety, most = (f"{value:,}" for value in quantiles)
+    yield f"tokens a document: least {least}, median {median}, 90% up to {ninety}, most {most}"
+    edges = _edges(lengths)
+    counts, _ = np.histogram(lengths, edges)
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        bar = "#" * round(_WIDTH * count / max(counts.max(), 1))
+        yield f"  {low:>10,} to {high - 1:>10,} {count:>10,} {bar}".rstrip()
+
+
+def _draw(text: corpus.Corpus, out: Path) -> None:
+    """Draw the lengths of the documents of each corpus and split."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, member in text.mixed or (("", text),):
+        for split in (member.train, member.validation):
+            if len(split.starts):
+                lengths = _lengths(split)
+                axes.hist(
+                    np.maximum(lengths, 1),
+                    bins=_edges(lengths).tolist(),
+                    histtype="step",
+                    label=f"{name} {split.name}: {len(lengths):,} documents".strip(),
+                )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens",
+        ylabel="documents",
+        title="Lengths of documents",
+    )
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=150)
+
+
+def _show_step(config: ConfigDict, step: int) -> None:
+    """Print where each row of the batch of `step` comes from."""
+    from lm import experiment
+
+    made = experiment.build(config)
+    batches, size = made.batches, made.cfg["data"].batch_size
+    if batches.stream:
+        window = batches.num_rows // size
+        rows = np.arange(size) * window + step % window
+        owners, epochs = np.zeros(size, np.int64), np.full(size, step // window)
+    else:
+        owners, rows, epochs = batches.locate(np.arange(size) + step * size)
+    print(f"step {step} of {made.num_steps}: {size} rows")
+    for place, (owner, row, epoch) in enumerate(zip(owners, rows, epochs, strict=True)):
+        member = made.corpus.members[owner]
+        name = f"{made.corpus.names[owner]} " if made.corpus.mixed else ""
+        print(f"row {place}: {name}row {row:,} of epoch {epoch}")
+        for begin, length in made.task.pieces(member.train, np.array([row]))[0]:
+            for line in _documents(member, begin, begin + length):
+                print(f"  {line}")
+
+
+def _documents(member: corpus.Corpus, begin: int, end: int) -> Iterator[str]:
+    """Yield the documents that places `begin` to `end` of the training stream are of."""
+    split = member.train
+    first = max(int(np.searchsorted(split.starts, begin, side="right")) - 1, 0)
+    for document in range(first, int(np.searchsorted(split.starts, end, side="left"))):
+        start, length = split.span(document)
+        low, high = max(begin, start), min(end, start + length)
+        if low >= high:
+            continue
+        origin = ""
+        if split.origins is not None:
+            part, record = split.origins[document].tolist()
+            origin = f"{member.parts[part]} record {record}, "
+        yield f"{origin}document {document:,}, tokens {low - start:,} to {high - start:,} of {length:,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
