@@ -249,9 +249,10 @@ def test_what_cleaning_drops_is_not_there_and_is_counted(tmp_path, small):
     assert report["gopher_quality"]["dropped"] == 6
     assert report["exact_duplicates"]["dropped"] == 294 - len(kept) > 20
     assert f"{300 - len(kept)} dropped by cleaning" in built.summary()
-    assert corpus.load(tmp_path / "clean").fingerprint != corpus.build(
-        dataclasses.replace(cfg, clean=())
-    ).fingerprint
+    assert (
+        corpus.load(tmp_path / "clean").fingerprint
+        != corpus.build(dataclasses.replace(cfg, clean=())).fingerprint
+    )
 
 
 def test_a_start_after_a_kill_knows_the_documents_before(tmp_path, small, monkeypatch):
