@@ -204,6 +204,12 @@ def test_a_setting_is_one_string_a_tuple_or_a_list_split_at_commas():
         ["unicode", "language keep=en", "de", "mask kinds=email", "ip;c4"],
     ):
         assert cleaning.split_steps(setting) == expected
+    split = ["language keep=en", "de min_probability=0.5;mask kinds=email", "ip", "unicod form=NFC"]
+    assert cleaning.split_steps(split) == (
+        "language keep=en,de min_probability=0.5",
+        "mask kinds=email,ip",
+        "unicod form=NFC",  # misspelt, and refused as such
+    )
     assert cleaning.split_steps("") == cleaning.split_steps(()) == ()
     assert cleaning.open_cleaner(()).clean("text\0").text == "text\0"
 

@@ -172,18 +172,24 @@ class Report:
 def split_steps(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return the steps of a setting, each "name argument=value ..."; in one string `;` is between them.
 
-    A list that was split at its commas ("language keep=en", "de") is put together again.
+    A list that was split at its commas ("language keep=en", "de; mask") is put together again.
     """
     steps: list[str] = []
     for item in (given,) if isinstance(given, str) else given:
-        first, *others = item.split(";")
-        if steps and "=" in steps[-1] and first.strip() and not {" ", "="} & set(first.strip()):
-            known = first.strip() in STEPS
-            steps[-1:] = [steps[-1], first] if known else [f"{steps[-1]},{first.strip()}"]
+        first, *others = (part.strip() for part in item.split(";"))
+        if steps and _goes_on(steps[-1], first):
+            steps[-1] += f",{first}"
         else:
             steps.append(first)
         steps.extend(others)
-    return tuple(step.strip() for step in steps if step.strip())
+    return tuple(step for step in steps if step)
+
+
+def _goes_on(step: str, text: str) -> bool:
+    """Return whether a text is the rest of the step's last argument rather than a step, misspelt or not."""
+    begins = text.partition(" ")[0]
+    in_value = "=" in step.rpartition(" ")[2] and begins and "=" not in begins
+    return bool(in_value and not difflib.get_close_matches(begins, STEPS, n=1, cutoff=0.75))
 
 
 def open_cleaner(steps: str | Sequence[str]) -> Cleaner:

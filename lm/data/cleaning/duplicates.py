@@ -41,9 +41,9 @@ class NearDuplicates(Step):
 
     MinHash (Broder 1997) and locality-sensitive hashing (Indyk and Motwani 1998), by rensa: earlier
     documents that agree in a band of hashes are compared by all hashes, whose share of equals estimates the
-    Jaccard index of the two sets of n-grams, with a standard error of 0.035 at 0.8 from 128. About 2,100
-    bytes a document that stays, 1,050 with 64 hashes. Words are compared without case and punctuation; a
-    document with fewer words than `ngram` is compared as a whole.
+    Jaccard index of the two sets of n-grams, with a standard error of 0.035 at 0.8 from 128. About 2,100 to
+    2,400 bytes a document that stays. Words are compared without case and punctuation; a document with fewer
+    words than `ngram` is compared as a whole.
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("rensa",)

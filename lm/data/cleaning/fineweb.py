@@ -38,7 +38,8 @@ class FineWeb(Step):
         if short / len(lines) > self.max_short_lines:
             return "max_short_lines"
         characters = sum(map(len, lines))
-        if 1 - sum(map(len, set(lines))) / characters > self.max_duplicate_characters:
+        again = characters - sum(map(len, set(lines)))
+        if again / characters > self.max_duplicate_characters:
             return "max_duplicate_characters"
         if text.count("\n") / max(len(segmentation.words(text).hashes), 1) > self.max_newlines:
             return "max_newlines"

@@ -19,8 +19,8 @@ MENU = [f"An entry of the menu that has the number {i} and no full stop" for i i
         (SENTENCES[:11] + MENU[:89], "min_terminal_lines"),
         (SENTENCES[:4] + [f"Only {i}." for i in range(8)], ""),  # 8 of 12
         (SENTENCES[:4] + [f"Only {i}." for i in range(9)], "max_short_lines"),  # 9 of 13
-        (SENTENCES[:10] + SENTENCES[:1], ""),  # 1 of 11
-        (SENTENCES[:9] + SENTENCES[:1] * 2, "max_duplicate_characters"),  # 2 of 11
+        (SENTENCES[:9] + SENTENCES[:1], ""),  # 1 of 10, all of one length
+        (SENTENCES[:8] + SENTENCES[:1], "max_duplicate_characters"),  # 1 of 9
         ([f"今天我们去第{i}个学校学习。" for i in range(9)], ""),  # 13 characters are 36 letters
         ([f"去第{i}校。" for i in range(9)], "max_short_lines"),
         (['She said "it is late."', "(And it was late, so they went home.)"], ""),

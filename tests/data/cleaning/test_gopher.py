@@ -27,11 +27,13 @@ def fault(text, step="gopher_quality"):
         (PROSE + "# " * 8, "", "max_symbols"),  # 8 of 73
         (PROSE + "and... " * 8, "", "max_symbols"),
         ("- " + PROSE.replace(". ", ".\n- ", 3) + "\nplain", "", ""),  # 4 of 5
-        ("\n".join(f"• {PROSE}" for _ in range(10)), "", "max_bullet_lines"),
+        ("\n".join([f"• {PROSE}"] * 9 + [PROSE]), "", ""),
+        ("\n".join([f"• {PROSE}"] * 10 + [PROSE]), "", "max_bullet_lines"),
         ("\n".join([PROSE + "…"] * 3 + [PROSE] * 7), "", ""),
         ("\n".join([PROSE + "…"] * 4 + [PROSE] * 6), "", "max_ellipsis_lines"),
         (PROSE + "1984 " * 16, "", ""),  # 65 of 81
         (PROSE + "1984 " * 17, "", "min_alphabetic"),
+        (PROSE + "1984 " * 65, "min_alphabetic=0.5", ""),
         ("Der Hund und die Katze sind sehr alt. " * 10, "", "min_stop_words"),
         ("The ancient philosopher wrote seven books. " * 10, "", "min_stop_words"),  # one of them
         ("Der Hund und die Katze sind sehr alt. " * 10, "stop_words=der,die,und", ""),

@@ -39,3 +39,5 @@ def test_a_long_document_is_read_at_its_beginning_middle_and_end():
     cleaner = cleaning.open_cleaner("language keep=en")
     assert cleaner.clean(TEXTS["en"] * 100 + TEXTS["de"] * 10 + TEXTS["en"] * 200).text
     assert not cleaner.clean(TEXTS["en"] * 10 + TEXTS["de"] * 200).text
+    little, much = TEXTS["en"] * 20, TEXTS["de"] * 200
+    assert cleaner.clean(little + much + little + much + little).text

@@ -86,6 +86,9 @@ def test_lines_and_sentences():
         assert not segmentation.ends_sentence(line), line
     assert segmentation.count_sentences('One. Two?! "Three." 3.5 and e.g. that... End.') == 6
     assert segmentation.count_sentences("去。好！！走？no") == 3
+    start = time.perf_counter()
+    assert segmentation.count_sentences("." * 200_000 + "x") == 0
+    assert time.perf_counter() - start < 3  # quadratic is half a minute
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFKD"])
