@@ -117,6 +117,7 @@ def _make(folder: Path, num_tokens: int, length: int) -> None:
         "key": "synthetic",
         "fingerprint": "synthetic",
         "dtype": tokens.dtype.str,
+        "settings": {},
         "report": {"labels": [], "paired": False, **dict.fromkeys(SPLITS, counts)},
         "parts": ["synthetic"],
         "files": {file.name: shards.recorded(file) for file in folder.glob("*-*.tokens")},

@@ -59,10 +59,19 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         if (getattr(args, name) or 0) < 0:
             raise ConfigError(f"--{name}={getattr(args, name)}: use 0 or more")
     folder = Path(args.folder) if args.folder else None
+    prepared = bool(folder and (folder / shards.MANIFEST).exists())
+    if args.out and not args.out.endswith(".png"):
+        raise ConfigError(f"--out={args.out}: a picture is a .png; name one")
+    if args.verify and not prepared:
+        raise ConfigError("--verify: only a prepared corpus has digests to check; name its folder")
+    if args.step is not None and prepared:
+        raise ConfigError(
+            f"--step={args.step}: a corpus has no steps; name a run's workdir, or an experiment by --config"
+        )
     if args.step is not None:
         _show_step(_config(folder, args.config, assignments), args.step)
         return 0
-    if folder and (folder / shards.MANIFEST).exists():
+    if folder and prepared:
         text = corpus.load(folder, thorough=args.verify)
         if args.verify:
             print("every file is as its manifest says")

@@ -9,6 +9,7 @@ Killed at any point, the same command goes on and gives the same bytes. A run re
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from lm import command, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import corpus, packing, settings, sources
+from lm.data import corpus, packing, prepare, settings, sources
 
 SCHEMA: config_lib.Schema = {
     "data": lambda section: settings.Config,
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     if args.workers < 0:
         raise ConfigError(f"--workers={args.workers}: use 0 or more")
+    if not args.out:
+        raise ConfigError("--out: no folder named; name one")
     cfg, task_cfg = _settings(args, assignments)
     out, start = Path(args.out), time.perf_counter()
     made = corpus.prepare_in(out, cfg, workers=args.workers)
@@ -61,14 +64,18 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{size:,} bytes on disk in {seconds:.1f} s")
     experiment = args.config or "experiments/gpt_tiny.py"
-    print("look:  " + f"python -m tools.inspect_data {out}")
+    print("look:  " + f"python -m tools.inspect_data {shlex.quote(str(made[0]))}")
     if cfg.mixture:
         weights = ",".join(
-            f"{folder}={weight:g}" for folder, (_, weight) in zip(made, cfg.mixture, strict=True)
+            f"{folder}={weight!r}" for folder, (_, weight) in zip(made, cfg.mixture, strict=True)
         )
-        print(f"train: python -m lm.main --config {experiment} --config.data.mixture={weights}")
+        print(
+            f"train: python -m lm.main --config {experiment} --config.data.mixture={shlex.quote(weights)}"
+        )
     else:
-        print(f"train: python -m lm.main --config {experiment} --config.data.path={out}")
+        print(
+            f"train: python -m lm.main --config {experiment} --config.data.path={shlex.quote(str(out))}"
+        )
     return 0
 
 
@@ -80,7 +87,12 @@ def _settings(args: argparse.Namespace, assignments: list[str]) -> tuple[setting
         config = ConfigDict({name: whole.get(name, {}) for name in SCHEMA}, type_safe=False)
     if args.source:
         embedded = args.source in sources.EMBEDDED
-        assignments = [f"data.{'source' if embedded else 'path'}={args.source}", *assignments]
+        named = (
+            [f"data.source={args.source}", "data.path="]
+            if embedded
+            else [f"data.path={args.source}"]
+        )
+        assignments = [*named, *assignments]
     if args.tokenizer:
         exists = os.path.exists(args.tokenizer)
         kind = ["data.tokenizer=file", f"data.tokenizer_path={args.tokenizer}"]
@@ -101,7 +113,8 @@ def _plan(folder: Path, cfg: Any) -> None:
         task.num_rows(split)
     for name, capacity in text.train.plans:
         both = {split.name: split.plans[name, capacity] for split in (text.train, text.validation)}
-        packing.save(folder, name, capacity, both, fingerprint=text.fingerprint)
+        with prepare.locked(folder):
+            packing.save(folder, name, capacity, both, fingerprint=text.fingerprint)
 
 
 if __name__ == "__main__":

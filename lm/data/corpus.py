@@ -1,8 +1,5 @@
 """Corpora that are ready to train on: opened where they were prepared, or made in the cache first.
 
-A split is one stream, EOT d0 EOT d1 EOT ... dn EOT: end of text also begins the next document, so every
-token and every closing EOT is predicted exactly once.
-
 The cache is addressed by content: the source's bytes, the tokenizer's settings, the split. What is damaged
 there is made again; in a folder of the user's it is an error.
 """
@@ -14,7 +11,6 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,113 +21,23 @@ from lm.data import cleaning, external, mixture, packing, prepare, shards, sourc
 from lm.data.mixture import Mixture
 from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
+from lm.data.streams import Corpus, Split
 from lm.data.tokenizers import Tokenizer
+from lm.data.writer import JOURNAL
 
 # Fields that are about reading a corpus, not about what is in it.
 _READING = ("source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches")
+_OF_TOKENIZER = (
+    *(
+        "tokenizer",
+        "tokenizer_path",
+        "vocab_size",
+        "sentencepiece_model",
+        "unknown",
+        "user_symbols",
+    ),
+)
 _STALE = 7 * 86400  # seconds after which a killed run's unfinished folder is removed
-
-
-@dataclass(frozen=True)
-class Split:
-    """The token stream of one split.
-
-    `tokens` [1 + tokens + documents] is EOT d0 EOT ... dn EOT; `starts` int64 [documents] are the
-    positions of each document's leading EOT; `num_bytes` is the text's size in UTF-8. Where the data is
-    `paired`, documents 2i and 2i + 1 are a text and what belongs to it: a target or a label. `origins`
-    [documents] are the part of the source and the record in it that each document comes from.
-    """
-
-    name: str
-    tokens: Any  # an array or a lm.data.shards.Tokens
-    starts: np.ndarray
-    num_bytes: int
-    paired: bool = False
-    origins: np.ndarray | None = None
-    plans: dict[tuple[str, int], packing.Plan] = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def end_of_text(self) -> int:
-        """The id between documents: every stream begins with it."""
-        return int(self.tokens[0])
-
-    @property
-    def num_inputs(self) -> int:
-        """How many places of the stream have a next token."""
-        return len(self.tokens) - 1
-
-    @property
-    def num_pairs(self) -> int:
-        """How many pairs there are; 0 where the data has none."""
-        return len(self.starts) // 2 if self.paired else 0
-
-    def span(self, document: int) -> tuple[int, int]:
-        """Return where in the stream the text of a document begins, and its length in tokens."""
-        begin, following = int(self.starts[document]) + 1, document + 1
-        end = int(self.starts[following]) if following < len(self.starts) else self.num_inputs
-        return begin, end - begin
-
-    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of both texts of a pair."""
-        (begin, length), (second, size) = self.span(2 * index), self.span(2 * index + 1)
-        return self.tokens[begin : begin + length], self.tokens[second : second + size]
-
-    def plan(self, name: str, capacity: int) -> packing.Plan:
-        """Return the plan `name` of rows of `capacity` tokens, made once."""
-        if (name, capacity) not in self.plans:
-            self.plans[name, capacity] = packing.make(name, self.starts, self.num_inputs, capacity)
-        return self.plans[name, capacity]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Two splits, their tokenizer, a digest of all their tokens, and counts to report."""
-
-    tokenizer: Tokenizer
-    train: Split
-    validation: Split
-    fingerprint: str
-    report: dict[str, Any]
-    parts: tuple[str, ...] = ()  # of the source: files, mostly
-    mixed: tuple[
-        tuple[str, "Corpus"], ...
-    ] = ()  # of a mixture; the splits are then those of the first
-
-    @property
-    def members(self) -> tuple["Corpus", ...]:
-        """The corpora of a mixture, or this one."""
-        return tuple(member for _, member in self.mixed) or (self,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the corpora of a mixture; none where there is one alone."""
-        return tuple(name for name, _ in self.mixed)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the documents, sorted; none where the data has no label field."""
-        return tuple(self.report["labels"])
-
-    def summary(self) -> str:
-        """Return what the corpus is, in a line."""
-        if self.mixed:
-            return "; ".join(f"{name}: {member.summary()}" for name, member in self.mixed)
-        r = self.report
-        unit, each = ("pairs", 2) if r["paired"] else ("documents", 1)
-        counts = "; ".join(
-            f"{name} {r[name]['documents'] // each:,} {unit}, {r[name]['tokens']:,} tokens"
-            for name in SPLITS
-        )
-        replaced = f"; {r['replaced']:,} invalid bytes replaced" if r["replaced"] else ""
-        empty = (
-            f"; {r['empty_documents']:,} empty documents left out" if r["empty_documents"] else ""
-        )
-        broken = sum(r.get("broken", {}).values())
-        empty += f"; {broken:,} broken records skipped" if broken else ""
-        dropped = sum(step["dropped"] for step in r.get("clean", {}).values())
-        empty += f"; {dropped:,} dropped by cleaning" if dropped else ""
-        sizes = f"{r['bytes']:,} bytes, {self.tokenizer.name} of {self.tokenizer.vocab_size:,}"
-        return f"{r['source']}, {sizes}; {counts}{replaced}{empty}"
 
 
 def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -144,8 +50,7 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
         return _mixed(cfg, tokenizer)
     if folder := prepared_folder(cfg):
         corpus = load(folder)
-        if unused := _unused(cfg, shards.read_manifest(folder)["settings"]):
-            print(f"notice: {folder} was prepared otherwise: {unused} of the config is not used")
+        _check_settings(cfg, folder, corpus.settings)
         if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
             raise ConfigError(
                 f"data.path={folder}: it was prepared with another tokenizer; prepare the text again with "
@@ -226,7 +131,10 @@ def _trained_on_all(cfg: Config, members: list[Config]) -> Tokenizer:
     inputs = [_inputs(member, None)[0] for member in members]
     keys = [_key(member, source, None) for member, source in zip(members, inputs, strict=True)]
     folder = cache_folder() / "tokenizers" / tokenizers.digest(" ".join(keys).encode())
-    if not (folder / "tokenizer.json").exists():
+    try:
+        return tokenizers.load(folder)
+    except ConfigError:  # missing, or damaged
+        shutil.rmtree(folder, ignore_errors=True)
         trained = prepare.train(cfg, inputs)
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
         trained.save(unfinished)
@@ -241,28 +149,36 @@ def prepared_folder(cfg: Config) -> Path | None:
     if len(cfg.path) != 1:
         return None
     folder = Path(cfg.path[0]).expanduser()
+    if (folder / JOURNAL).is_file() and not (folder / shards.MANIFEST).exists():
+        raise ConfigError(
+            f"data.path={folder}: its preparation is not finished; give that command again"
+        )
     return folder if (folder / shards.MANIFEST).is_file() else None
 
 
-def _unused(cfg: Config, settings: dict[str, Any]) -> str:
-    """Return the fields of the frozen `data` section that a corpus prepared with `settings` overrules."""
-    names = []
+def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse, or say of a tokenizer, what a corpus that was prepared with `settings` overrules."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         own = settings.get(field.name, field.default)
-        if field.name not in _READING and value != field.default and plain(own) != plain(value):
-            names.append(f"data.{field.name}={value}")
-    return ", ".join(names)
+        if field.name in _READING or value == field.default or plain(own) == plain(value):
+            continue
+        said = f"data.{field.name}={value}: {folder} was prepared with {own!r}"
+        if field.name not in _OF_TOKENIZER:
+            raise ConfigError(f"{said}; leave it out, or prepare the text again")
+        print(f"notice: {said}, which holds")
 
 
 def load(folder: Path, *, thorough: bool = False) -> Corpus:
     """Return the corpus in `folder`; see `lm.data.shards.read_manifest` for what is checked."""
     body = shards.read_manifest(folder, thorough=thorough)
-    plans = packing.load(folder, fingerprint=body["fingerprint"])
+    plans = packing.load(folder, fingerprint=body["fingerprint"], thorough=thorough)
     train, validation = (_split(folder, body, name, plans) for name in SPLITS)
     tokenizer = tokenizers.load(folder / "tokenizer")
     parts = tuple(body["parts"])
-    return Corpus(tokenizer, train, validation, body["fingerprint"], body["report"], parts)
+    return Corpus(
+        tokenizer, train, validation, body["fingerprint"], body["report"], parts, body["settings"]
+    )
 
 
 def _split(folder: Path, body: dict[str, Any], name: str, plans: dict) -> Split:
@@ -293,15 +209,29 @@ def prepare_in(
 
     Of a mixture each corpus is prepared in a folder of its own below, and these are returned.
     """
-    members, folders = {"": cfg}, [folder]
-    if cfg.mixture:
-        members, tokenizer = _members(cfg, tokenizer)
-        folders = [folder / name for name in members]
-    for place, member in zip(folders, members.values(), strict=True):
-        source, given = _inputs(member, tokenizer)
-        key = _key(member, source, given)
-        prepare.prepare(place, member, source, key=key, tokenizer=given, workers=workers)
-    return folders
+    if not cfg.mixture:
+        if prepared := prepared_folder(cfg):
+            raise ConfigError(
+                f"data.path={prepared}: it is a prepared corpus; train on it as it is"
+            )
+        _prepare(folder, cfg, tokenizer, workers)
+        return [folder]
+    if (folder / shards.MANIFEST).exists() or (folder / JOURNAL).exists():
+        raise ConfigError(f"{folder}: it holds a corpus, not several; name an empty folder")
+    members, tokenizer = _members(cfg, tokenizer)
+    places = []
+    for name, member in members.items():
+        places.append(prepared_folder(member) or folder / name)
+        if places[-1] == folder / name:
+            _prepare(folder / name, member, tokenizer, workers)
+    return places
+
+
+def _prepare(folder: Path, cfg: Config, tokenizer: Tokenizer | None, workers: int) -> None:
+    source, given = _inputs(cfg, tokenizer)
+    key = _key(cfg, source, given)
+    prepare.prepare(folder, cfg, source, key=key, tokenizer=given, workers=workers)
+    _check(cfg, load(folder))
 
 
 def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | None]:

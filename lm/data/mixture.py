@@ -16,7 +16,7 @@ import numpy as np
 
 from lm.config import ConfigError
 
-_MOST = 1 << 20  # sum of the integer weights: with fewer than 2**43 rows nothing overflows
+_MOST = 1 << 20  # sum of the integer weights: with fewer than 2**42 rows nothing overflows
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,24 @@ def make(
     return Mixture(tuple(made))
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError for a temperature at which weights are no numbers."""
+    if not 0.01 <= temperature <= 100:
+        raise ConfigError(
+            f"data.mixture_temperature={temperature}: use a number from 0.01 to 100, such as 2"
+        )
+
+
 def integers(weights: Sequence[float], temperature: float = 1.0) -> tuple[int, ...]:
     """Return the smallest integers in proportion to weights ** (1 / temperature); of many digits, nearly."""
+    check_temperature(temperature)
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
         raise ConfigError(
             f"data.mixture: weights {', '.join(map(str, weights))} are no proportions; give positive numbers"
         )
     if temperature != 1:
-        weights = [float(weight) ** (1 / temperature) for weight in weights]
+        most = max(weights)
+        weights = [float(weight / most) ** (1 / temperature) for weight in weights]
     exact = [Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * common) for weight in exact]

@@ -13,11 +13,9 @@ What differs from the paper: packing runs over windows of 2**20 documents, so th
 memory; a row stands at the place of its first piece, so that a part of a corpus is like the whole.
 """
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,13 +132,16 @@ def _table(rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> Plan:
 def save(
     folder: Path, name: str, capacity: int, plans: dict[str, Plan], *, fingerprint: str
 ) -> None:
-    """Keep the plan of each split in a prepared corpus, whole or not at all.
+    """Keep the plan of each split in a prepared corpus that is locked, whole or not at all.
 
     `fingerprint` is of the corpus: a plan of another one is never taken.
     """
     place = folder / _FOLDER / f"{name}-{capacity}"
     place.parent.mkdir(exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
+    for left in place.parent.glob(".*"):  # by a process that was killed: the corpus is locked
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = place.with_name(f".{place.name}")
+    unfinished.mkdir()
     try:
         files = {}
         for split, plan in plans.items():
@@ -152,17 +153,20 @@ def save(
         about = unfinished / _ABOUT
         about.write_text(json.dumps({"format": FORMAT, "fingerprint": fingerprint, "files": files}))
         shards.sync(about)
+        if place.exists() and (place / _ABOUT).read_bytes() == about.read_bytes():
+            return  # a run may be reading it
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):  # another process was first, with the same plan
-            os.replace(unfinished, place)
+        os.replace(unfinished, place)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load(folder: Path, *, fingerprint: str) -> dict[tuple[str, int], dict[str, Plan]]:
+def load(
+    folder: Path, *, fingerprint: str, thorough: bool = False
+) -> dict[tuple[str, int], dict[str, Plan]]:
     """Return the plans that `save` kept for a corpus: by name and capacity, by split.
 
-    Raises Damaged for one that is not whole.
+    Raises Damaged for one that is not whole; what is checked is as in `lm.data.shards.read_manifest`.
     """
     found = {}
     for place in sorted((folder / _FOLDER).glob("[!.]*")):
@@ -171,12 +175,10 @@ def load(folder: Path, *, fingerprint: str) -> dict[tuple[str, int], dict[str, P
             if (about["format"], about["fingerprint"]) != (FORMAT, fingerprint):
                 continue
             name, _, capacity = place.name.rpartition("-")
-            sizes = {file: record["size"] for file, record in about["files"].items()}
+            files = dict(about["files"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise shards.Damaged(place / _ABOUT, str(error)) from None
-        for file, size in sizes.items():
-            if not (place / file).is_file() or (place / file).stat().st_size != size:
-                raise shards.Damaged(place / file, f"not the {size} bytes that it had")
+        shards.check_files(place, files, thorough=thorough)
         found[name, int(capacity)] = {
             split: Plan(
                 *(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items())

@@ -32,16 +32,15 @@ from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
 from lm.data.shards import SPLITS
 from lm.data.splits import Item, Rule
 from lm.data.tokenizers import Tokenizer
-from lm.data.writer import JOURNAL, Writer, begun_key
+from lm.data.writer import JOURNAL, LOCK, Writer, begun_key, may_begin
 
-FORMAT = 4  # part of every key: raise it when extraction, split or layout changes
+FORMAT = 5  # part of every key: raise it when extraction, split or layout changes
 CHUNK = 1 << 20  # characters that are encoded at a time
 CHUNK_ITEMS = 1 << 14
 SHARD = 1 << 28  # bytes of text of a shard, which ends with a chunk
 _MOST_LABELS = 10_000
 _COUNTS = ("documents", "empty_documents", "characters", "replaced")
 _BROKEN = "broken "  # before the kind of what is wrong with a record, in counts
-_LOCK = ".lock"
 
 
 Run = Callable[..., Iterator[Worked]]
@@ -63,10 +62,13 @@ def prepare(
     work done. With `workers` 0 this process does all; with `repair` what is damaged is made again. Raises
     ConfigError for what sources and tokenizers refuse, and where `folder` holds something else.
     """
+    if not repair:
+        _check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if _is_whole(folder, key, repair=repair):
             return
+        before = _states(source)
         rule = splits.rule(cfg, source)
         tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
         writer = Writer(
@@ -90,6 +92,8 @@ def prepare(
                     if writer.shard_bytes >= SHARD:
                         writer.end_shard()
         writer.end_shard()
+        if changed := [part for part, state in _states(source).items() if before[part] != state]:
+            raise ConfigError(f"data.path: {changed[0]} changed while it was read; begin again")
         _finish(folder, cfg, source, rule, tokenizer, writer, key)
 
 
@@ -107,14 +111,12 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
     other = "of other text or settings; name an empty folder"
     try:
         if (folder / shards.MANIFEST).exists():
-            if shards.read_manifest(folder)["key"] != key:
+            # What is made again may be large; what is only looked at is looked at whole.
+            if shards.read_manifest(folder, thorough=not repair)["key"] != key:
                 raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
             return True
-        begun = begun_key(folder)
-        if begun is None and {file.name for file in folder.iterdir()} - {_LOCK, "tokenizer"}:
-            raise shards.Damaged(folder / shards.MANIFEST, "missing, and the folder is not empty")
-        if begun not in (None, key):
-            raise ConfigError(f"{folder}: a corpus was begun here, {other}")
+        if repair and not may_begin(folder):
+            raise shards.Damaged(folder / shards.MANIFEST, "missing")
     except shards.Damaged as error:
         if not repair:
             raise
@@ -124,9 +126,19 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
         for file in folder.iterdir():
             if file.is_dir():
                 shutil.rmtree(file)
-            elif file.name != _LOCK:
+            elif file.name != LOCK:
                 file.unlink()
+    if begun_key(folder) not in (None, key):
+        raise ConfigError(f"{folder}: a corpus was begun here, {other}")
     return False
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a place that is no folder, or one with anything else in it."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: not a folder; name another")
+    if folder.exists() and not (folder / shards.MANIFEST).exists() and not may_begin(folder):
+        raise ConfigError(f"{folder}: it holds other files, and no corpus; name an empty folder")
 
 
 def chunks(
@@ -266,7 +278,8 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
             running: deque = deque()
             for chunk in itertools.chain(waiting, [None] * (2 * workers)):
                 if chunk is not None:
-                    running.append(pool.submit(_encode, chunk, tokens))
+                    with _no_interrupts():  # which a process that this starts inherits
+                        running.append(pool.submit(_encode, chunk, tokens))
                 if running and (chunk is None or len(running) == 2 * workers):
                     yield running.popleft().result()
 
@@ -280,11 +293,20 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Hold back Ctrl-C in this thread: the parent decides when its workers end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _ENCODER: list[Encoder] = []  # of a worker process
 
 
 def _begin_worker(folder: Path, rule: Rule, labelled: bool, cleaner: Cleaner | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     tokenizers.use_one_thread()
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -303,9 +325,9 @@ def _encode(chunk: Chunk, tokens: bool) -> Worked:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, after another process that holds it."""
-    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,6 +349,12 @@ def _progress(num_bytes: int | None, description: str) -> tqdm:
     return tqdm(
         desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
     )
+
+
+def _states(source: Any) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of each part that is a local file."""
+    stats = {part: os.stat(part) for part in source.parts if os.path.isfile(part)}
+    return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
 
 
 def _size(source: Any) -> int | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lm.config import ConfigError
-from lm.data import cleaning, sources, splits, subwords, tokenizers
+from lm.data import cleaning, mixture, sources, splits, subwords, tokenizers
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ class Config:
             )
         if self.mixture_stages and not self.mixture:
             raise ConfigError("data.mixture_stages: used only with data.mixture; give it too")
-        if not self.mixture_temperature > 0:
-            raise ConfigError(
-                f"data.mixture_temperature={self.mixture_temperature}: use a positive number, such as 2"
-            )
+        mixture.check_temperature(self.mixture_temperature)
         for name, weight in self.mixture:
             if not 0 <= weight < float("inf"):
                 raise ConfigError(

@@ -14,6 +14,13 @@ from lm.data import shards
 from lm.data.shards import ORIGIN, SPLITS
 
 JOURNAL = "journal.jsonl"
+LOCK = ".lock"
+# Lists of the documents, with the bytes of each entry.
+_WIDTHS = {
+    f"{split}.{kind}": width
+    for split in SPLITS
+    for kind, width in (("starts", 8), ("origins", ORIGIN.itemsize))
+}
 
 
 class Encoded(NamedTuple):
@@ -49,6 +56,7 @@ class Progress:
 
     following: tuple[int, int] = (0, 0)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the shards
+    lists: dict[str, str] = field(default_factory=dict)  # SHA-256 of what is in each list so far
     documents: dict[str, int] = field(default_factory=_zeros)
     tokens: dict[str, int] = field(default_factory=_zeros)  # the first end of text left out
     bytes: dict[str, int] = field(default_factory=_zeros)
@@ -67,9 +75,10 @@ class Writer:
         self._digests = {split: hashlib.blake2b(self._begin, digest_size=16) for split in SPLITS}
         self._open: dict[str, BinaryIO] = {}
         self._hashes: dict[str, Any] = {}
+        self._sums: dict[str, Any] = {name: hashlib.sha256() for name in _WIDTHS}
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        self._lists = {name: self._continued(name) for name in _list_files()}
+        self._lists = {name: self._continued(name) for name in _WIDTHS}
         self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
 
     @property
@@ -90,8 +99,8 @@ class Writer:
             self._digests[split].update(data)
             lengths = encoded.lengths[here]
             ends = progress.tokens[split] + np.cumsum(lengths)
-            self._lists[f"{split}.starts"].write((ends - lengths).astype("<i8").tobytes())
-            self._lists[f"{split}.origins"].write(encoded.origins[here].tobytes())
+            self._list(f"{split}.starts", (ends - lengths).astype("<i8").tobytes())
+            self._list(f"{split}.origins", encoded.origins[here].tobytes())
             progress.documents[split] += len(lengths)
             progress.tokens[split] = int(ends[-1])
             progress.bytes[split] += int(encoded.sizes[here].sum())
@@ -112,6 +121,7 @@ class Writer:
             handle.close()
         self._open.clear()
         self._hashes.clear()
+        self.progress.lists = {name: digest.hexdigest() for name, digest in self._sums.items()}
         self._shard += 1
         self._bytes_before = sum(self.progress.bytes.values())
         self._journal.write(json.dumps({"shard": self._shard, **asdict(self.progress)}) + "\n")
@@ -124,6 +134,10 @@ class Writer:
             handle.close()
         self._journal.close()
         return {split: digest.hexdigest() for split, digest in self._digests.items()}
+
+    def _list(self, name: str, data: bytes) -> None:
+        self._lists[name].write(data)
+        self._sums[name].update(data)
 
     def _write(self, split: str, data: bytes) -> None:
         if split not in self._open:
@@ -150,6 +164,8 @@ class Writer:
             new = {name for name in line["files"] if name not in self.progress.files}
             if any(not self._matches(name, line["files"][name]) for name in new):
                 break
+            if not self._take_lists(line):
+                break
             for name in sorted(new):
                 data = (self.folder / name).read_bytes()
                 split, number = name.removesuffix(".tokens").split("-")
@@ -166,27 +182,45 @@ class Writer:
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(journal)
 
+    def _take_lists(self, line: dict[str, Any]) -> bool:
+        """Return whether the lists still begin with what `line` says, and go on with their sums."""
+        sums = {}
+        for name, width in _WIDTHS.items():
+            file, split = self.folder / name, name.split(".")[0]
+            size = line["documents"][split] * width
+            if not file.is_file() or file.stat().st_size < size:
+                return False
+            sums[name] = shards.sum_of(file, size)
+        if {name: digest.hexdigest() for name, digest in sums.items()} != line["lists"]:
+            return False
+        self._sums = sums
+        return True
+
     def _matches(self, name: str, record: dict[str, Any]) -> bool:
         file = self.folder / name
         return file.is_file() and shards.recorded(file) == record
 
     def _continued(self, name: str) -> BinaryIO:
         """Open a list of the documents, cut to what the finished shards hold."""
-        split, kind = name.split(".")
-        width = {"starts": 8, "origins": ORIGIN.itemsize}[kind]
         handle = (self.folder / name).open("ab")
-        handle.truncate(self.progress.documents[split] * width)
+        handle.truncate(self.progress.documents[name.split(".")[0]] * _WIDTHS[name])
         handle.seek(0, 2)
         return handle
 
 
-def _list_files() -> list[str]:
-    return [f"{split}.{kind}" for split in SPLITS for kind in ("starts", "origins")]
-
-
 def begun_key(folder: Path) -> str | None:
-    """Return the key of the corpus that was begun in `folder`; None where there is none."""
+    """Return the key of the corpus of which shards lie in `folder`; None where there are none."""
     try:
-        return json.loads((folder / JOURNAL).read_text(encoding="utf-8").splitlines()[0])["key"]
+        lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[0])["key"] if len(lines) > 1 else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def may_begin(folder: Path) -> bool:
+    """Return whether `folder` holds nothing but what a preparation leaves that made no shard yet."""
+    names = {file.name for file in folder.iterdir()}
+    own = {LOCK, "tokenizer", JOURNAL, f".{JOURNAL}"}
+    if JOURNAL in names:  # which is written before these
+        own |= {*_WIDTHS, *(name for name in names if name.endswith(".tokens"))}
+    return names <= own

@@ -172,7 +172,7 @@ def test_a_mixture_of_files_trains_one_tokenizer_and_scores_each(tmp_path, monke
         ({"mixture": (("a.txt", 1.0),), "path": "b.txt"}, r"data\.path=b\.txt: data\.mixture"),
         ({"mixture_stages": ((1, (1.0,)),)}, r"data\.mixture_stages: used only with"),
         ({"mixture": (("a.txt", -1.0),)}, r"data\.mixture: a\.txt=-1\.0 is no weight"),
-        ({"mixture_temperature": 0.0}, r"data\.mixture_temperature=0\.0: use a positive"),
+        ({"mixture_temperature": 0.0}, r"data\.mixture_temperature=0\.0: use a number from"),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, words):

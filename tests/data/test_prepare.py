@@ -1,6 +1,7 @@
 """What is prepared depends on the documents alone: on no count of workers, no kill, no second process."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.data import corpus, prepare, shards
+from lm.data import corpus, packing, prepare, shards
 from lm.data.settings import Config
 
 RUN = """
@@ -186,9 +187,11 @@ def test_settings_that_a_prepared_corpus_overrules_are_said(tmp_path, text, smal
     cfg = dataclasses.replace(text, path=(str(tmp_path / "prepared"),), batch_size=7)
     corpus.build(cfg)
     assert "notice" not in capsys.readouterr().out
-    corpus.build(dataclasses.replace(cfg, clean=("unicode",), vocab_size=400))
-    said = capsys.readouterr().out
-    assert "data.clean=('unicode',), data.vocab_size=400 of the config is not used" in said
+    corpus.build(dataclasses.replace(cfg, vocab_size=400))
+    assert "data.vocab_size=400: " in capsys.readouterr().out
+    for other in ({"clean": ("unicode",)}, {"fold": "0/5"}, {"validation_fraction": 0.2}):
+        with pytest.raises(ConfigError, match=r"was prepared with .*; leave it out, or prepare"):
+            corpus.build(dataclasses.replace(cfg, **other))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, text, small):
@@ -204,16 +207,96 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, text, small):
         ):
             corpus.prepare_in(folder, other)
     (folder / "manifest.json").unlink()
-    with pytest.raises(
-        ConfigError, match=r"manifest\.json is damaged .missing, and the folder is not empty"
-    ):
+    with pytest.raises(ConfigError, match="it holds other files, and no corpus"):
         corpus.prepare_in(folder, text)
-    (folder / "journal.jsonl").write_text('{"key": "another", "shard": 1}\n')
+    (folder / "journal.jsonl").write_text('{"key": "another", "shard": 1}\n{"shard": 1}\n')
     with pytest.raises(ConfigError, match="a corpus was begun here, of other text"):
         corpus.prepare_in(folder, text)
     (folder / "journal.jsonl").unlink()
     before.pop("manifest.json")
     assert files(folder) == before
+
+
+def test_lists_that_were_damaged_before_the_end_are_made_again(tmp_path, text, small, monkeypatch):
+    corpus.prepare_in(tmp_path / "whole", text)
+    end_shard = prepare.Writer.end_shard
+    for name, damage in (("train.starts", b""), ("validation.origins", b"\1" * 200)):
+        folder, calls = tmp_path / name, []
+
+        def killed(self, calls=calls):
+            end_shard(self)
+            calls.append(0)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepare.Writer, "end_shard", killed)
+            corpus.prepare_in(folder, text)
+        content = (folder / name).read_bytes()
+        assert len(content) > 100
+        (folder / name).write_bytes(damage + content[len(damage) :] if damage else b"")
+        corpus.prepare_in(folder, text)
+        assert files(folder) == files(tmp_path / "whole")
+
+
+def test_a_damaged_plan_is_refused_and_a_whole_one_left_alone(tmp_path, text, small):
+    folder = tmp_path / "prepared"
+    corpus.prepare_in(folder, text)
+    built = corpus.load(folder)
+    plans = {split.name: split.plan("best_fit", 32) for split in (built.train, built.validation)}
+    keep = functools.partial(packing.save, folder, "best_fit", 32, plans)
+    keep(fingerprint=built.fingerprint)
+    file = folder / "rows/best_fit-32/train.begins"
+    before = file.stat().st_ino
+    (folder / "rows/.left").mkdir()
+    keep(fingerprint=built.fingerprint)
+    assert file.stat().st_ino == before and not (folder / "rows/.left").exists()
+    loaded = corpus.load(folder).train.plans["best_fit", 32]
+    np.testing.assert_array_equal(loaded.begins, plans["train"].begins)
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"train\.begins is damaged \(its SHA-256"):
+        corpus.load(folder)
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, text, small, monkeypatch):
+    add = prepare.Writer.add
+
+    def changing(self, encoded):
+        add(self, encoded)
+        os.utime(text.path[0], (1, 1))
+
+    monkeypatch.setattr(prepare.Writer, "add", changing)
+    with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
+        corpus.prepare_in(tmp_path / "prepared", text)
+    assert not (tmp_path / "prepared/manifest.json").exists()
+
+
+def test_a_start_that_made_no_shard_does_not_bind_its_folder(tmp_path, text, small):
+    folder = tmp_path / "prepared"
+    mistaken = dataclasses.replace(text, tokenizer="byte", fold="0/2")
+    good = Path(text.path[0]).read_text()
+    Path(text.path[0]).write_text('{"text": "a"}\n{"no": 1}\n' + good)
+    with pytest.raises(ConfigError, match="has no text by that name"):
+        corpus.prepare_in(folder, mistaken)
+    with pytest.raises(ConfigError, match="its preparation is not finished"):
+        corpus.build(Config(path=(str(folder),)))
+    (folder / ".journal.jsonl").write_text("half")  # a kill between two lines of code
+    Path(text.path[0]).write_text(good)
+    corpus.prepare_in(folder, text)
+    corpus.prepare_in(tmp_path / "other", text)
+    assert files(folder) == files(tmp_path / "other")
+    with pytest.raises(ConfigError, match="it is a prepared corpus"):
+        corpus.prepare_in(tmp_path / "third", Config(path=(str(folder),)))
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ConfigError, match="the train split is empty"):
+        corpus.prepare_in(
+            tmp_path / "made", Config(path=(str(tmp_path / "a.jsonl"),), tokenizer="byte")
+        )
 
 
 def test_a_mistake_in_a_document_ends_workers_too(tmp_path, text, small):

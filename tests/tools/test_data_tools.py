@@ -73,7 +73,7 @@ def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
     (text.parent / "b.txt").write_text("another text of its own. " * 200)
     mixed = "--config.data.mixture=a.jsonl=3,b.txt=1"
     assert prepare_data.main([*PREPARE, mixed, "--out", "mix"]) == 0
-    assert "--config.data.mixture=mix/a=3,mix/b=1" in capsys.readouterr().out
+    assert "--config.data.mixture=mix/a=3.0,mix/b=1.0" in capsys.readouterr().out
     assert corpus.load(text.parent / "mix/a").train.num_bytes
     assert corpus.load(text.parent / "mix/b").train.num_bytes
 
