@@ -4,9 +4,9 @@
     python -m tools.bench_data --peers grain datasets --peer_python other/bin/python
 
 All sides read the same random documents of log-normal lengths, made on the spot. Ours are packed by best fit
-beforehand and can begin at any step. `grain` reads documents from ArrayRecord and packs them as they come.
-`datasets`, with PyTorch's loader, has rows joined and cut beforehand, with the number and positions of
-their documents. Also: the same random rows from ArrayRecord and from the memory-mapped shards used here.
+beforehand and can begin at any step. `grain` reads documents from ArrayRecord, packed as they come, and
+`datasets`, with PyTorch's loader, from Arrow; `datasets_rows` has rows joined and cut beforehand, with what
+tells their documents apart. Also: the same random rows from ArrayRecord and from memory-mapped shards.
 """
 
 import argparse
@@ -31,7 +31,11 @@ from lm.data.writer import Encoded, Writer
 from tools.bench import spread, take_turns
 from tools.bench_pipe import Side
 
-NEEDS = {"grain": ("grain", "array_record"), "datasets": ("datasets", "torch")}
+NEEDS = {
+    "grain": ("grain", "array_record"),
+    "datasets": ("datasets", "torch"),
+    "datasets_rows": ("datasets", "torch"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     for name in ("tokens", "length", "rows", "steps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}={getattr(args, name)}: use 1 or more")
-    pythons = {"grain": sys.executable, "datasets": args.peer_python}
+    pythons = {peer: sys.executable if peer == "grain" else args.peer_python for peer in NEEDS}
     for peer in args.peers:
         imports = [pythons[peer], "-c", f"import {', '.join(NEEDS[peer])}"]
         if subprocess.run(imports, capture_output=True).returncode:

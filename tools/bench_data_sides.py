@@ -23,7 +23,13 @@ class Sides:
         self, kind: str, folder: str, work: str, length: int, rows: int, threads: int
     ) -> str:
         """Make ready to read batches, and return the side's library and version."""
-        side = {"ours": _ours, "grain": _grain, "datasets": _datasets}[kind]
+        sides = {
+            "ours": _ours,
+            "grain": _grain,
+            "datasets": _datasets,
+            "datasets_rows": _datasets_rows,
+        }
+        side = sides[kind]
         self._positions = length * rows
         self._batches, library = side(Path(folder), Path(work), length, rows, threads)
         next(self._batches)
@@ -87,10 +93,53 @@ def _grain(
     packed = grain.experimental.FirstFitPackIterDataset(
         parsed.to_iter_dataset(options), length_struct={"tokens": length}, num_packing_bins=rows
     )
-    return iter(packed.batch(rows)), "grain, ArrayRecord, first fit"
+    return iter(packed.batch(rows)), f"grain, ArrayRecord, first fit, {threads or 1} threads"
 
 
 def _datasets(
+    folder: Path, work: Path, length: int, rows: int, threads: int
+) -> tuple[Iterator[Any], str]:
+    """Documents in Arrow, shuffled by PyTorch's loader, packed as they come: the next that fits."""
+    import datasets
+    import torch
+
+    pieces = [
+        document[begin : begin + length].astype(np.int32)
+        for document in _documents(folder)
+        for begin in range(0, len(document), length)
+    ]
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"tokens": pieces}).save_to_disk(str(work / "documents"))
+    documents = datasets.load_from_disk(str(work / "documents")).with_format("numpy")
+    options: dict[str, Any] = {"batch_size": rows, "shuffle": True, "num_workers": threads}
+
+    def packed() -> Iterator[Any]:
+        batch, row, at = _empty(rows, length), 0, 0
+        while True:
+            for several in torch.utils.data.DataLoader(documents, **options, collate_fn=list):
+                for tokens in (one["tokens"] for one in several):
+                    if at + len(tokens) > length:
+                        row, at = row + 1, 0
+                        if row == rows:
+                            yield {name: torch.from_numpy(x) for name, x in batch.items()}
+                            batch, row = _empty(rows, length), 0
+                    here = slice(at, at + len(tokens))
+                    batch["input_ids"][row, here] = tokens
+                    batch["segment_ids"][row, here] = 1 + batch["segment_ids"][row, at - 1] * (
+                        at > 0
+                    )
+                    batch["position_ids"][row, here] = np.arange(len(tokens))
+                    at += len(tokens)
+
+    return packed(), f"datasets {datasets.__version__}, documents, {threads} workers"
+
+
+def _empty(rows: int, length: int) -> dict[str, np.ndarray]:
+    names = ("input_ids", "segment_ids", "position_ids")
+    return {name: np.zeros((rows, length), np.int32) for name in names}
+
+
+def _datasets_rows(
     folder: Path, work: Path, length: int, rows: int, threads: int
 ) -> tuple[Iterator[Any], str]:
     """Rows that were joined and cut beforehand, with what tells documents apart, through PyTorch's loader."""
@@ -120,7 +169,7 @@ def _datasets(
 
     return (
         endless(),
-        f"datasets {datasets.__version__}, torch {torch.__version__}, {threads} workers",
+        f"datasets {datasets.__version__}, rows cut before, {threads} workers",
     )
 
 
