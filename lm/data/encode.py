@@ -27,7 +27,7 @@ class Worked(NamedTuple):
 
     encoded: Encoded  # of the documents that were not dropped
     items: np.ndarray  # [texts], which document of the chunk each text is of
-    cleaned: list[list[Cleaned]]  # of each document, its texts left out
+    cleaned: list[Cleaned]  # of each document, its text left out
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,20 @@ class Encoder:
         return Worked(encoded, numbers, cleaned)
 
 
-def clean(
-    cleaner: Cleaner | None, items: list[Item]
-) -> tuple[list[Item | None], list[list[Cleaned]]]:
-    """Return the documents, None where a text of theirs was dropped, and what became of each text."""
+def clean(cleaner: Cleaner | None, items: list[Item]) -> tuple[list[Item | None], list[Cleaned]]:
+    """Return the documents, None where one was dropped, and what became of each.
+
+    Of a pair the first text is cleaned: a label or a summary would fail rules that are for documents.
+    """
     if cleaner is None:
         return list(items), []
     results: list[Item | None] = []
     about = []
     for item in items:
-        texts = [cleaner.clean(text) for text in item.texts]
-        whole = all(text.text for text in texts)
-        results.append(item._replace(texts=tuple(t.text for t in texts)) if whole else None)
-        about.append([text._replace(text="") for text in texts])
+        cleaned = cleaner.clean(item.texts[0])
+        texts = (cleaned.text, *item.texts[1:])
+        results.append(item._replace(texts=texts) if cleaned.text else None)
+        about.append(cleaned._replace(text=""))
     return results, about
 
 
@@ -96,13 +97,13 @@ class Sieve:
         if self._duplicates is None or self._report is None:
             return worked.encoded
         dropped = []
-        for number, (first, *others) in enumerate(worked.cleaned):
-            if not any(text.dropped_by for text in (first, *others)):
-                first = self._duplicates.admit(first)
-                if first.dropped_by:
+        for number, cleaned in enumerate(worked.cleaned):
+            if not cleaned.dropped_by:
+                cleaned = self._duplicates.admit(cleaned)
+                if cleaned.dropped_by:
                     dropped.append(number)
-            for text in (first, *others) if count else ():
-                self._report.add(text)
+            if count:
+                self._report.add(cleaned)
         return worked.encoded.only(~np.isin(worked.items, dropped))
 
     @property

@@ -369,6 +369,24 @@ def test_a_start_after_a_kill_knows_the_documents_before(tmp_path, small, monkey
     assert files(tmp_path / "workers") == files(tmp_path / "whole")
 
 
+def test_of_a_pair_the_source_is_cleaned(tmp_path):
+    words = " ".join(f"word{i}" for i in range(30))
+    lines = [f"{words} {i}  \tyes " for i in range(120)] + ["short\tno"] * 3
+    (tmp_path / "a.tsv").write_text("\n".join(lines))
+    cfg = Config(
+        path=(str(tmp_path / "a.tsv"),),
+        source_field="0",
+        label_field="1",
+        tokenizer="byte",
+        clean=("whitespace", "gopher_quality min_words=20 min_stop_words=0"),
+    )
+    corpus.prepare_in(tmp_path / "made", cfg)
+    built = corpus.load(tmp_path / "made")
+    assert built.labels == ("yes ",)
+    assert built.train.num_pairs + built.validation.num_pairs == 120
+    assert built.tokenizer.decode(built.train.pair(0)[0]).endswith(tuple("0123456789"))
+
+
 def test_a_step_that_there_is_not_is_named(tmp_path):
     cfg, _ = repeated(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.clean='unicod': .*did you mean unicode"):
