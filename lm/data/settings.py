@@ -26,9 +26,7 @@ class Config:
     mixture_temperature: float = 1.0  # weights are raised to 1 / this
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
     on_broken: str = "refuse"  # files and records that cannot be read: refuse or skip (and count)
-    clean: tuple[
-        str, ...
-    ] = ()  # steps such as "unicode" or "language keep=en,de", in this order; of pairs the source is cleaned
+    clean: tuple[str, ...] = ()  # steps, as "language keep=en", in order; of pairs on the source
     tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included
