@@ -123,7 +123,15 @@ def _show(text: corpus.Corpus, num_tokens: int) -> None:
     print(text.summary())
     print(f"fingerprint {text.fingerprint}; split by {report['split']}")
     for step, counts in report.get("clean", {}).items():
-        print(f"  {step}: " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+        removed = counts["characters_before"] - counts["characters_after"]
+        print(
+            f"  {step}: of {counts['documents']:,} documents changed {counts['changed']:,} and dropped "
+            f"{counts['dropped']:,}; {removed:,} characters fewer"
+        )
+        for reason, number in sorted(counts["reasons"].items(), key=lambda item: -item[1]):
+            print(f"    {number:>8,} {reason}")
+    for reason, number in report.get("broken", {}).items():
+        print(f"  skipped: {number:,} {reason}")
     for split in (text.train, text.validation):
         if not len(split.starts):
             continue

@@ -69,6 +69,21 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
         assert seen == lines[int(record)][int(low) : int(high)]
 
 
+def test_what_cleaning_did_is_shown(text, capsys):
+    clean = "--config.data.clean=whitespace;gopher_quality min_words=20 min_stop_words=0"
+    with text.open("a") as file:
+        file.write('{"text": "two words"}\nbroken\n')
+    skip = "--config.data.on_broken=skip"
+    assert prepare_data.main(["--source", "a.jsonl", *PREPARE, clean, skip, "--out", "made"]) == 0
+    assert "dropped by cleaning" in capsys.readouterr().out
+    assert inspect_data.main(["made"]) == 0
+    said = capsys.readouterr().out
+    assert "gopher_quality: of 151 documents changed 0 and dropped" in said
+    assert "characters fewer" in said and "skipped: 1 " in said
+    dropped = corpus.load(text.parent / "made").report["clean"]["gopher_quality"]
+    assert sum(dropped["reasons"].values()) == dropped["dropped"] > 1
+
+
 def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
     (text.parent / "b.txt").write_text("another text of its own. " * 200)
     mixed = "--config.data.mixture=a.jsonl=3,b.txt=1"
