@@ -40,6 +40,11 @@ def test_every_experiment_takes_a_step(path, text_file, tmp_path):
         labelled.write_text("".join(f"{i % 3}\t{line} {i}\n" for i, line in enumerate(lines)))
         shrunk |= {"data.path": str(labelled)}
         shrunk |= {"data.source_field": "1", "data.label_field": "0"}
+    if resolved.data.mixture:
+        other = tmp_path / "other.txt"
+        other.write_text(text_file.read_text()[::-1])
+        del shrunk["data.path"]
+        shrunk["data.mixture"] = f"{text_file}=3,{other}=1"
     if resolved.data.order == "stream":
         shrunk["eval.streams"] = "8"
     held = config_lib.flatten(resolved)  # a family may have no layers to take away

@@ -67,7 +67,10 @@ def test_the_ratio_is_the_median_over_rounds_against_the_fastest_mode():
 @pytest.mark.parametrize(
     ("experiment", "fields"),
     [
-        ("bert_small", {"task.next_sentence": False, "model.next_sentence": False}),
+        (
+            "bert_small",
+            {"task.next_sentence": False, "model.next_sentence": False, "optim.name": "adamw"},
+        ),
         ("t5_small", {"task.source_length": 32, "optim.name": "adamw"}),
     ],
 )
