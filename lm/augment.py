@@ -22,9 +22,7 @@ MEAN_SPAN = 3  # tokens of a deleted span, on average
 class Noise:
     drop_tokens: float = 0.0  # share of the tokens read that are blanked, in training
     replace_tokens: float = 0.0  # share of the tokens read that become any other, in training
-    swap_tokens: float = (
-        0.0  # share of the tokens read that change places with the next, in training
-    )
+    swap_tokens: float = 0.0  # share of the tokens read that swap with the next, in training
 
     def __post_init__(self):
         for field in self.noises():

@@ -205,7 +205,7 @@ def train_step(
     one = jnp.ones(())
     sums |= {"grad_norm": (grad_norm, one), "tokens": (weight, one)}
     for name in objective.corpora:
-        sums[f"tokens/{name}"] = (sums[f"loss/{name}"][1], one)
+        sums[f"{name}/tokens"] = (sums[f"{name}/loss"][1], one)
     if schedule is not None:  # made here: on the host it would wait behind the step that runs
         sums["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
@@ -297,7 +297,7 @@ def _of_each_corpus(names: tuple[str, ...], batch: Batch, loss_B: jax.Array) -> 
     for number, name in enumerate(names):
         here_B = batch["corpus"] == number
         weight = jnp.where(here_B, weight_B, 0.0).sum()
-        pairs[f"loss/{name}"] = (jnp.where(here_B, loss_B, 0.0).sum(), weight)
+        pairs[f"{name}/loss"] = (jnp.where(here_B, loss_B, 0.0).sum(), weight)
     return pairs
 
 

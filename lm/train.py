@@ -6,6 +6,7 @@ that resumes at s repeats neither the evaluation nor the save of s.
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -253,6 +254,8 @@ class Log:
         if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}
+            # A corpus of which the batch has no row has no loss.
+            row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
             self.latest = {**row, **self._rates(now)}
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed

@@ -440,3 +440,31 @@ def test_real_kills_change_nothing(text_file, tmp_path):
     last = launch(text_file, tmp_path / "cut")
     assert last.wait(timeout=300) == 0, last.communicate()[0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 400)
+
+
+def test_a_mixture_reports_the_loss_of_each_corpus(tiny, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    config = tiny(
+        data__path=(),
+        data__mixture=((str(text_file), 3.0), (str(other), 1.0)),
+        data__mixture_stages=((3, (1.0, 0.0)),),
+        train__accumulate_steps=1,
+    )
+    train.run(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    trained = {row["step"]: row for row in rows if "train/loss" in row}
+    for step in (1, 2, 3):
+        row = trained[step]
+        assert (row["train/words/tokens"], row["train/other/tokens"]) == (96, 32)
+        mean = (3 * row["train/words/loss"] + row["train/other/loss"]) / 4
+        assert mean == pytest.approx(row["train/loss"], rel=1e-6)
+    for step in (4, 5, 6):
+        assert trained[step]["train/words/loss"] == pytest.approx(trained[step]["train/loss"])
+        assert "train/other/loss" not in trained[step]
+    (scores,) = (row for row in rows if row["step"] == 6 and "eval/loss" in row)
+    parts = [
+        (scores[f"eval/{name}/loss"], scores[f"eval/{name}/tokens"]) for name in ("words", "other")
+    ]
+    whole = sum(loss * tokens for loss, tokens in parts) / sum(tokens for _, tokens in parts)
+    assert scores["eval/loss"] == pytest.approx(whole)

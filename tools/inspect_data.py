@@ -10,6 +10,7 @@ vocabulary is used, bytes per token, and rows decoded, with the borders of docum
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", nargs="?", help="a prepared corpus, or the workdir of a run")
     parser.add_argument("--config", help="an experiment, whose corpus is made where missing")
-    parser.add_argument("--step", type=int, help="show what this step, from 0 on, trains on")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="show what a step trains on, counted from 0: row N + 1 of metrics.jsonl is of step N",
+    )
     parser.add_argument("--rows", type=int, default=1, help="rows to decode")
     parser.add_argument("--tokens", type=int, default=12, help="most frequent tokens to show")
     parser.add_argument(
@@ -69,7 +74,10 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
             f"--step={args.step}: a corpus has no steps; name a run's workdir, or an experiment by --config"
         )
     if args.step is not None:
-        _show_step(_config(folder, args.config, assignments), args.step)
+        config = _config(folder, args.config, assignments)
+        described = folder / "data.json" if folder else None
+        known = json.loads(described.read_text()) if described and described.exists() else {}
+        _show_step(config, args.step, known.get("fingerprint", ""))
         return 0
     if folder and prepared:
         text = corpus.load(folder, thorough=args.verify)
@@ -209,11 +217,21 @@ def _draw(text: corpus.Corpus, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def _show_step(config: ConfigDict, step: int) -> None:
+def _show_step(config: ConfigDict, step: int, trained_on: str) -> None:
     """Print where each row of the batch of `step` comes from."""
     from lm import experiment
 
-    made = experiment.build(config)
+    # Which rows a batch has does not depend on devices: a pod's run can be looked at anywhere.
+    complete = config_lib.complete(config, experiment.SCHEMA)
+    for axis in complete.mesh:
+        complete.mesh[axis] = -1 if axis == "data" else 1
+    made = experiment.build(complete)
+    if step >= made.num_steps:
+        raise ConfigError(f"--step={step}: the run has {made.num_steps} steps, counted from 0")
+    if trained_on and trained_on != made.corpus.fingerprint:
+        raise ConfigError(
+            "data.path: the run was trained on other text than is there now; bring it back"
+        )
     batches, size = made.batches, made.cfg["data"].batch_size
     if batches.stream:
         window = batches.num_rows // size

@@ -65,17 +65,16 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     print(f"{size:,} bytes on disk in {seconds:.1f} s")
     experiment = args.config or "experiments/gpt_tiny.py"
     print("look:  " + f"python -m tools.inspect_data {shlex.quote(str(made[0]))}")
+    kept = "".join(
+        f" --config.{shlex.quote(flag)}"
+        for flag in assignments
+        if flag.startswith(("task.", "data.mixture_"))
+    )
+    named = f"data.path={out}"
     if cfg.mixture:
-        weights = ",".join(
-            f"{folder}={weight!r}" for folder, (_, weight) in zip(made, cfg.mixture, strict=True)
-        )
-        print(
-            f"train: python -m lm.main --config {experiment} --config.data.mixture={shlex.quote(weights)}"
-        )
-    else:
-        print(
-            f"train: python -m lm.main --config {experiment} --config.data.path={shlex.quote(str(out))}"
-        )
+        pairs = zip(made, cfg.mixture, strict=True)
+        named = "data.mixture=" + ",".join(f"{folder}={weight!r}" for folder, (_, weight) in pairs)
+    print(f"train: python -m lm.main --config {experiment} --config.{shlex.quote(named)}{kept}")
     return 0
 
 

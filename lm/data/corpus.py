@@ -23,20 +23,18 @@ from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
 from lm.data.streams import Corpus, Split
 from lm.data.tokenizers import Tokenizer
-from lm.data.writer import JOURNAL
+from lm.data.writer import JOURNAL, LOCK
 
 # Fields that are about reading a corpus, not about what is in it.
 _READING = ("source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches")
-_OF_TOKENIZER = (
-    *(
-        "tokenizer",
-        "tokenizer_path",
-        "vocab_size",
-        "sentencepiece_model",
-        "unknown",
-        "user_symbols",
-    ),
-)
+_OF_TOKENIZER = [
+    "tokenizer",
+    "tokenizer_path",
+    "vocab_size",
+    "sentencepiece_model",
+    "unknown",
+    "user_symbols",
+]
 _STALE = 7 * 86400  # seconds after which a killed run's unfinished folder is removed
 
 
@@ -149,7 +147,7 @@ def prepared_folder(cfg: Config) -> Path | None:
     if len(cfg.path) != 1:
         return None
     folder = Path(cfg.path[0]).expanduser()
-    if (folder / JOURNAL).is_file() and not (folder / shards.MANIFEST).exists():
+    if (folder / LOCK).is_file() and not (folder / shards.MANIFEST).exists():
         raise ConfigError(
             f"data.path={folder}: its preparation is not finished; give that command again"
         )
@@ -165,7 +163,7 @@ def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None
             continue
         said = f"data.{field.name}={value}: {folder} was prepared with {own!r}"
         if field.name not in _OF_TOKENIZER:
-            raise ConfigError(f"{said}; leave it out, or prepare the text again")
+            raise ConfigError(f"{said}; set it to that, or prepare the text again")
         print(f"notice: {said}, which holds")
 
 

@@ -161,6 +161,16 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def drop_damaged(folder: Path) -> None:
+    """Remove the plans of a corpus, which are soon made again, where one of them is damaged."""
+    try:
+        for place in (folder / _FOLDER).glob("[!.]*"):
+            files = json.loads((place / _ABOUT).read_text())["files"]
+            shards.check_files(place, files, thorough=True)
+    except (OSError, ValueError, LookupError, TypeError):  # Damaged is a ValueError
+        shutil.rmtree(folder / _FOLDER)
+
+
 def load(
     folder: Path, *, fingerprint: str, thorough: bool = False
 ) -> dict[tuple[str, int], dict[str, Plan]]:

@@ -20,7 +20,7 @@ _BLOCK = 4096  # places that are shuffled at a time
 
 
 class Task(Protocol):
-    """What is asked of a task: see `lm.tasks`; a split is a `lm.data.corpus.Split`."""
+    """What is asked of a task: see `lm.tasks`; a split is a `lm.data.streams.Split`."""
 
     @property
     def row_length(self) -> int: ...

@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lm.config import ConfigError
-from lm.data import cleaning, shards, sources, splits, tokenizers
+from lm.data import cleaning, packing, shards, sources, splits, tokenizers
 from lm.data.cleaning import Cleaner
 from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
 from lm.data.shards import SPLITS
@@ -93,7 +93,9 @@ def prepare(
                         writer.end_shard()
         writer.end_shard()
         if changed := [part for part, state in _states(source).items() if before[part] != state]:
-            raise ConfigError(f"data.path: {changed[0]} changed while it was read; begin again")
+            raise ConfigError(
+                f"data.path: {changed[0]} changed while it was read; empty {folder} and begin again"
+            )
         _finish(folder, cfg, source, rule, tokenizer, writer, key)
 
 
@@ -114,6 +116,7 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
             # What is made again may be large; what is only looked at is looked at whole.
             if shards.read_manifest(folder, thorough=not repair)["key"] != key:
                 raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
+            packing.drop_damaged(folder)
             return True
         if repair and not may_begin(folder):
             raise shards.Damaged(folder / shards.MANIFEST, "missing")

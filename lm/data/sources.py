@@ -213,4 +213,10 @@ def kind(path: str) -> str:
     if path.startswith(("mongodb://", "mongodb+srv://")):
         return "mongodb"
     suffix = files.bare(path).removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    if suffix == "ndjson":
+        return "jsonl"
+    if suffix == "json":
+        raise ConfigError(
+            f"data.path={path}: JSON; set data.source=jsonl if each line is a record, or text"
+        )
     return suffix if suffix in _FILES else "text"

@@ -162,7 +162,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, text, small, name, damage):
     if damage == "changed":
         (folder / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     if (name, damage) == ("manifest.json", "gone"):
-        with pytest.raises(ConfigError, match="a folder"):
+        with pytest.raises(ConfigError, match="its preparation is not finished"):
             corpus.build(Config(path=(str(folder),)))
         return
     with pytest.raises(ConfigError, match=rf"{name} is damaged .*; restore it, or prepare"):
@@ -190,7 +190,7 @@ def test_settings_that_a_prepared_corpus_overrules_are_said(tmp_path, text, smal
     corpus.build(dataclasses.replace(cfg, vocab_size=400))
     assert "data.vocab_size=400: " in capsys.readouterr().out
     for other in ({"clean": ("unicode",)}, {"fold": "0/5"}, {"validation_fraction": 0.2}):
-        with pytest.raises(ConfigError, match=r"was prepared with .*; leave it out, or prepare"):
+        with pytest.raises(ConfigError, match=r"was prepared with .*; set it to that, or prepare"):
             corpus.build(dataclasses.replace(cfg, **other))
 
 
