@@ -39,7 +39,7 @@ def score(
     mesh: jax.sharding.Mesh,
     watch: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, float]:
-    """Return the scores of `params` on the validation split of `text` (see `evaluate`).
+    """Return the scores of `params` on the validation split of `text` (see `scores_of`).
 
     Of a mixture, on all of its corpora together, and as `name/...` on each. `cfg` has the frozen sections
     `data` and `eval`; `eval_step` is jitted, as by `lm.experiment.jit_eval_step`. `watch` passes the batches
@@ -73,21 +73,6 @@ def score(
             name = text.names[number]
             parts |= {f"{name}/{key}": value for key, value in scores_of(totals).items()}
     return {**scores_of(together), **parts}
-
-
-def evaluate(
-    eval_step: Callable[..., Any],
-    params: Any,
-    batches: Iterable[dict[str, np.ndarray]],
-    *,
-    mesh: jax.sharding.Mesh,
-    token_bytes: np.ndarray,
-    carry: Any,
-) -> dict[str, float]:
-    """Return the scores of `params` on all of `batches`: `scores_of` what `measure` gives."""
-    return scores_of(
-        measure(eval_step, params, batches, mesh=mesh, token_bytes=token_bytes, carry=carry)
-    )
 
 
 def measure(

@@ -19,6 +19,11 @@ LENGTH = 16
 WORDS = ["the", "naïve", "café", "—", "größer", "als", "日本語", "and", "a", "cat"]
 
 
+def evaluated(*args, **options):
+    """Return the scores on all batches."""
+    return evaluate.scores_of(evaluate.measure(*args, **options))
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """Return a function from a tokenizer to a corpus whose characters are up to three bytes."""
@@ -57,7 +62,7 @@ def score(name, text, *, batch_size=8, streams=0, **options):
     mesh = sharding.make_mesh(sharding.Config(), jax.devices()[:1])
     carry = {"carry": nn.unbox(model.init_carry(streams))} if streams else {}
     with sharding.use(mesh):
-        return evaluate.evaluate(
+        return evaluated(
             eval_step,
             params,
             batches,
@@ -150,7 +155,7 @@ def test_nothing_to_score_is_an_error(text):
     mesh = sharding.make_mesh(sharding.Config(), jax.devices()[:1])
     token_bytes = text("byte").tokenizer.token_bytes
     with pytest.raises(ConfigError, match="eval: no token to score"):
-        evaluate.evaluate(eval_step, params, [], mesh=mesh, token_bytes=token_bytes, carry={})
+        evaluated(eval_step, params, [], mesh=mesh, token_bytes=token_bytes, carry={})
 
 
 def test_sums_are_added_in_float64():
@@ -168,7 +173,7 @@ def test_sums_are_added_in_float64():
 
     mesh = sharding.make_mesh(sharding.Config(), jax.devices()[:1])
     batches = [{"inputs": np.zeros((1, 1), np.int32)}] * 3
-    scores = evaluate.evaluate(
+    scores = evaluated(
         eval_step, {}, batches, mesh=mesh, token_bytes=np.zeros(1, np.int32), carry={}
     )
     assert scores["tokens"] == 2**24 + 2 and scores["loss"] == 1.0

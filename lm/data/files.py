@@ -134,7 +134,7 @@ def _connect(url: str) -> tuple[Any, str]:
         import fsspec
     except ImportError:
         raise ConfigError(
-            f"data.path={printable(url)}: a URL needs fsspec; pip install 'lm[data]'"
+            f"data.path={printable(url)}: a URL needs fsspec; pip install -e '.[data]'"
         ) from None
     with _asked(url):
         return fsspec.core.url_to_fs(url)

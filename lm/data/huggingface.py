@@ -169,7 +169,7 @@ def _installed() -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            "data.source=huggingface needs datasets; pip install 'lm[data]'"
+            "data.source=huggingface needs datasets; pip install -e '.[data]'"
         ) from None
     datasets.disable_progress_bars()
     return datasets

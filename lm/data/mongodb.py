@@ -102,5 +102,5 @@ def _installed() -> Any:
         import pymongo
         import pymongo.errors
     except ImportError:
-        raise ConfigError("data.source=mongodb needs pymongo; pip install 'lm[mongo]'") from None
+        raise ConfigError("data.source=mongodb needs pymongo; pip install -e '.[mongo]'") from None
     return pymongo

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm import manifests
 from lm.data import shards
 
-NAMES = ("split", "best_fit", "pad")
 FORMAT = 1  # raise it when the same documents are packed otherwise
 _WINDOW = 1 << 20  # documents packed at a time
 _FOLDER, _ABOUT = "rows", "about.json"
@@ -149,10 +149,10 @@ def save(
                 file = unfinished / f"{split}.{part}"
                 file.write_bytes(np.ascontiguousarray(getattr(plan, part), dtype).tobytes())
                 files[file.name] = shards.recorded(file)
-                shards.sync(file)
+                manifests.sync(file)
         about = unfinished / _ABOUT
         about.write_text(json.dumps({"format": FORMAT, "fingerprint": fingerprint, "files": files}))
-        shards.sync(about)
+        manifests.sync(about)
         if place.exists() and (place / _ABOUT).read_bytes() == about.read_bytes():
             return  # a run may be reading it
         shutil.rmtree(place, ignore_errors=True)

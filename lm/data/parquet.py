@@ -79,7 +79,7 @@ def installed() -> Any:
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("data.source=parquet needs pyarrow; pip install 'lm[data]'") from None
+        raise ConfigError("data.source=parquet needs pyarrow; pip install -e '.[data]'") from None
     return pyarrow
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.data import cleaning, packing, shards, sources, splits, tokenizers
 from lm.data.cleaning import Cleaner
@@ -181,7 +182,7 @@ def _tokenizer(
         given = train(cfg, [source])
     given.save(place)
     for file in place.iterdir():
-        shards.sync(file)
+        manifests.sync(file)
     mark.write_text(key)
     return tokenizers.load(place)
 

@@ -9,7 +9,6 @@ the stream; `train.origins`, for each document the part of the source (uint32) a
 import bisect
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError
+from lm.manifests import hash_file, write_whole
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
@@ -82,11 +82,7 @@ def view(file: Path, dtype: Any) -> np.ndarray:
 
 def recorded(file: Path) -> dict[str, Any]:
     """Return a file's size and SHA-256."""
-    with file.open("rb") as handle:
-        return {
-            "size": file.stat().st_size,
-            "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
-        }
+    return {"size": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def sum_of(file: Path, size: int) -> Any:
@@ -103,11 +99,7 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     """Write the manifest, which makes `folder` whole: of a kill it is there or not."""
     text = json.dumps(body)
     whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
-    unfinished = folder / f".{MANIFEST}"
-    unfinished.write_text(json.dumps(whole), encoding="utf-8")
-    sync(unfinished)
-    os.replace(unfinished, folder / MANIFEST)
-    sync(folder)
+    write_whole(folder / MANIFEST, json.dumps(whole))
 
 
 def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
@@ -139,12 +131,3 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]], *, thorough: boo
             left -= size
             if recorded(file) != record:
                 raise Damaged(file, "its SHA-256 is another")
-
-
-def sync(path: Path) -> None:
-    """Make what was written to a file or folder last."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lm import manifests
 from lm.data import shards
 from lm.data.shards import ORIGIN, SPLITS
 
@@ -114,7 +115,7 @@ class Writer:
             self._write(split, b"")  # the stream's first token, of an empty split too
         for handle in (*self._open.values(), *self._lists.values()):
             handle.flush()
-            shards.sync(Path(handle.name))
+            manifests.sync(Path(handle.name))
         for split, handle in self._open.items():
             size, digest = handle.tell(), self._hashes[split].hexdigest()
             self.progress.files[Path(handle.name).name] = {"size": size, "sha256": digest}
@@ -126,7 +127,7 @@ class Writer:
         self._bytes_before = sum(self.progress.bytes.values())
         self._journal.write(json.dumps({"shard": self._shard, **asdict(self.progress)}) + "\n")
         self._journal.flush()
-        shards.sync(self.folder / JOURNAL)
+        manifests.sync(self.folder / JOURNAL)
 
     def finish(self) -> dict[str, str]:
         """Close all files; return the digest of each split's whole stream."""
@@ -220,7 +221,7 @@ def begun_key(folder: Path) -> str | None:
 def may_begin(folder: Path) -> bool:
     """Return whether `folder` holds nothing but what a preparation leaves that made no shard yet."""
     names = {file.name for file in folder.iterdir()}
-    own = {LOCK, "tokenizer", JOURNAL, f".{JOURNAL}"}
+    own = {LOCK, "tokenizer", JOURNAL, f".{JOURNAL}", f"{shards.MANIFEST}.partial"}
     if JOURNAL in names:  # which is written before these
         own |= {*_WIDTHS, *(name for name in names if name.endswith(".tokens"))}
     return names <= own

@@ -256,7 +256,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     for step, package in (("html", "resiliparse"), ("language keep=en", "py3langid")):
-        with pytest.raises(ConfigError, match=rf"{package}; pip install 'lm\[data\]'"):
+        with pytest.raises(ConfigError, match=rf"{package}; pip install -e '.\[data\]'"):
             cleaning.open_cleaner(step)
 
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm import manifests
 from lm.config import ConfigError
-from lm.data import corpus, shards, tokenizers
+from lm.data import corpus, tokenizers
 from lm.data.settings import Config
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tinyshakespeare/input.txt"
@@ -235,7 +236,7 @@ def test_a_full_disk_is_an_error_that_names_the_fix(tmp_path, cache, monkeypatch
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards, "sync", full)
+    monkeypatch.setattr(manifests, "sync", full)
     with pytest.raises(ConfigError, match=r"No space left.*LM_CACHE_DIR"):
         corpus.build(cfg)
     monkeypatch.undo()

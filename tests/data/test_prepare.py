@@ -80,6 +80,21 @@ def wait_for_lines(folder, number, process):
     raise AssertionError("no shard in a minute")
 
 
+def cut_short(monkeypatch, folder, cfg):
+    """Prepare up to the third shard."""
+    end_shard, calls = prepare.Writer.end_shard, []
+
+    def cut(self):
+        end_shard(self)
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.Writer, "end_shard", cut)
+        corpus.prepare_in(folder, cfg)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_anywhere_the_next_start_gives_the_same_bytes(tmp_path, text, small, workers):
     corpus.prepare_in(tmp_path / "whole", text)
@@ -219,19 +234,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, text, small):
 
 def test_lists_that_were_damaged_before_the_end_are_made_again(tmp_path, text, small, monkeypatch):
     corpus.prepare_in(tmp_path / "whole", text)
-    end_shard = prepare.Writer.end_shard
     for name, damage in (("train.starts", b""), ("validation.origins", b"\1" * 200)):
-        folder, calls = tmp_path / name, []
-
-        def killed(self, calls=calls):
-            end_shard(self)
-            calls.append(0)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare.Writer, "end_shard", killed)
-            corpus.prepare_in(folder, text)
+        folder = tmp_path / name
+        cut_short(monkeypatch, folder, text)
         content = (folder / name).read_bytes()
         assert len(content) > 100
         (folder / name).write_bytes(damage + content[len(damage) :] if damage else b"")
@@ -352,17 +357,7 @@ def test_a_start_after_a_kill_knows_the_documents_before(tmp_path, small, monkey
     cfg, _ = repeated(tmp_path)
     monkeypatch.setattr(prepare, "SHARD", 6000)
     corpus.prepare_in(tmp_path / "whole", cfg)
-    end_shard, calls = prepare.Writer.end_shard, []
-
-    def killed(self):
-        end_shard(self)
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.Writer, "end_shard", killed)
-        corpus.prepare_in(tmp_path / "killed", cfg)
+    cut_short(monkeypatch, tmp_path / "killed", cfg)
     corpus.prepare_in(tmp_path / "killed", cfg)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     corpus.prepare_in(tmp_path / "workers", cfg, workers=2)

@@ -30,7 +30,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"needs the package {package}; pip install 'lm[data]'") from None
+        raise ConfigError(f"needs the package {package}; pip install -e '.[data]'") from None
 
 
 def check_share(step: Step, *names: str) -> None:
