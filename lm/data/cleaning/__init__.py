@@ -19,7 +19,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from ml_collections import ConfigDict
 
 from lm import config
 from lm.config import ConfigError
+from lm.data import documents
 from lm.data.cleaning.boilerplate import Boilerplate
 from lm.data.cleaning.c4 import C4
 from lm.data.cleaning.duplicates import ExactDuplicates, NearDuplicates
@@ -60,7 +60,6 @@ STEPS: dict[str, type[Step]] = {
     "near_duplicates": NearDuplicates,
 }
 _ACROSS = (ExactDuplicates, NearDuplicates)  # compare documents
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Cleaned(NamedTuple):
@@ -91,7 +90,7 @@ class Cleaner:
         Lone surrogates, which no text has, become U+FFFD first. A document that a step leaves empty is
         dropped by it; one that was empty passes.
         """
-        text = _SURROGATE.sub("\ufffd", text)
+        text = documents.whole(text).text
         sizes = [len(text)]
         changed: list[str] = []
         if not text:

@@ -41,6 +41,7 @@ class FineWeb(Step):
         again = characters - sum(map(len, set(lines)))
         if again / characters > self.max_duplicate_characters:
             return "max_duplicate_characters"
-        if text.count("\n") / max(len(segmentation.words(text).hashes), 1) > self.max_newlines:
+        count = len(segmentation.words(text, hashed=False).letters)
+        if text.count("\n") / max(count, 1) > self.max_newlines:
             return "max_newlines"
         return ""

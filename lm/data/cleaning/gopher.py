@@ -49,8 +49,8 @@ class GopherQuality(Step):
         return text, self._fault(text)
 
     def _fault(self, text: str) -> str:
-        words = segmentation.words(text)
-        count = len(words.hashes)
+        words = segmentation.words(text, hashed=False)
+        count = len(words.letters)
         if count < max(self.min_words, 1):
             return "min_words"
         if count > self.max_words:
