@@ -33,7 +33,7 @@ from lm import (
 from lm import config as config_lib
 from lm import workdir as workdirs
 from lm.config import ConfigError
-from lm.data import corpus, pipeline
+from lm.data import corpus, pipeline, shards
 
 SCHEMA = experiment.SCHEMA
 
@@ -158,7 +158,7 @@ def open_writers(
 
 
 def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:
-    """Yield the batch of each step, on its devices."""
+    """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is."""
     cfg = made.cfg["data"]
     ahead = pipeline.prefetch(
         made.batches,
@@ -167,7 +167,12 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
         threads=cfg.prefetch_threads,
         buffer=cfg.prefetch_batches,
     )
+    unchecked = {
+        file: record for member in made.corpus.members for file, record in member.unchecked.items()
+    }
+    digests = shards.Check(unchecked)
     for _, batch in ahead:
+        digests.raise_found()
         yield sharding.place_batch(made.mesh, batch)
 
 

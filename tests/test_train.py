@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lm import checkpoint, experiment, hardware, manifests, models, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
-from lm.data import pipeline
+from lm.data import corpus, pipeline, shards
 from lm.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -468,3 +468,19 @@ def test_a_mixture_reports_the_loss_of_each_corpus(tiny, text_file, tmp_path):
     ]
     whole = sum(loss * tokens for loss, tokens in parts) / sum(tokens for _, tokens in parts)
     assert scores["eval/loss"] == pytest.approx(whole)
+
+
+def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatch):
+    """Opening it compares no digests here, as of a corpus beyond 64 MB; the run stops and names the file."""
+    monkeypatch.setattr(shards, "_DIGESTED", 0)
+    source = experiment.build(tiny()).cfg["data"]
+    corpus.prepare_in(tmp_path / "prepared", source)
+    config = tiny(data__path=(str(tmp_path / "prepared"),), train__num_steps=50)
+    assert len(experiment.build(config).corpus.unchecked) > 5
+    train.run(config, tmp_path / "whole")
+    file = tmp_path / "prepared" / "train-00000.tokens"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match=r"train-00000\.tokens is damaged \(its SHA-256"):
+        train.run(config, tmp_path / "damaged")

@@ -42,6 +42,16 @@ class Sides:
             next(self._batches)
         return steps * self._positions / (time.perf_counter() - start)
 
+    def wait(self, rate: float, steps: int) -> float:
+        """Return the share of its time that a loop of `rate` positions a second waits for batches."""
+        busy, waited = self._positions / rate, 0.0
+        for _ in range(steps):
+            time.sleep(busy)  # as the host does while a device computes
+            start = time.perf_counter()
+            next(self._batches)
+            waited += time.perf_counter() - start
+        return waited / (waited + busy * steps)
+
     def random_rows(self, folder: str, work: str, length: int, count: int) -> dict[str, float]:
         """Return the seconds in which `count` random rows of `length` tokens are read, by format."""
         return _random_rows(Path(folder), Path(work), length, count)

@@ -170,12 +170,18 @@ def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None
 def load(folder: Path, *, thorough: bool = False) -> Corpus:
     """Return the corpus in `folder`; see `lm.data.shards.read_manifest` for what is checked."""
     body = shards.read_manifest(folder, thorough=thorough)
-    plans = packing.load(folder, fingerprint=body["fingerprint"], thorough=thorough)
+    plans, of_plans = packing.load(folder, fingerprint=body["fingerprint"], thorough=thorough)
     train, validation = (_split(folder, body, name, plans) for name in SPLITS)
     tokenizer = tokenizers.load(folder / "tokenizer")
-    parts = tuple(body["parts"])
     return Corpus(
-        tokenizer, train, validation, body["fingerprint"], body["report"], parts, body["settings"]
+        tokenizer,
+        train,
+        validation,
+        body["fingerprint"],
+        body["report"],
+        tuple(body["parts"]),
+        body["settings"],
+        {**body["unchecked"], **of_plans},
     )
 
 

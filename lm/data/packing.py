@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -173,12 +173,13 @@ def drop_damaged(folder: Path) -> None:
 
 def load(
     folder: Path, *, fingerprint: str, thorough: bool = False
-) -> dict[tuple[str, int], dict[str, Plan]]:
-    """Return the plans that `save` kept for a corpus: by name and capacity, by split.
+) -> tuple[dict[tuple[str, int], dict[str, Plan]], dict[Path, dict[str, Any]]]:
+    """Return the plans that `save` kept for a corpus, by name and capacity, by split; and unchecked files.
 
     Raises Damaged for one that is not whole; what is checked is as in `lm.data.shards.read_manifest`.
     """
-    found = {}
+    found: dict[tuple[str, int], dict[str, Plan]] = {}
+    unchecked: dict[Path, dict[str, Any]] = {}
     for place in sorted((folder / _FOLDER).glob("[!.]*")):
         try:
             about = json.loads((place / _ABOUT).read_text())
@@ -188,11 +189,11 @@ def load(
             files = dict(about["files"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise shards.Damaged(place / _ABOUT, str(error)) from None
-        shards.check_files(place, files, thorough=thorough)
+        unchecked |= shards.check_files(place, files, thorough=thorough)
         found[name, int(capacity)] = {
             split: Plan(
                 *(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items())
             )
             for split in shards.SPLITS
         }
-    return found
+    return found, unchecked

@@ -9,7 +9,8 @@ the stream; `train.origins`, for each document the part of the source (uint32) a
 import bisect
 import hashlib
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
 def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
     """Return the manifest of a whole folder.
 
-    Every file's size is checked, and digests up to 64 MB in all, or with `thorough` each. Raises Damaged for
-    what is missing or changed.
+    Every file's size is checked, and digests up to 64 MB in all, or with `thorough` each; those left are in
+    `unchecked` of what is returned. Raises Damaged for what is missing or changed.
     """
     try:
         whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -115,13 +116,17 @@ def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
             raise ValueError("its digest is another")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Damaged(folder / MANIFEST, str(error)) from None
-    check_files(folder, files, thorough=thorough)
-    return body
+    return {**body, "unchecked": check_files(folder, files, thorough=thorough)}
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]], *, thorough: bool) -> None:
-    """Raise Damaged for a file that is not as recorded: by its size, and its digest up to 64 MB in all."""
-    left = _DIGESTED
+def check_files(
+    folder: Path, files: dict[str, dict[str, Any]], *, thorough: bool
+) -> dict[Path, dict[str, Any]]:
+    """Raise Damaged for a file that is not as recorded: by its size, and its digest up to 64 MB in all.
+
+    Returns the files whose digest is still to be compared, and what is recorded of them.
+    """
+    left, unchecked = _DIGESTED, {}
     for name, record in files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else -1
@@ -131,3 +136,28 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]], *, thorough: boo
             left -= size
             if recorded(file) != record:
                 raise Damaged(file, "its SHA-256 is another")
+        else:
+            unchecked[file] = record
+    return unchecked
+
+
+class Check:
+    """Compares digests in a thread, while training goes on: those that opening a large corpus left out."""
+
+    def __init__(self, unchecked: Mapping[Path, dict[str, Any]]):
+        self._unchecked, self._damaged = dict(unchecked), list[Damaged]()
+        self._thread = threading.Thread(target=self._compare, name="digests", daemon=True)
+        self._thread.start()
+
+    def raise_found(self) -> None:
+        """Raise Damaged for a file that was found not to be as recorded."""
+        if self._damaged:
+            raise self._damaged[0]
+
+    def _compare(self) -> None:
+        for file, record in self._unchecked.items():
+            try:
+                if recorded(file) != record:
+                    self._damaged.append(Damaged(file, "its SHA-256 is another"))
+            except OSError as error:
+                self._damaged.append(Damaged(file, error.strerror or str(error)))

@@ -6,6 +6,7 @@ closing EOT is predicted exactly once.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Corpus:
     report: dict[str, Any]
     parts: tuple[str, ...] = ()  # of the source: files, mostly
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # that it was prepared with
+    unchecked: dict[Path, dict[str, Any]] = dataclasses.field(default_factory=dict)  # files
     mixed: tuple[
         tuple[str, "Corpus"], ...
     ] = ()  # of a mixture; the splits are then those of the first
