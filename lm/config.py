@@ -190,6 +190,8 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         return read(value, field.type)
     except (ValueError, TypeError, KeyError, OverflowError):
         several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
+        if "tuple[int" in str(field.type):  # from a step on, weights
+            several = "'((1000,(1,0)),)'"
         example = f"{name}={_EXAMPLES.get(field.type, several)}"
         wanted = f"expected {type_name(field.type)}; for example {example}"
         raise ConfigError(f"{name}={value!r}: {wanted}") from None

@@ -6,8 +6,8 @@
 All sides read the same random documents of log-normal lengths, made on the spot. Ours are packed by best fit
 beforehand and can begin at any step. `grain` reads documents from ArrayRecord, packed as they come, and
 `datasets`, with PyTorch's loader, from Arrow; `datasets_rows` has rows joined and cut beforehand, with what
-tells their documents apart. Also: how long a loop of 200,000 positions a second waits for ours, and the same random
-rows from ArrayRecord and from memory-mapped shards.
+tells their documents apart. Also: how long a loop of 200,000 positions a second waits for ours, and the same
+random rows from ArrayRecord and from memory-mapped shards.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from lm import command, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import corpus, packing, prepare, settings, sources
+from lm.data import cleaning, corpus, packing, prepare, settings, sources
 
 SCHEMA: config_lib.Schema = {
     "data": lambda section: settings.Config,
@@ -35,18 +35,28 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tools.prepare_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=command.help_text(SCHEMA, config_lib.complete(ConfigDict(), SCHEMA)),
+        epilog=_epilog(),
     )
     parser.add_argument("--config", help="experiment whose sections data and task hold")
     parser.add_argument("--source", help="a source's name, or a path: data.source or data.path")
     parser.add_argument("--tokenizer", help="a kind of tokenizer, or the path of one")
     parser.add_argument("--out", required=True, help="folder to prepare the corpus in")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 = none"
+        "--workers", type=int, default=_cores(), help="processes (here %(default)s); 0 = none"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
     return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+
+
+def _epilog() -> str:
+    fields = command.help_text(SCHEMA, config_lib.complete(ConfigDict({"data": {}}), SCHEMA))
+    return f"{fields}\n\n{cleaning.help_text()}"
+
+
+def _cores() -> int:
+    """Return how many cores this process may use: a cluster's scheduler may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:

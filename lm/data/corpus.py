@@ -246,6 +246,7 @@ def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | 
             fields=cfg.fields,
             on_invalid=cfg.on_invalid,
             on_broken=cfg.on_broken,
+            max_bytes=cfg.max_document_bytes,
             dataset=cfg.dataset,
         )
 

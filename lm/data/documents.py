@@ -58,6 +58,14 @@ class Reading(NamedTuple):
     fields: Fields = Fields()
     on_invalid: str = "replace"  # or refuse
     on_broken: str = "refuse"  # or skip
+    max_bytes: int = 1 << 28  # of a record or a text file
+
+    def too_long(self, where: str) -> str:
+        """Return what is said of a record, at `where`, of more than `max_bytes`."""
+        return (
+            f"data.path: {where} is longer than data.max_document_bytes={self.max_bytes}, which takes some "
+            "15 times as much memory; divide it, or raise that"
+        )
 
     def broken(self, kind: str, message: str) -> Document:
         """Return what stands for a record that is skipped, or raise ConfigError with `message`."""
@@ -74,7 +82,10 @@ def text(file: str, start: int, reading: Reading) -> Iterator[Document]:
 def _text(file: str, reading: Reading) -> Iterator[Document]:
     name = files.printable(file)
     with files.opened(file) as handle:
-        raw = handle.read()
+        raw = handle.read(reading.max_bytes + 1)
+    if len(raw) > reading.max_bytes:
+        yield reading.broken("too long", reading.too_long(name))
+        return
     if b"\0" in raw[:4096]:
         yield reading.broken(
             "no text",
@@ -99,6 +110,18 @@ def jsonl(file: str, start: int, reading: Reading) -> Iterator[Document]:
         yield line if isinstance(line, Document) else _of_json(line, name, reading)
 
 
+def _lines(handle: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Yield each line and its size; of one longer than `max_bytes` only its begin, in little memory."""
+    while raw := handle.readline(max_bytes + 1):
+        size = len(raw)
+        if size > max_bytes:
+            rest = raw = raw[:100]
+            while rest and not rest.endswith(b"\n"):
+                rest = handle.readline(1 << 20)
+                size += len(rest)
+        yield raw, size
+
+
 class _Line(NamedTuple):
     """A line, and where it is: its number from 1 and its first byte's from 0."""
 
@@ -110,10 +133,12 @@ class _Line(NamedTuple):
 def _json_lines(file: str, name: str, reading: Reading) -> Iterator[_Line | Document]:
     offset = number = 0
     with files.opened(file) as handle:
-        for number, raw in enumerate(handle, 1):
-            if raw.strip():
+        for number, (raw, size) in enumerate(_lines(handle, reading.max_bytes), 1):
+            if size > len(raw):
+                yield reading.broken("too long", reading.too_long(f"{name}:{number}"))
+            elif raw.strip():
                 yield _Line(raw, number, offset)
-            offset += len(raw)
+            offset += size
     if not number:
         yield reading.broken(
             "empty file", f"data.path: {name} is empty; name a file that holds JSON lines"
@@ -146,6 +171,8 @@ def of_record(record: Any, where: str, reading: Reading) -> Document:
                 f"data.field={field}: {where} has no text by that name (it holds {holds}); "
                 "set data.field (of pairs: data.source_field and the other), repair that record",
             )
+        if len(value) > reading.max_bytes:
+            return reading.broken("too long", reading.too_long(where))
         content, surrogates, *_ = whole(value)
         replaced += surrogates
         if surrogates and reading.on_invalid == "refuse":
@@ -217,24 +244,26 @@ class _Row(NamedTuple):
 class _TextLines:
     """The lines of a table as text, how many were taken, and how many bytes were replaced in them."""
 
-    def __init__(self, handle: BinaryIO, name: str, on_invalid: str):
+    def __init__(self, handle: BinaryIO, name: str, reading: Reading):
         self.number = self.replaced = 0
-        self._handle, self._name, self._on_invalid = handle, name, on_invalid
+        self._handle, self._name, self._reading = handle, name, reading
 
     def __iter__(self) -> Iterator[str]:
         offset = 0
-        for raw in self._handle:
-            content, replaced = decode(raw, self._name, self._on_invalid, offset)
+        for raw, size in _lines(self._handle, self._reading.max_bytes):
             self.number += 1
+            if size > len(raw):  # where its row ends is not known
+                raise files.Damaged(self._reading.too_long(f"{self._name}:{self.number}"))
+            content, replaced = decode(raw, self._name, self._reading.on_invalid, offset)
             self.replaced += replaced
             yield content if offset else content.removeprefix(_BYTE_ORDER_MARK)
-            offset += len(raw)
+            offset += size
 
 
 def _rows(file: str, name: str, delimiter: str, reading: Reading) -> Iterator[_Row | Document]:
     """Yield the rows that are not empty, the line of names too where there is one."""
     with files.opened(file) as handle:
-        lines = _TextLines(handle, name, reading.on_invalid)
+        lines = _TextLines(handle, name, reading)
         counted = 0
         for cells in _tsv(lines) if delimiter == "\t" else _csv(lines, name, reading):
             if isinstance(cells, Document):

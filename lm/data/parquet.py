@@ -136,6 +136,9 @@ def documents(
                     f"data.field={field}: {where} {number} has no text by that name; repair that row",
                 )
                 continue
+            if max(map(len, cells)) > reading.max_bytes:
+                yield reading.broken("too long", reading.too_long(f"{where} {number}"))
+                continue
             texts = [decode(cell, f"{where} {number}", reading.on_invalid) for cell in cells]
             replaced = sum(count for _, count in texts)
             yield Document(texts[0][0], replaced, texts[1][0] if texts[1:] else None)

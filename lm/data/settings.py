@@ -26,6 +26,7 @@ class Config:
     mixture_temperature: float = 1.0  # weights are raised to 1 / this
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
     on_broken: str = "refuse"  # files and records that cannot be read: refuse or skip (and count)
+    max_document_bytes: int = 1 << 28  # of a record or a text file; a longer one cannot be read
     clean: tuple[str, ...] = ()  # steps, as "language keep=en", in order; of pairs on the source
     tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
@@ -79,7 +80,13 @@ class Config:
                 f"data.validation_fraction={self.validation_fraction}: not a fraction; "
                 "use a number from 0 to 1, such as 0.1"
             )
-        least = {"vocab_size": 1, "batch_size": 1, "prefetch_threads": 0, "prefetch_batches": 1}
+        least = {
+            "max_document_bytes": 1,
+            "vocab_size": 1,
+            "batch_size": 1,
+            "prefetch_threads": 0,
+            "prefetch_batches": 1,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigError(

@@ -71,7 +71,10 @@ class Source:
         The content of a dataset of the hub's is its commit, of a remote file its checksum or time, of a
         collection its size and last record.
         """
-        settings = f"{self.name} {self.reading.on_invalid} {self.reading.on_broken} "
+        reading = self.reading
+        settings = f"{self.name} {reading.on_invalid} {reading.on_broken} "
+        if reading.on_broken == "skip":
+            settings += f"{reading.max_bytes} "
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
         if self.name in WITH_FIELDS:
             digest.update("\0".join(self.fields).encode())
@@ -145,6 +148,7 @@ def open_source(
     fields: Fields,
     on_invalid: str,
     on_broken: str = "refuse",
+    max_bytes: int = 1 << 28,
     dataset: Dataset = WHOLE,
 ) -> Source:
     """Return the source that `resolve(name, path)` names, over what `path` names.
@@ -173,7 +177,7 @@ def open_source(
                     "set data.source to text or jsonl"
                 )
     parts, places = zip(*named, strict=True)
-    return Source(resolved, parts, Reading(fields, on_invalid, on_broken), places)
+    return Source(resolved, parts, Reading(fields, on_invalid, on_broken, max_bytes), places)
 
 
 def resolve(name: str, path: Sequence[str]) -> str:

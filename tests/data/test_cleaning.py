@@ -149,12 +149,6 @@ def test_steps_run_in_their_order_and_are_counted():
     }
     assert report.counts["exact_duplicates"]["characters_after"] == 26
 
-    halves = cleaner.report(), cleaner.report()
-    for i, result in enumerate(results):
-        halves[i % 2].add(result)
-    halves[0].merge(halves[1])
-    assert halves[0].counts == report.counts
-
 
 def test_what_a_step_leaves_empty_is_dropped_and_what_was_empty_is_not():
     cleaner = cleaning.open_cleaner("control; gopher_quality")

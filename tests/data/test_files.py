@@ -177,6 +177,32 @@ def test_broken_records_are_skipped_where_they_stand(tmp_path, name):
         list(opened(tmp_path / name))
 
 
+LONG = {
+    "a.jsonl": b'{"text": "one"}\n{"text": "' + b"long" * 400_000 + b'"}\n{"text": "two"}\n',
+    "a.tsv": b"text\tn\none\t1\n" + b"long" * 400_000 + b"\t2\ntwo\t3\n",
+    "a.csv": b"text,n\none,1\n" + b"long" * 400_000 + b",2\ntwo,3\n",
+    "a.txt": b"long" * 400_000,
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("name", LONG)
+def test_what_is_longer_than_memory_bears_is_refused_or_skipped(tmp_path, name, packing):
+    """Of a table the rest is skipped too, as it is not known where the row ends."""
+    file = tmp_path / f"{name}{packing}"
+    file.write_bytes(PACK[packing](LONG[name]))
+    assert max(map(len, texts(opened(file, max_bytes=1_700_000)))) == 1_600_000
+    skipped = [(d.text, d.broken) for d in opened(file, on_broken="skip", max_bytes=1_000_000)]
+    expected = {
+        "a.jsonl": [("one", ""), ("", "too long"), ("two", "")],
+        "a.txt": [("", "too long")],
+    }
+    assert skipped == expected.get(name, [("one", ""), ("", "damaged file")])
+    where = {"a.jsonl": ":2", "a.txt": ""}.get(name, ":3")
+    with pytest.raises(ConfigError, match=rf"{name}{packing}{where} is longer than data\.max_doc"):
+        list(opened(file, max_bytes=1_000_000))
+
+
 def test_what_is_skipped_is_counted_by_its_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "a.jsonl").write_bytes(BROKEN["a.jsonl"][0] + b"{\n")

@@ -14,13 +14,14 @@ pq = pytest.importorskip("pyarrow.parquet")
 ROWS = [f"text {i} ü {'x' * 200}" for i in range(1000)]
 
 
-def opened(path, on_broken="refuse", on_invalid="replace", **fields):
+def opened(path, on_broken="refuse", on_invalid="replace", max_bytes=1 << 28, **fields):
     return sources.open_source(
         "python_docs",
         path=[str(path)],
         fields=sources.Fields(**fields),
         on_invalid=on_invalid,
         on_broken=on_broken,
+        max_bytes=max_bytes,
     )
 
 
@@ -112,6 +113,15 @@ def test_a_damaged_row_group_is_refused_or_skipped(tmp_path, monkeypatch):
     assert [d.text for d in documents if d.text] == ROWS[: broken[0]] + ROWS[400:]
     for start in (299, broken[0], 399, 400):
         assert list(opened(file, on_broken="skip").read(0, start)) == documents[start:]
+
+
+def test_a_row_longer_than_memory_bears_is_refused_or_skipped(tmp_path):
+    file = write(tmp_path / "a.parquet", {"text": ["one", "long" * 1000, "two"]})
+    skipped = [(d.text, d.broken) for d in opened(file, on_broken="skip", max_bytes=3999)]
+    assert skipped == [("one", ""), ("", "too long"), ("two", "")]
+    assert len(list(opened(file, max_bytes=4000))[1].text) == 4000
+    with pytest.raises(ConfigError, match=r"a\.parquet: row 1 is longer than data\.max_doc"):
+        list(opened(file, max_bytes=3999))
 
 
 def test_rows_without_a_text_and_invalid_bytes(tmp_path):

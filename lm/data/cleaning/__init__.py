@@ -134,7 +134,7 @@ class Duplicates:
 
 
 class Report:
-    """What each step did, in numbers; reports of several workers add up."""
+    """What each step did, in numbers."""
 
     def __init__(self, names: Sequence[str]):
         zeros = dict.fromkeys(
@@ -157,15 +157,16 @@ class Report:
                 reasons = counts["reasons"]
                 reasons[cleaned.reason] = reasons.get(cleaned.reason, 0) + 1
 
-    def merge(self, other: "Report") -> None:
-        """Add the counts of another report on the same steps."""
-        for name, counts in other.counts.items():
-            mine = self.counts[name]
-            for key, number in counts.items():
-                if key != "reasons":
-                    mine[key] += number
-            for reason, number in counts["reasons"].items():
-                mine["reasons"][reason] = mine["reasons"].get(reason, 0) + number
+
+def help_text() -> str:
+    """Return a line for each step: its name, its arguments with their defaults, and what it does."""
+    lines = ["Steps of data.clean, in any order but for those on duplicates, which come last:"]
+    for name, cls in STEPS.items():
+        fields = [f"{field.name}={field.default!r}" for field in dataclasses.fields(cls)]
+        does = (cls.__doc__ or "").partition("\n")[0].removesuffix(".")
+        lines.append(f"  {name:<18} {does}")
+        lines += [f"  {'':<18} {', '.join(fields)}"] if fields else []
+    return "\n".join(lines)
 
 
 def split_steps(given: str | Sequence[str]) -> tuple[str, ...]:
