@@ -30,6 +30,11 @@ TINY = {
     "t5": {"num_layers": 2, "model_dim": 32, "num_heads": 2, "head_dim": 12},
     "ngram": {"order": 3},
 }
+# Layers of a family that are another program.
+VARIANTS = {
+    "gpt-experts": {"num_experts": 4, "shared_experts": 1, "expert_dim": 32},
+    "t5-experts": {"num_experts": 4, "activation": "geglu", "expert_dim": 32},
+}
 # What a family cannot be asked, why, and what is tried instead.
 INSTEAD = {
     "gradient": {
@@ -37,6 +42,7 @@ INSTEAD = {
     },
     "convert": {
         "gpt": "its own recipe is nobody else's: tests/convert takes those of GPT-2 and Llama",
+        **dict.fromkeys(VARIANTS, "experts are not converted"),
         **dict.fromkeys(
             ("linear_rnn", "ngram", "rnn", "seq2seq"), "Hugging Face has no such model"
         ),
@@ -52,14 +58,22 @@ INSTEAD = {
         "t5": {"name": "span_corruption", "source_length": 16},
     },
 }
+
+
+def family_of(name):
+    return name.partition("-")[0]
+
+
 FAMILIES = models.names()
-LEARNED = [name for name in FAMILIES if name not in INSTEAD["gradient"]]
-PACKED = [name for name in FAMILIES if "packed" in models.family(name).Model.accepts]
-WRITERS = [name for name in FAMILIES if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
+TRIED = [*FAMILIES, *VARIANTS]
+LEARNED = [name for name in TRIED if name not in INSTEAD["gradient"]]
+PACKED = [name for name in TRIED if "packed" in models.family(family_of(name)).Model.accepts]
+WRITERS = [name for name in TRIED if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
 
 
 def build(name, **fields):
-    cfg = models.config_class(name)(**{**TINY[name], **fields})
+    family = family_of(name)
+    cfg = models.config_class(family)(**{**TINY[family], **VARIANTS.get(name, {}), **fields})
     sizes = {"vocab_size": VOCAB, "max_length": LENGTH, "max_source_length": LENGTH, "packed": True}
     return models.build(models.resolve(cfg, **sizes), decode_length=LENGTH)
 
@@ -185,7 +199,7 @@ def test_a_position_sees_what_it_may_and_nothing_else(name):
         np.testing.assert_array_equal(found, segments[real][:, None] == source[source > 0][None])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TRIED)
 def test_packed_padded_and_in_company_are_the_same(name):
     """A document alone, in a longer row, in a pack, and in a larger batch has the same logits."""
     model, params = made(name)
@@ -247,7 +261,9 @@ def stacked(tree):
 
 
 @pytest.mark.slow  # six programs a family to compile
-@pytest.mark.parametrize("name", [n for n in LEARNED if hasattr(models.config_class(n), "scan")])
+@pytest.mark.parametrize(
+    "name", [n for n in LEARNED if hasattr(models.config_class(family_of(n)), "scan")]
+)
 def test_scanned_layers_and_rematerialisation_change_nothing(name):
     model, params = made(name)
     words = texts([5, 3, 4, 6])
@@ -359,12 +375,13 @@ def test_sharded_is_one_device(name):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     """From text to a checkpoint and back, through the task that suits the family."""
     config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)
-    config.task = ConfigDict(INSTEAD["task"][name])
-    config.model = ConfigDict({"name": name, **TINY[name]})
+    family = family_of(name)
+    config.task = ConfigDict(INSTEAD["task"][family])
+    config.model = ConfigDict({"name": family, **TINY[family], **VARIANTS.get(name, {})})
     workdir = tmp_path / "run"
     final = train.run(config, workdir)
     scores = tmp_path / "scores.json"
