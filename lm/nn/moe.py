@@ -21,8 +21,8 @@ share, so that the numbers are those of one device on any mesh. The balance loss
 E sum_e share_e p_e, which is 1 where the load is even; Switch takes share_e and p_e over a batch, a product
 of two means that no sum over parts of the batch gives. So accumulation is one batch, exactly where each part
 has as many rows with text. (Over more tokens experts may specialise more: Qiu et al. 2025, 2501.11873.) The
-z-loss too is a mean over rows of a mean over tokens. Each layer's losses are added to the loss, and their mean
-over layers is logged. Padding (segment 0) is sent nowhere and counts nowhere.
+z-loss too is a mean over rows of a mean over tokens. What all layers lose is added to the loss, and what one
+does on average is logged. Padding (segment 0) is sent nowhere and counts nowhere.
 
 Letters: E experts, K experts a token, C room of an expert in a row, M slots (places of what is sent), G gate
 and value of a gated activation.
