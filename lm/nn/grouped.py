@@ -3,8 +3,6 @@
 Letters: E groups, M rows, K and N the kernel's sides, P blocks of T rows.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -33,40 +31,48 @@ def grouped_product(
     """
     if jax.default_backend() != "cpu":
         return jax.lax.ragged_dot(x_MK, kernel_EKN, size_E)
-    return by_blocks(x_MK, kernel_EKN, jnp.cumsum(size_E) // block, block)
+    num_blocks = len(x_MK) // block
+    end_E = jnp.cumsum(size_E) // block
+    group_P = (jnp.arange(num_blocks)[:, None] >= end_E[None]).sum(1)
+    return by_blocks(x_MK, kernel_EKN, group_P, end_E[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def by_blocks(x_MK: jax.Array, kernel_EKN: jax.Array, end_E: jax.Array, block: int) -> jax.Array:
-    """Return `grouped_product` by a loop over the blocks in use; groups end before the blocks `end`."""
+@jax.custom_vjp
+def by_blocks(
+    x_MK: jax.Array, kernel_EKN: jax.Array, group_P: jax.Array, num_used: jax.Array
+) -> jax.Array:
+    """Return [M, N] of equal blocks of rows, each times its group's kernel, by a loop over those in use."""
 
-    def body(number, y_PTN):
-        expert = jnp.searchsorted(end_E, number, side="right")
-        return y_PTN.at[number].set(product(x_PTK[number], kernel_EKN[expert]))
+    def body(block, y_PTN):
+        y_TN = product(_at(x_PTK, block), _at(kernel_EKN, _at(group_P, block)))
+        return jax.lax.dynamic_update_index_in_dim(y_PTN, y_TN, block, 0)
 
-    x_PTK = x_MK.reshape(-1, block, x_MK.shape[1])
+    x_PTK = x_MK.reshape(len(group_P), -1, x_MK.shape[1])
     y_PTN = jnp.zeros((*x_PTK.shape[:2], kernel_EKN.shape[2]), x_MK.dtype)
-    return jax.lax.fori_loop(0, end_E[-1], body, y_PTN).reshape(len(x_MK), -1)
+    return jax.lax.fori_loop(0, num_used, body, y_PTN).reshape(len(x_MK), -1)
 
 
-def _by_blocks_backward(block, operands, dy_MN):
-    x_MK, kernel_EKN, end_E = operands
-    x_PTK = x_MK.reshape(-1, block, x_MK.shape[1])
-    dy_PTN = dy_MN.reshape(-1, block, dy_MN.shape[1])
+def _at(array: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
 
-    def body(number, carry):
+
+def _by_blocks_backward(operands, dy_MN):
+    x_MK, kernel_EKN, group_P, num_used = operands
+    x_PTK, dy_PTN = (array.reshape(len(group_P), -1, array.shape[1]) for array in (x_MK, dy_MN))
+
+    def body(block, carry):
         dx_PTK, dkernel_EKN = carry
-        expert = jnp.searchsorted(end_E, number, side="right")
-        dy_TN = dy_PTN[number]
-        dx_PTK = dx_PTK.at[number].set(dy_TN @ kernel_EKN[expert].T)
-        return dx_PTK, dkernel_EKN.at[expert].add(x_PTK[number].T @ dy_TN)
+        group, dy_TN = _at(group_P, block), _at(dy_PTN, block)
+        dx_TK = dy_TN @ _at(kernel_EKN, group).T
+        dkernel_KN = _at(dkernel_EKN, group) + _at(x_PTK, block).T @ dy_TN
+        return (
+            jax.lax.dynamic_update_index_in_dim(dx_PTK, dx_TK, block, 0),
+            jax.lax.dynamic_update_index_in_dim(dkernel_EKN, dkernel_KN, group, 0),
+        )
 
     zeros = jnp.zeros_like(x_PTK), jnp.zeros(kernel_EKN.shape, wide(kernel_EKN.dtype))
-    dx_PTK, dkernel_EKN = jax.lax.fori_loop(0, end_E[-1], body, zeros)
-    return dx_PTK.reshape(x_MK.shape), dkernel_EKN.astype(kernel_EKN.dtype), None
+    dx_PTK, dkernel_EKN = jax.lax.fori_loop(0, num_used, body, zeros)
+    return dx_PTK.reshape(x_MK.shape), dkernel_EKN.astype(kernel_EKN.dtype), None, None
 
 
-by_blocks.defvjp(
-    lambda x, kernel, end, block: (by_blocks(x, kernel, end, block), (x, kernel, end)),
-    _by_blocks_backward,
-)
+by_blocks.defvjp(lambda *operands: (by_blocks(*operands), operands), _by_blocks_backward)

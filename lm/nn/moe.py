@@ -264,7 +264,9 @@ def collect(y_BMD: jax.Array, slot_BLK: jax.Array, choice_BM: jax.Array, gate_BL
     """Return each token's weighted sum [B, L, D] of what lies in its slots."""
     B, L, K = slot_BLK.shape
     y_BND = take(y_BMD, slot_BLK.reshape(B, L * K), choice_BM[..., None])
-    return (y_BND.reshape(B, L, K, -1) * gate_BLK[..., None]).sum(2)
+    # Term by term: XLA on a CPU takes 15 times as long for one sum, into which it draws the indexing.
+    terms = [y_BND[:, k::K] * gate_BLK[..., k : k + 1] for k in range(K)]
+    return sum(terms[1:], terms[0])
 
 
 def activate(h: jax.Array, activation: str) -> jax.Array:

@@ -64,6 +64,14 @@ def family_of(name):
     return name.partition("-")[0]
 
 
+def each(names):
+    """Return the names to try; T5 with experts, whose layers plain tests try apart, among the slow tests."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name == "t5-experts" else name
+        for name in names
+    ]
+
+
 FAMILIES = models.names()
 TRIED = [*FAMILIES, *VARIANTS]
 LEARNED = [name for name in TRIED if name not in INSTEAD["gradient"]]
@@ -144,7 +152,7 @@ def test_every_family_is_tried():
     assert set(TINY) == set(INSTEAD["task"]) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_every_parameter_names_its_axes_and_logits_have_their_shape(name):
     model, params = made(name)
     boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0)))["params"]
@@ -180,7 +188,7 @@ def depends(model, params, batch, key):
     return (jacobian[:, batch[key][0]] != 0).any(axis=-1)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_a_position_sees_what_it_may_and_nothing_else(name):
     """By gradient, in a row of two documents and padding."""
     model, params = made(name)
@@ -199,7 +207,7 @@ def test_a_position_sees_what_it_may_and_nothing_else(name):
         np.testing.assert_array_equal(found, segments[real][:, None] == source[source > 0][None])
 
 
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", each(TRIED))
 def test_packed_padded_and_in_company_are_the_same(name):
     """A document alone, in a longer row, in a pack, and in a larger batch has the same logits."""
     model, params = made(name)
@@ -213,7 +221,7 @@ def test_packed_padded_and_in_company_are_the_same(name):
         np.testing.assert_allclose(together[at : at + len(text)], apart, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_a_neighbour_in_a_pack_changes_nothing(name):
     model, params = made(name)
     words, others = texts([5, 3, 4, 6]), texts([5, 3, 4, 6], seed=2)
@@ -224,7 +232,7 @@ def test_a_neighbour_in_a_pack_changes_nothing(name):
     assert (both[0][:5] != both[1][:5]).any()
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", each(WRITERS))
 def test_decoding_with_a_cache_is_the_full_pass(name):
     """A prompt of some tokens at once and the others one by one; rows differ in length."""
     model, params = made(name)
@@ -313,7 +321,7 @@ def steps(name, mesh, *, count, tx, rows=8):
         return losses, jax.device_get(state)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_gradients_are_finite_differences(name):
     """In float64, of every parameter, along a random direction."""
     model, params = made(name)
@@ -349,7 +357,7 @@ def one_device():
     return sharding.make_mesh(sharding.Config(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_one_batch_is_learned_by_heart_and_the_same_again(name):
     losses, _ = steps(name, one_device(), count=150, tx=optax.adam(1e-2), rows=2)
     again, _ = steps(name, one_device(), count=3, tx=optax.adam(1e-2), rows=2)
@@ -357,7 +365,7 @@ def test_one_batch_is_learned_by_heart_and_the_same_again(name):
     assert again == losses[:3]
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_sharded_is_one_device(name):
     """Loss and each tensor's gradient, where data, parameters and heads are all split."""
     trace = optax.trace(0.9)  # a sum of updates, which begins as the gradient
@@ -375,7 +383,7 @@ def test_sharded_is_one_device(name):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", each(TRIED))
 def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     """From text to a checkpoint and back, through the task that suits the family."""
     config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)

@@ -215,7 +215,7 @@ def one_device():
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
 def test_accumulation_is_one_batch(factor):
-    model = tiny(capacity_factor=factor, shared_experts=1)
+    model = tiny(num_layers=1, capacity_factor=factor, shared_experts=1)
     whole = train(model, one_device(), num_steps=2)
     parts = train(model, one_device(), num_steps=2, accumulate=4)
     assert {"balance_loss", "router_z_loss"} <= set(whole[0][0])
