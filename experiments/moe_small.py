@@ -1,7 +1,7 @@
 """A small mixture of experts on the English that every Python carries: gpt_tiny with experts.
 
-Papers: see `lm/nn/moe.py`. A token meets two of eight experts, each half as wide as gpt_tiny's MLP, so as many
-products as there; dropless. On eight devices `--config.mesh.expert=8` splits experts and batch over them.
+Papers: see `lm/nn/moe.py`. A token meets two of eight experts, each half as wide as gpt_tiny's MLP, so as
+many products as there; dropless. On eight devices `--config.mesh.expert=8` splits both over them.
 Command: python -m lm.main --config experiments/moe_small.py
 Hardware: two CPU cores.
 Result: 1.754 bits per byte after 1.2M tokens, the fullest expert at 1.39 times the mean (one seed, Python
