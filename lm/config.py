@@ -4,7 +4,8 @@ A value's way: an experiment file's `get_config()` (`load`), the command line (`
 dataclasses' defaults (`complete`), then one frozen dataclass a section (`freeze`), below which
 nobody sees a ConfigDict. A dataclass is the only place where a field has its type, its default and,
 as a trailing comment, its help text. `ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}` in a
-dataclass says that field `momentum` is used only when field `name` has one of these values.
+dataclass says that field `momentum` is used only when field `name` has one of these values (a tuple, or the
+range from a number on).
 
 `schema` maps a section's name to a function from the section's present values to its dataclass, so
 that `model.name` picks the class.
@@ -181,7 +182,10 @@ def _unused(key: str, flat: Mapping[str, Any], schema: Schema) -> str:
     value = flat.get(f"{section}.{option}", getattr(cls, option, None))
     if not option or value in values:
         return ""
-    wanted = " or ".join(f"{section}.{option}={v}" for v in values)
+    if isinstance(values, range):
+        wanted = f"{section}.{option} from {values.start} on"
+    else:
+        wanted = " or ".join(f"{section}.{option}={v}" for v in values)
     return f"{key}={flat[key]}: used only under {wanted}, and {section}.{option} is {value}"
 
 

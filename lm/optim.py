@@ -315,15 +315,15 @@ def _lion(cfg, params, axes):
 
 # Logical axes along which a parameter is several matrices, each orthogonalised on its own.
 SEPARATE = frozenset({"layers", "experts", "qkv", "gate", "gates"})
-# Axes of tables and vectors, which are no maps between features.
-NO_MATRIX = frozenset({"vocab", "position", "types", "relpos", "classes", "norm"})
+# Axes of tables, vectors and routers, which are no maps between features.
+NO_MATRIX = frozenset({"vocab", "position", "types", "relpos", "classes", "norm", "router"})
 MUON_RMS = 0.2  # of an update's elements, as AdamW's is: Liu et al. 2025, arXiv 2502.16982
 
 
 def muon_matrices(params: Any, axes: Any) -> Any:
     """Return a tree: how Muon sees a parameter as matrices, or a mask where AdamW has it.
 
-    Embeddings, heads, norms and biases go to AdamW. In a kernel `layers`, `experts`, `qkv`, `gate`
+    Embeddings, heads, routers, norms and biases go to AdamW. In a kernel `layers`, `experts`, `qkv`, `gate`
     and `gates` each tell separate matrices apart, `heads` with `kv` are one side of a matrix, and
     any other axis is a side.
 

@@ -6,13 +6,14 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
     data    each device holds all parameters and a share of the batch
     fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
     tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053)
+    expert  as data, and the experts of `lm.nn.moe` are split over it (GShard, arXiv 2006.16668)
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Config:
     data: int = -1  # devices that split the batch alone; -1 = the rest
     fsdp: int = 1  # devices that split the batch and, along `embed`, the parameters; -1 = the rest
     tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
+    expert: int = 1  # devices that split the batch and the experts; -1 = the rest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -40,7 +42,9 @@ class Config:
 
 RULES: dict[str, tuple[str, ...]] = {
     # Activations.
-    "act_batch": ("data", "fsdp"),
+    "act_batch": ("data", "fsdp", "expert"),
+    "act_groups": ("data", "fsdp"),  # rows of what is split over the experts already
+    "act_experts": ("expert",),
     "act_length": (),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -54,6 +58,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "hidden": ("tensor",),
     "hidden_in": ("fsdp",),
+    "experts": ("expert",),
+    "router": (),
     "embed_out": (),  # of a square kernel whose inputs are `embed`
     "position": (),
     "relpos": (),
@@ -161,6 +167,63 @@ gather.defvjp(
     lambda kernel, axes: (gather(kernel, axes), None),
     lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
+
+
+def on_shards(
+    function: Callable[..., jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    out: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """Return `function` as each device runs it on its own parts of the arguments, which have logical `axes`.
+
+    Its result is a part of an array with axes `out`. On one device, or where a dimension does not divide, it
+    is `function` itself, and `all_gather` and the others below change nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def run(*arguments: jax.Array) -> jax.Array:
+        divides = all(
+            dim % ways(mesh, axis) == 0
+            for argument, names in zip(arguments, axes, strict=True)
+            for dim, axis in zip(argument.shape, names, strict=True)
+        )
+        specs = tuple(partition_spec(names) for names in axes)
+        # The check of what differs between devices does not know rules of gradients that are one's own.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False
+        )
+        return mapped(*arguments) if divides else function(*arguments)
+
+    return function if mesh.empty or mesh.size == 1 else run
+
+
+def _split_here(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of logical `axis` over which the code that runs is one part of several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in RULES[axis] if name in mesh.manual_axes and mesh.shape[name] > 1)
+
+
+def all_gather(x: jax.Array, axis: str) -> jax.Array:
+    """Join along dimension 0, within `on_shards`, the parts of `x` of all devices that split `axis`."""
+    names = _split_here(axis)
+    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+
+
+def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of dimension 0."""
+    names = _split_here(axis)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True) if names else x
+
+
+def all_reduce(x: jax.Array, axis: str) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split logical `axis`."""
+    return jax.lax.psum(x, _split_here(axis))
+
+
+def part_number(axis: str) -> jax.Array | int:
+    """Return which part of logical `axis` this device has, within `on_shards`; 0 where it is whole."""
+    names = _split_here(axis)
+    return jax.lax.axis_index(names) if names else 0
 
 
 def logical_axes(boxed: Any) -> Any:

@@ -229,9 +229,8 @@ def _gradients(state, batch, model, objective, rng, accumulate):
         objective_sum, (carry, sown, sums) = forward(
             model, {"params": params, **carry}, part, objective, rngs={"dropout": rng}
         )
-        penalties = {name: pair[0] for name, pair in sown.items()}  # sow keeps a tuple of calls
-        extra = sum(total / weight for total, weight in penalties.values())
-        return objective_sum / whole + extra / accumulate, (carry, {**sums, **penalties})
+        extra = sum((total / weight).sum() for total, weight in sown.values())
+        return objective_sum / whole + extra / accumulate, (carry, {**sums, **_summed(sown)})
 
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:
@@ -254,14 +253,18 @@ def _gradients(state, batch, model, objective, rng, accumulate):
 
 
 def forward(model, variables, batch, objective: Objective, *, train: bool = True, rngs=None):
-    """Return (sum of the objective, (new carry, sown losses, metric sums)) over a batch."""
+    """Return (sum of the objective, (new carry, sown losses, metric sums)) over a batch.
+
+    The losses are {name: (sums, weights)}, in one axis those of all layers. What layers sow into "reports" is
+    among the metrics alone.
+    """
     stateful = "carry" in variables
     x_BLD, new = model.apply(
         variables,
         batch,
         train=train,
         rngs=rngs,
-        mutable=["losses", "carry"] if stateful else ["losses"],
+        mutable=["losses", "reports", *(["carry"] if stateful else [])],
     )
     objective_sum, sums = losses.cross_entropy(
         lambda params, x: model.apply({"params": params}, x, method="logits"),
@@ -287,7 +290,21 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
     if "corpus" in batch:
         pairs |= _of_each_corpus(objective.corpora, batch, sums["loss_B"])
     carry = {"carry": new["carry"]} if stateful else {}
-    return objective_sum, (carry, new.get("losses", {}), pairs)
+    pairs |= _summed(_by_name(new.get("reports", {})))
+    return objective_sum, (carry, _by_name(new.get("losses", {})), pairs)
+
+
+def _by_name(sown: Any) -> Metrics:
+    """Return {name: (sums, weights)} of the pairs that modules have sown, of all layers in one axis."""
+    found: dict[str, tuple[list, list]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
+        *_, name, _, place = path  # sow keeps a tuple of calls
+        found.setdefault(name.key, ([], []))[place.idx].append(leaf.reshape(-1))
+    return {name: tuple(map(jnp.concatenate, pair)) for name, pair in found.items()}
+
+
+def _summed(pairs: Metrics) -> Metrics:
+    return {name: (total.sum(), weight.sum()) for name, (total, weight) in pairs.items()}
 
 
 def _of_each_corpus(names: tuple[str, ...], batch: Batch, loss_B: jax.Array) -> Metrics:
@@ -332,7 +349,7 @@ def eval_step(
     _, (carry, sown, sums) = forward(
         model, {"params": params, **carry}, batch, objective, train=False
     )
-    sums |= {name: pair[0] for name, pair in sown.items()}
+    sums |= _summed(sown)
     if not objective.text_bytes:
         return sums, carry
     counted = jnp.take(token_bytes, batch["targets"], axis=0) * batch["weights"]

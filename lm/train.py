@@ -353,7 +353,9 @@ def announce(
     devices = jax.devices()
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.shape.items())
     count = step.count_parameters(made.shapes)
-    say(f"model:   {made.cfg['model'].name}, {count:,} parameters")
+    active = models.active_parameters(made.cfg["model"], made.axes, made.shapes)
+    more = f", of which a token meets {active:,}" if active < count else ""
+    say(f"model:   {made.cfg['model'].name}, {count:,} parameters{more}")
     say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {mesh}")
     say(f"data:    {made.corpus.summary()}")
     epochs = made.num_steps / made.batches.steps_per_epoch

@@ -16,14 +16,24 @@ file of the folder.
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from lm.config import ConfigError
+from lm.nn.mlp import GATED
 from lm.nn.transformer import REMAT_POLICIES
+
+# What a family with experts (`lm.nn.moe`) says of its fields.
+OF_EXPERTS = ("capacity_factor", "router_z_loss", "balance_loss", "shared_experts", "expert_dim")
+EXPERTS = ("num_experts", *OF_EXPERTS)  # fields of 0 or more
+EXPERTS_ONLY_FOR = dict.fromkeys(
+    ("experts_per_token", *OF_EXPERTS), ("num_experts", range(1, 2**31))
+)
 
 
 def names() -> list[str]:
@@ -141,6 +151,44 @@ def check_fields(cfg: Any, *, positive: Sequence[str], derived: Sequence[str]) -
     for field in (f.name for f in dataclasses.fields(cfg) if f.name.endswith("dropout")):
         if not 0 <= getattr(cfg, field) < 1:
             raise ConfigError(f"model.{field}={getattr(cfg, field)}: use a probability in [0, 1)")
+
+
+def check_experts(cfg: Any) -> None:
+    """Raise ConfigError for fields of the experts (`lm.nn.moe`) that do not fit together."""
+    if not cfg.num_experts:
+        return
+    if cfg.experts_per_token > cfg.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={cfg.experts_per_token}: use at most the {cfg.num_experts} of "
+            "model.num_experts"
+        )
+    if cfg.mlp_dim and cfg.expert_dim:
+        raise ConfigError(
+            f"model.mlp_dim={cfg.mlp_dim}: every feed-forward layer has experts, of model.expert_dim="
+            f"{cfg.expert_dim}; leave one of the two 0"
+        )
+
+
+def feed_forward_parameters(cfg: Any) -> int:
+    """Return the matrix parameters that a token meets in a feed-forward layer."""
+    matrices, D = (3 if cfg.activation in GATED else 2), cfg.model_dim
+    if not cfg.num_experts:
+        return matrices * D * cfg.sizes["mlp_dim"]
+    active = cfg.experts_per_token + cfg.shared_experts
+    return matrices * D * (cfg.expert_dim or cfg.sizes["mlp_dim"]) * active + D * cfg.num_experts
+
+
+def active_parameters(cfg: Any, axes: Any, shapes: Any) -> int:
+    """Return how many parameters a token meets, of `shapes` with logical `axes` (trees alike)."""
+    active = 0
+    for leaf, names in zip(
+        jax.tree.leaves(shapes),
+        jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
+        strict=True,
+    ):
+        size = math.prod(leaf.shape)
+        active += size * cfg.experts_per_token // cfg.num_experts if "experts" in names else size
+    return active
 
 
 def check_heads(cfg: Any, *otherwise: str) -> None:

@@ -20,10 +20,19 @@ from flax import linen as nn
 
 from lm import hardware, sharding
 from lm.config import ConfigError
-from lm.models import check_fields, check_heads, check_option
+from lm.models import (
+    EXPERTS,
+    EXPERTS_ONLY_FOR,
+    check_experts,
+    check_fields,
+    check_heads,
+    check_option,
+    feed_forward_parameters,
+)
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
-from lm.nn.mlp import ACTIVATIONS, GATED, MLP
+from lm.nn.mlp import ACTIVATIONS, GATED
+from lm.nn.moe import feed_forward
 from lm.nn.norm import Norm
 from lm.nn.rotary import SCALINGS, Rotary
 from lm.nn.transformer import Stack
@@ -60,6 +69,15 @@ class Config:
     qk_norm: bool = True  # RMS norm of queries and keys
     bias: bool = False  # biases in the projections
     bias_in: str = "all"  # which have them: all, attention or mlp
+    num_experts: int = 0  # of each feed-forward layer (lm/nn/moe.py); 0 = one dense layer
+    experts_per_token: int = 2  # experts that a token is sent to
+    capacity_factor: float = (
+        0.0  # room of an expert over its even share of a row; 0 = none is dropped
+    )
+    router_z_loss: float = 1e-3  # weight of log(Z)^2 of the router
+    balance_loss: float = 1e-2  # weight of the experts' uneven load
+    shared_experts: int = 0  # experts that every token is sent to besides
+    expert_dim: int = 0  # width of an expert; 0 = mlp_dim
     tied: bool = True  # the head is the embedding
     dropout: float = 0.0  # probability, on embeddings and residual branches
     logit_softcap: float = 0.0  # logits = cap tanh(logits / cap); 0 = off
@@ -88,6 +106,7 @@ class Config:
         "rope_mscale_all_dim": ("rope_scaling", ("yarn",)),
         "norm_bias": ("norm", ("layernorm",)),
         "bias_in": ("bias", (True,)),
+        **EXPERTS_ONLY_FOR,
     }
 
     def __post_init__(self):
@@ -99,9 +118,13 @@ class Config:
         check_option(self, "residual_init", ("scaled", "zero"))
         check_option(self, "mask", ("", "causal", "segments"))
         check_option(self, "kernel", ("", "xla", "cudnn"))
-        positive = ("num_layers", "model_dim", "num_heads")
+        positive = ("num_layers", "model_dim", "num_heads", "experts_per_token")
         derived = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")
-        check_fields(self, positive=positive, derived=(*derived, "window", "logit_softcap"))
+        more = (*EXPERTS, "window", "logit_softcap")
+        check_fields(self, positive=positive, derived=(*derived, *more))
+        check_experts(self)
+        if self.num_experts and self.biased("mlp"):
+            raise ConfigError("model.bias=True: experts have none; use model.bias_in=attention")
         self._check_rope()
         if not self.head_dim:
             check_heads(self, "or set model.head_dim")
@@ -200,7 +223,7 @@ class Block(nn.Module):
     decode: bool
 
     @nn.compact
-    def __call__(self, x_BLD, mask, positions_BL) -> jax.Array:
+    def __call__(self, x_BLD, mask, positions_BL, segments_BL) -> jax.Array:
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         init, out_init = nn.initializers.normal(0.02), residual_init(cfg)
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
@@ -222,15 +245,16 @@ class Block(nn.Module):
         )(y, mask=mask, positions_BL=positions_BL, decode=self.decode)
         x_BLD = x_BLD + dropout(y)
         y = Norm(cfg.norm, cfg.norm_bias, cfg.norm_epsilon, name="mlp_norm")(x_BLD)
-        y = MLP(
-            cfg.sizes["mlp_dim"],
-            cfg.activation,
-            dtype,
-            init,
-            out_init,
+        y = feed_forward(
+            cfg,
+            y,
+            segments_BL,
+            dtype=dtype,
+            kernel_init=init,
+            out_init=out_init,
             bias=cfg.biased("mlp"),
-            name="mlp",
-        )(y)
+            decode=self.decode,
+        )
         return x_BLD + dropout(y)
 
 
@@ -290,7 +314,9 @@ class Model(nn.Module):
             window=cfg.window,
             segments_BL=batch["segments"] if cfg.mask == "segments" and not decode else None,
         )
-        x_BLD = self.layers(x_BLD, mask, batch["positions"], train=train, decode=decode)
+        x_BLD = self.layers(
+            x_BLD, mask, batch["positions"], batch["segments"], train=train, decode=decode
+        )
         return self.norm(x_BLD)
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
@@ -300,14 +326,15 @@ class Model(nn.Module):
 
 
 def flops_per_token(cfg: Config, length: int) -> float:
-    """Return training FLOPs a token: 6 N (matrix parameters, head once) + 12 layers d_attention T.
+    """Return training FLOPs a token: 6 N (matrices that it meets, head once) + 12 layers d_attention T.
 
     T is the mean number of keys of a query as if none were masked: min(length, window).
     """
     sizes, D = cfg.sizes, cfg.model_dim
     qkv = D * (cfg.num_heads + 2 * sizes["num_kv_heads"]) * sizes["head_dim"]
     out = cfg.num_heads * sizes["head_dim"] * D
-    mlp = (3 if cfg.activation in GATED else 2) * D * sizes["mlp_dim"]
-    matrices = cfg.num_layers * (qkv + out + mlp) + D * pad_vocab(cfg.vocab_size)
+    matrices = cfg.num_layers * (qkv + out + feed_forward_parameters(cfg)) + D * pad_vocab(
+        cfg.vocab_size
+    )
     keys = min(length, cfg.window or length)
     return 6.0 * matrices + 12.0 * cfg.num_layers * cfg.num_heads * sizes["head_dim"] * keys

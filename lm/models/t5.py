@@ -19,11 +19,19 @@ from flax import linen as nn
 
 from lm import hardware
 from lm.config import ConfigError
-from lm.models import check_fields, check_option
+from lm.models import (
+    EXPERTS,
+    EXPERTS_ONLY_FOR,
+    check_experts,
+    check_fields,
+    check_option,
+    feed_forward_parameters,
+)
+from lm.nn import moe
 from lm.nn.attention import Attention, causal_mask, segment_mask
 from lm.nn.cross_attention import CrossAttention
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
-from lm.nn.mlp import ACTIVATIONS, GATED, MLP
+from lm.nn.mlp import ACTIVATIONS
 from lm.nn.norm import Norm
 from lm.nn.relative import RelativeBias
 from lm.nn.transformer import Stack
@@ -45,6 +53,15 @@ class Config:
     num_buckets: int = 32  # of relative positions
     max_distance: int = 128  # positions from which on all are in one bucket
     activation: str = "relu"  # relu, geglu (v1.1), gelu, gelu_erf, relu2 or swiglu
+    num_experts: int = 0  # of each feed-forward layer (lm/nn/moe.py); 0 = one dense layer
+    experts_per_token: int = 2  # experts that a token is sent to
+    capacity_factor: float = (
+        0.0  # room of an expert over its even share of a row; 0 = none is dropped
+    )
+    router_z_loss: float = 1e-3  # weight of log(Z)^2 of the router
+    balance_loss: float = 1e-2  # weight of the experts' uneven load
+    shared_experts: int = 0  # experts that every token is sent to besides
+    expert_dim: int = 0  # width of an expert; 0 = mlp_dim
     norm_epsilon: float = 1e-6  # added to mean squares
     tied: bool = True  # the head is the embedding, on features / sqrt(model_dim); v1.1: its own
     dropout: float = 0.0  # probability, on embeddings, residual branches and features; T5: 0.1
@@ -52,11 +69,14 @@ class Config:
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
+    ONLY_FOR: ClassVar = EXPERTS_ONLY_FOR
+
     def __post_init__(self):
         check_option(self, "activation", tuple(ACTIVATIONS))
-        positive = ("num_layers", "model_dim", "num_heads", "head_dim")
+        positive = ("num_layers", "model_dim", "num_heads", "head_dim", "experts_per_token")
         derived = ("num_decoder_layers", "mlp_dim", "vocab_size", "max_length", "max_source_length")
-        check_fields(self, positive=positive, derived=derived)
+        check_fields(self, positive=positive, derived=(*derived, *EXPERTS))
+        check_experts(self)
         if self.num_buckets < 4 or self.num_buckets % 2:
             raise ConfigError(f"model.num_buckets={self.num_buckets}: use an even number from 4 on")
         if self.max_distance <= self.num_buckets // 2:
@@ -102,13 +122,18 @@ def self_attention(cfg: Config, *, causal: bool, decode_length: int = 0) -> Atte
     )
 
 
-def feed_forward(cfg: Config) -> MLP:
-    """Return a block's feed-forward layer; a submodule of the block that calls."""
-    init, out_init = (
-        nn.initializers.normal(width**-0.5) for width in (cfg.model_dim, cfg.sizes["mlp_dim"])
+def feed_forward(cfg: Config, x_BLD: jax.Array, segments_BL: jax.Array, *, decode: bool):
+    """Return [B, L, D] of a block's feed-forward layer; a submodule of the block that calls."""
+    width = (cfg.num_experts and cfg.expert_dim) or cfg.sizes["mlp_dim"]
+    return moe.feed_forward(
+        cfg,
+        x_BLD,
+        segments_BL,
+        dtype=hardware.compute_dtype(cfg.dtype),
+        kernel_init=nn.initializers.normal(cfg.model_dim**-0.5),
+        out_init=nn.initializers.normal(width**-0.5),
+        decode=decode,
     )
-    dtype = hardware.compute_dtype(cfg.dtype)
-    return MLP(cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init, name="mlp")
 
 
 class EncoderBlock(nn.Module):
@@ -119,7 +144,7 @@ class EncoderBlock(nn.Module):
     decode: bool
 
     @nn.compact
-    def __call__(self, x_BSD, mask, positions_BS, score_bias_NHSS) -> jax.Array:
+    def __call__(self, x_BSD, mask, positions_BS, score_bias_NHSS, segments_BS) -> jax.Array:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         y = Norm(epsilon=cfg.norm_epsilon, name="attention_norm")(x_BSD)
@@ -127,8 +152,8 @@ class EncoderBlock(nn.Module):
             y, mask=mask, positions_BL=positions_BS, score_bias_NHLS=score_bias_NHSS
         )
         x_BSD = x_BSD + dropout(y)
-        y = feed_forward(cfg)(Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BSD))
-        return x_BSD + dropout(y)
+        y = Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BSD)
+        return x_BSD + dropout(feed_forward(cfg, y, segments_BS, decode=self.decode))
 
 
 class DecoderBlock(nn.Module):
@@ -173,8 +198,8 @@ class DecoderBlock(nn.Module):
             source_segments_BS=source_segments_BS, decode=self.decode,
         )  # fmt: skip
         x_BLD = x_BLD + dropout(y)
-        y = feed_forward(cfg)(Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BLD))
-        return x_BLD + dropout(y)
+        y = Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BLD)
+        return x_BLD + dropout(feed_forward(cfg, y, segments_BL, decode=self.decode))
 
 
 class Model(nn.Module):
@@ -248,7 +273,7 @@ class Model(nn.Module):
         num_rows, length = segments_BS.shape
         x_BSD = self.encoder(
             x_BSD, segment_mask(segments_BS, segments_BS), batch["source_positions"],
-            self.encoder_positions(length, num_rows=num_rows), train=train, decode=False,
+            self.encoder_positions(length, num_rows=num_rows), segments_BS, train=train, decode=False,
         )  # fmt: skip
         return self.dropout(self.encoder_norm(x_BSD), deterministic=not train)
 
@@ -270,7 +295,7 @@ def flops_per_token(cfg: Config, length: int) -> float:
     """
     sizes, D, width = cfg.sizes, cfg.model_dim, cfg.num_heads * cfg.head_dim
     decoders = sizes["num_decoder_layers"]
-    mlp = (3 if cfg.activation in GATED else 2) * D * sizes["mlp_dim"]
+    mlp = feed_forward_parameters(cfg)
     of_source = cfg.num_layers * (4 * D * width + mlp) + decoders * 2 * D * width
     of_target = decoders * (6 * D * width + mlp) + D * pad_vocab(cfg.vocab_size)
     source = cfg.max_source_length or length

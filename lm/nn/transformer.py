@@ -9,6 +9,9 @@ from flax import linen as nn
 # Names in parameter paths: one stack [num_layers, ...], or a tree for each layer.
 SCANNED, UNROLLED = "blocks", "block_{}"
 
+# Collections that modules sow into: what is added to the loss, what is only logged, and what tests look at.
+SOWN = {"losses": 0, "reports": 0, "intermediates": 0}
+
 REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
     "full": jax.checkpoint_policies.nothing_saveable,  # keep only each block's input
@@ -49,7 +52,7 @@ class Stack(nn.Module):
         scanned = nn.scan(
             body,
             # In the carry the batch stays the first axis, along which it is split.
-            variable_axes={"params": 0, "cache": 0, "carry": 1},
+            variable_axes={"params": 0, "cache": 0, "carry": 1, **SOWN},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -30,6 +30,11 @@ TINY = {
     "t5": {"num_layers": 2, "model_dim": 32, "num_heads": 2, "head_dim": 12},
     "ngram": {"order": 3},
 }
+# Layers of a family that are another program.
+VARIANTS = {
+    "gpt-experts": {"num_experts": 4, "shared_experts": 1, "expert_dim": 32},
+    "t5-experts": {"num_experts": 4, "activation": "geglu", "expert_dim": 32},
+}
 # What a family cannot be asked, why, and what is tried instead.
 INSTEAD = {
     "gradient": {
@@ -37,6 +42,7 @@ INSTEAD = {
     },
     "convert": {
         "gpt": "its own recipe is nobody else's: tests/convert takes those of GPT-2 and Llama",
+        **dict.fromkeys(VARIANTS, "experts are not converted"),
         **dict.fromkeys(
             ("linear_rnn", "ngram", "rnn", "seq2seq"), "Hugging Face has no such model"
         ),
@@ -52,14 +58,30 @@ INSTEAD = {
         "t5": {"name": "span_corruption", "source_length": 16},
     },
 }
+
+
+def family_of(name):
+    return name.partition("-")[0]
+
+
+def each(names):
+    """Return the names to try; T5 with experts, whose layers plain tests try apart, among the slow tests."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name == "t5-experts" else name
+        for name in names
+    ]
+
+
 FAMILIES = models.names()
-LEARNED = [name for name in FAMILIES if name not in INSTEAD["gradient"]]
-PACKED = [name for name in FAMILIES if "packed" in models.family(name).Model.accepts]
-WRITERS = [name for name in FAMILIES if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
+TRIED = [*FAMILIES, *VARIANTS]
+LEARNED = [name for name in TRIED if name not in INSTEAD["gradient"]]
+PACKED = [name for name in TRIED if "packed" in models.family(family_of(name)).Model.accepts]
+WRITERS = [name for name in TRIED if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
 
 
 def build(name, **fields):
-    cfg = models.config_class(name)(**{**TINY[name], **fields})
+    family = family_of(name)
+    cfg = models.config_class(family)(**{**TINY[family], **VARIANTS.get(name, {}), **fields})
     sizes = {"vocab_size": VOCAB, "max_length": LENGTH, "max_source_length": LENGTH, "packed": True}
     return models.build(models.resolve(cfg, **sizes), decode_length=LENGTH)
 
@@ -130,7 +152,7 @@ def test_every_family_is_tried():
     assert set(TINY) == set(INSTEAD["task"]) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_every_parameter_names_its_axes_and_logits_have_their_shape(name):
     model, params = made(name)
     boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0)))["params"]
@@ -166,7 +188,7 @@ def depends(model, params, batch, key):
     return (jacobian[:, batch[key][0]] != 0).any(axis=-1)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_a_position_sees_what_it_may_and_nothing_else(name):
     """By gradient, in a row of two documents and padding."""
     model, params = made(name)
@@ -185,7 +207,7 @@ def test_a_position_sees_what_it_may_and_nothing_else(name):
         np.testing.assert_array_equal(found, segments[real][:, None] == source[source > 0][None])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each(TRIED))
 def test_packed_padded_and_in_company_are_the_same(name):
     """A document alone, in a longer row, in a pack, and in a larger batch has the same logits."""
     model, params = made(name)
@@ -199,7 +221,7 @@ def test_packed_padded_and_in_company_are_the_same(name):
         np.testing.assert_allclose(together[at : at + len(text)], apart, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_a_neighbour_in_a_pack_changes_nothing(name):
     model, params = made(name)
     words, others = texts([5, 3, 4, 6]), texts([5, 3, 4, 6], seed=2)
@@ -210,7 +232,7 @@ def test_a_neighbour_in_a_pack_changes_nothing(name):
     assert (both[0][:5] != both[1][:5]).any()
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", each(WRITERS))
 def test_decoding_with_a_cache_is_the_full_pass(name):
     """A prompt of some tokens at once and the others one by one; rows differ in length."""
     model, params = made(name)
@@ -247,7 +269,9 @@ def stacked(tree):
 
 
 @pytest.mark.slow  # six programs a family to compile
-@pytest.mark.parametrize("name", [n for n in LEARNED if hasattr(models.config_class(n), "scan")])
+@pytest.mark.parametrize(
+    "name", [n for n in LEARNED if hasattr(models.config_class(family_of(n)), "scan")]
+)
 def test_scanned_layers_and_rematerialisation_change_nothing(name):
     model, params = made(name)
     words = texts([5, 3, 4, 6])
@@ -297,7 +321,7 @@ def steps(name, mesh, *, count, tx, rows=8):
         return losses, jax.device_get(state)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_gradients_are_finite_differences(name):
     """In float64, of every parameter, along a random direction."""
     model, params = made(name)
@@ -333,7 +357,7 @@ def one_device():
     return sharding.make_mesh(sharding.Config(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_one_batch_is_learned_by_heart_and_the_same_again(name):
     losses, _ = steps(name, one_device(), count=150, tx=optax.adam(1e-2), rows=2)
     again, _ = steps(name, one_device(), count=3, tx=optax.adam(1e-2), rows=2)
@@ -341,7 +365,7 @@ def test_one_batch_is_learned_by_heart_and_the_same_again(name):
     assert again == losses[:3]
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", each(LEARNED))
 def test_sharded_is_one_device(name):
     """Loss and each tensor's gradient, where data, parameters and heads are all split."""
     trace = optax.trace(0.9)  # a sum of updates, which begins as the gradient
@@ -359,12 +383,13 @@ def test_sharded_is_one_device(name):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each(TRIED))
 def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     """From text to a checkpoint and back, through the task that suits the family."""
     config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)
-    config.task = ConfigDict(INSTEAD["task"][name])
-    config.model = ConfigDict({"name": name, **TINY[name]})
+    family = family_of(name)
+    config.task = ConfigDict(INSTEAD["task"][family])
+    config.model = ConfigDict({"name": family, **TINY[family], **VARIANTS.get(name, {})})
     workdir = tmp_path / "run"
     final = train.run(config, workdir)
     scores = tmp_path / "scores.json"
