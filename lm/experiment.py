@@ -139,6 +139,8 @@ def build(config: ConfigDict) -> Experiment:
     text = corpus.build(cfg["data"])
     task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)
     _check_corpus(cfg, text, task)
+    sharding.check_length(mesh, task.row_length, "the task")
+    sharding.check_length(mesh, task.source_length, "the task's source")
     cfg["model"] = models.resolve(
         cfg["model"],
         vocab_size=task.vocab_size,
@@ -237,6 +239,11 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
         (kinds, True, f"task.name={cfg['task'].name!r}"),
         (("packed",), cfg["task"].packed, "task.isolate_documents=True"),
         (("carry",), stateful, "data.order='stream'"),
+        (
+            ("context",),
+            sharding.ways(mesh, "act_length") > 1,
+            f"mesh.context={cfg['mesh'].context}",
+        ),
     ]
     for need, wanted, field in needs:
         if wanted and not accepts.intersection(need):

@@ -37,6 +37,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int = 0,
     shards: int = 1,
+    length_parts: int = 1,
     whole_rows: bool = False,
     by_row: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -58,6 +59,7 @@ def cross_entropy(
       vocab_size: the real columns of the logits, for label smoothing; 0 = all.
       chunk: positions of a row that have logits at once; 0 = as many as a budget of bytes holds.
       shards: over how many devices a chunk's logits are split.
+      length_parts: over how many of them positions are: a chunk has as many of each one's.
       whole_rows: also count the rows whose scored positions are all right.
       by_row: also return the loss of each row.
 
@@ -80,8 +82,9 @@ def cross_entropy(
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
+    length_parts = length_parts if spec.shape[1] % length_parts == 0 else 1
     weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
-    plan = head, terms, num_chunks
+    plan = head, terms, (num_chunks, length_parts)
     objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
     return objective, _count_rows(sums, weights_BL) if whole_rows else sums
 
@@ -190,20 +193,20 @@ def _terms(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL):
     """Return (objective, sums) over all chunks, from the loss alone."""
-    head, terms, num_chunks = plan
+    head, terms, cut = plan
 
     def one(inputs):
         x_BcD, targets_Bc, weights_Bc = inputs
         objective, sums, _ = terms(head(used, x_BcD), targets_Bc, weights_Bc)
         return (objective, sums), ()
 
-    (objective, sums), _ = _over_chunks(one, num_chunks, (x_BLD, targets_BL, weights_BL))
+    (objective, sums), _ = _over_chunks(one, cut, (x_BLD, targets_BL, weights_BL))
     return objective, sums
 
 
 def _sum_and_gradient(plan, used, x_BLD, targets_BL, weights_BL):
     """Return what `_sum_over_chunks` does, and the gradient of the objective, in one pass."""
-    head, terms, num_chunks = plan
+    head, terms, cut = plan
 
     def one(inputs):
         x_BcD, targets_Bc, weights_Bc = inputs
@@ -212,9 +215,7 @@ def _sum_and_gradient(plan, used, x_BLD, targets_BL, weights_BL):
         d_used, dx_BcD = pull(gradient())
         return (objective, sums, d_used), dx_BcD
 
-    (objective, sums, d_used), dx_BLD = _over_chunks(
-        one, num_chunks, (x_BLD, targets_BL, weights_BL)
-    )
+    (objective, sums, d_used), dx_BLD = _over_chunks(one, cut, (x_BLD, targets_BL, weights_BL))
     return (objective, sums), (d_used, dx_BLD)
 
 
@@ -228,22 +229,30 @@ def _scale_gradient(plan, gradients, cotangents):
 _sum_over_chunks.defvjp(_sum_and_gradient, _scale_gradient)
 
 
-def _over_chunks(one, num_chunks: int, arrays):
-    """Sum `one`'s first result over chunks of `arrays` along L, and join its second."""
-    length = arrays[0].shape[1]
+def _over_chunks(one, cut: tuple[int, int], arrays):
+    """Sum `one`'s first result over chunks of `arrays` along L, and join its second.
+
+    `cut` is (chunks, equal parts of L, of each of which a chunk has a share).
+    """
+    num_chunks, parts = cut
+    length = arrays[0].shape[1] // parts
     if num_chunks == 1:
         return one(arrays)
     chunk = -(-length // num_chunks)
     padding = num_chunks * chunk - length
 
     def split(array):
-        array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-        array = array.reshape(array.shape[0], num_chunks, chunk, *array.shape[2:])
-        return jnp.moveaxis(array, 1, 0)
+        num_rows, rest = array.shape[0], array.shape[2:]
+        array = array.reshape(num_rows, parts, length, *rest)
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, padding), *((0, 0),) * len(rest)))
+        array = array.reshape(num_rows, parts, num_chunks, chunk, *rest)
+        return jnp.moveaxis(array, 2, 0).reshape(num_chunks, num_rows, parts * chunk, *rest)
 
     def join(array):
-        array = jnp.moveaxis(array, 0, 1)
-        return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+        num_rows, rest = array.shape[1], array.shape[3:]
+        array = array.reshape(num_chunks, num_rows, parts, chunk, *rest)
+        array = jnp.moveaxis(array, 0, 2).reshape(num_rows, parts, -1, *rest)[:, :, :length]
+        return array.reshape(num_rows, parts * length, *rest)
 
     def add(total, inputs):
         part, rest = one(inputs)

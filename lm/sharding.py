@@ -5,14 +5,17 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
 
     data    each device holds all parameters and a share of the batch
     fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
-    tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053)
+    tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053); between
+            them a Transformer's positions are (Korthikanti et al. 2022, arXiv 2205.05198)
+    context positions are split, each device holding an early and a late part of every row, so that
+            under a causal mask all have the same work (`columns`; `lm.nn.context` attends across it)
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +31,7 @@ class Config:
     data: int = -1  # devices that split the batch alone; -1 = the rest
     fsdp: int = 1  # devices that split the batch and, along `embed`, the parameters; -1 = the rest
     tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
+    context: int = 1  # devices that split the positions of a row; -1 = the rest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -41,7 +45,8 @@ class Config:
 RULES: dict[str, tuple[str, ...]] = {
     # Activations.
     "act_batch": ("data", "fsdp"),
-    "act_length": (),
+    "act_length": ("context",),
+    "act_length_norm": ("context", "tensor"),  # between a Transformer's layers, which gather it
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
@@ -66,6 +71,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "gates": (),
     "layers": (),
 }
+
+# The axes of a mesh, those that exchange most last: neighbours in it are near each other.
+ORDER = ("data", "fsdp", "context", "tensor")
 
 # Leaving an array of fewer elements whole is never an error: it is not worth a collective.
 SMALL = 1024
@@ -92,8 +100,8 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}, or set mesh.data=-1"
         )
     return Mesh(
-        np.asarray(devices).reshape(tuple(sizes.values())),
-        tuple(sizes),
+        np.asarray(devices).reshape([sizes[name] for name in ORDER]),
+        ORDER,
         axis_types=(AxisType.Auto,) * len(sizes),
     )
 
@@ -140,11 +148,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    fitting = [
-        axis if dim % ways(mesh, axis) == 0 else None
-        for dim, axis in zip(x.shape, axes, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+    return jax.lax.with_sharding_constraint(x, partition_spec(fitting(x.shape, axes)))
+
+
+def fitting(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Return `axes` with None for a dimension that the mesh in use does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        axis if dim % ways(mesh, axis) == 0 else None for dim, axis in zip(shape, axes, strict=True)
+    )
+
+
+def spread(x_BLD: jax.Array) -> jax.Array:
+    """Split the positions of a Transformer's residual stream over tensor too, where they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divides = mesh.empty or x_BLD.shape[1] % ways(mesh, "act_length_norm") == 0
+    length = "act_length_norm" if divides else "act_length"
+    return constrain(x_BLD, "act_batch", length, "act_embed")
+
+
+@jax.custom_vjp
+def collect(x_BLD: jax.Array) -> jax.Array:
+    """Undo `spread`, before a product; the gradient is spread again as it is summed."""
+    return constrain(x_BLD, "act_batch", "act_length", "act_embed")
+
+
+collect.defvjp(lambda x_BLD: (collect(x_BLD), None), lambda _, gradient: (spread(gradient),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -161,6 +190,72 @@ gather.defvjp(
     lambda kernel, axes: (gather(kernel, axes), None),
     lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
+
+
+def on_shards(
+    function: Callable[..., jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    out: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """Return `function` as each device runs it on its own parts of the arguments, which have logical `axes`.
+
+    Its result is a part of an array with axes `out`. On one device, or where a dimension does not divide, it
+    is `function` itself, and `all_gather` and the others below change nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def run(*arguments: jax.Array) -> jax.Array:
+        divides = all(
+            dim % ways(mesh, axis) == 0
+            for argument, names in zip(arguments, axes, strict=True)
+            for dim, axis in zip(argument.shape, names, strict=True)
+        )
+        specs = tuple(partition_spec(names) for names in axes)
+        # The check of what differs between devices does not know rules of gradients that are one's own.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False
+        )
+        return mapped(*arguments) if divides else function(*arguments)
+
+    return function if mesh.empty or mesh.size == 1 else run
+
+
+def _split_here(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of logical `axis` over which the code that runs is one part of several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in RULES[axis] if name in mesh.manual_axes and mesh.shape[name] > 1)
+
+
+def all_gather(x: jax.Array, axis: str) -> jax.Array:
+    """Join along dimension 0, within `on_shards`, the parts of `x` of all devices that split `axis`."""
+    names = _split_here(axis)
+    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+
+
+def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of dimension 0."""
+    names = _split_here(axis)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True) if names else x
+
+
+def pass_on(x: jax.Array, axis: str) -> jax.Array:
+    """Give `x`, within `on_shards`, to the next of the devices in a ring that split `axis`."""
+    names = _split_here(axis)
+    size = num_parts(axis)
+    ring = [(part, (part + 1) % size) for part in range(size)]
+    return jax.lax.ppermute(x, names, ring) if names else x
+
+
+def part_number(axis: str) -> jax.Array | int:
+    """Return which part of logical `axis` this device has, within `on_shards`; 0 where it is whole."""
+    names = _split_here(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def num_parts(axis: str) -> int:
+    """Return of how many parts of logical `axis` this device has one, within `on_shards`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _split_here(axis))
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -215,6 +310,57 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def splits_rows(length: int) -> bool:
+    """Return whether rows of `length` lie on the mesh in use split, in the order of `columns`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else ways(mesh, "act_length")
+    return parts > 1 and length % (2 * parts) == 0
+
+
+def length_parts() -> int:
+    """Return over how many devices of the mesh in use the positions of a row are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, "act_length")
+
+
+def columns(length: int, parts: int) -> np.ndarray:
+    """Return which position of a row [length] lies at each place of it, when `parts` devices split it.
+
+    Of 2 `parts` chunks device i holds chunks i and 2 parts - 1 - i: under a causal mask, an early one
+    that sees little and a late one that sees much (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
+
+
+def check_length(mesh: Mesh, length: int, name: str) -> None:
+    """Raise ConfigError where the positions of rows of `length` do not split over `mesh`."""
+    parts = ways(mesh, "act_length")
+    if parts > 1 and length % (2 * parts):
+        raise ConfigError(
+            f"mesh.context={parts}: a row of {name} has {length} positions, which do not split into "
+            f"{2 * parts} equal chunks, two for a device; use a length that is a multiple of {2 * parts}"
+        )
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put this host's rows of a batch on its devices, as global arrays; returns at once."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+    """Put this host's rows of a batch on its devices, as global arrays; returns at once.
+
+    Where positions are split they lie in the order of `columns`, in every array [B, L] alike. A batch that
+    a model reads under such a mesh comes from here.
+
+    Raises:
+      ConfigError: rows whose positions do not split.
+    """
+    parts = ways(mesh, "act_length")
+
+    def one(name: str, array: np.ndarray) -> jax.Array:
+        if parts > 1 and array.ndim > 1:
+            check_length(mesh, array.shape[1], name)
+            array = array[:, columns(array.shape[1], parts)]
+        placed = named_sharding(mesh, ("act_batch", "act_length")[: array.ndim])
+        return jax.make_array_from_process_local_data(placed, array)
+
+    return {name: one(name, array) for name, array in batch.items()}

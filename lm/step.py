@@ -266,7 +266,7 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
     objective_sum, sums = losses.cross_entropy(
         lambda params, x: model.apply({"params": params}, x, method="logits"),
         variables["params"],
-        x_BLD,
+        sharding.collect(x_BLD),
         batch["targets"],
         batch["weights"],
         max_scored=objective.max_scored,
@@ -275,6 +275,7 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         label_smoothing=objective.label_smoothing,
         chunk=objective.chunk,
         shards=sharding.mesh_size(),
+        length_parts=sharding.length_parts(),
         whole_rows=objective.whole_rows,
         by_row="corpus" in batch,
     )
@@ -309,7 +310,8 @@ def split_rows(tree: Any, parts: int) -> Any:
 
     def split(x):
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
+        axes = (None, "act_batch", "act_length") if x.ndim == 3 else (None, "act_batch")
+        return sharding.constrain(x, *axes, *(None,) * (x.ndim - len(axes)))
 
     return jax.tree.map(split, tree)
 
