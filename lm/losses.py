@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from lm import sharding
+
 # Bytes of one chunk's float32 logits on one device. On a CPU as measured: at vocabulary 50,304 and
 # width 768 less is slower, more costs memory alone. Elsewhere the [V, D] gradient that each chunk
 # reads and writes outweighs its matrix products unless a chunk has thousands of tokens.
@@ -37,7 +39,6 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int = 0,
     shards: int = 1,
-    length_parts: int = 1,
     whole_rows: bool = False,
     by_row: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -59,7 +60,6 @@ def cross_entropy(
       vocab_size: the real columns of the logits, for label smoothing; 0 = all.
       chunk: positions of a row that have logits at once; 0 = as many as a budget of bytes holds.
       shards: over how many devices a chunk's logits are split.
-      length_parts: over how many of them positions are: a chunk has as many of each one's.
       whole_rows: also count the rows whose scored positions are all right.
       by_row: also return the loss of each row.
 
@@ -68,8 +68,11 @@ def cross_entropy(
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
       probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`; with `by_row`, `loss_B`.
     """
-    if max_scored < x_BLD.shape[1]:
-        x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
+    parts = sharding.length_parts()
+    num_gathered = -(-max_scored // parts) * parts
+    if num_gathered < x_BLD.shape[1]:
+        scored = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored, num_gathered)
+        x_BLD, targets_BL, weights_BL = scored
     spec = jax.eval_shape(logits_fn, params, x_BLD)
     head, used = _only_used(logits_fn, params, x_BLD)
     terms = functools.partial(
@@ -82,7 +85,8 @@ def cross_entropy(
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
-    length_parts = length_parts if spec.shape[1] % length_parts == 0 else 1
+    # Where positions are split over devices a chunk has as many of each one's.
+    length_parts = parts if spec.shape[1] % parts == 0 else 1
     weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
     plan = head, terms, (num_chunks, length_parts)
     objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
@@ -109,18 +113,39 @@ def _chunk_of(shape: tuple[int, ...], shards: int) -> int:
 
 
 def _gather_scored(
-    x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int
+    x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int, num: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the scored positions of each row, in order, at the row's start; S = `max_scored`."""
-    scored_BL = weights_BL != 0
-    index_BS = jnp.argsort(~scored_BL, axis=1, stable=True)[:, :max_scored]
-    kept_BS = jnp.take_along_axis(weights_BL, index_BS, axis=1)
+    """Return the scored positions of each row, in order, at the start of `num` = S positions."""
+    # Whole rows of numbers are little; only features are picked where they are.
+    whole = lambda array: sharding.constrain(array, "act_batch", None)  # noqa: E731
+    targets_BL, weights_BL = whole(targets_BL), whole(weights_BL)
+    scored_BL = whole(weights_BL != 0)
+    index_BS = whole(jnp.argsort(whole(~scored_BL), axis=1, stable=True)[:, :num])
+    kept_BS = whole(jnp.take_along_axis(weights_BL, index_BS, axis=1))
     broken_B1 = scored_BL.sum(axis=1, keepdims=True) > max_scored
     return (
-        jnp.take_along_axis(x_BLD, index_BS[..., None], axis=1),
+        _take(x_BLD, index_BS),
         jnp.take_along_axis(targets_BL, index_BS, axis=1),
         jnp.where(broken_B1, jnp.nan, kept_BS),
     )
+
+
+def _take(x_BLD: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """Return x[b, index[b, s]], [B, S, D]; where positions are split, a part of S to each device."""
+    if sharding.length_parts() == 1:
+        return jnp.take_along_axis(x_BLD, index_BS[..., None], axis=1)
+
+    def pick(x_BLD, index_BS):
+        """Give what is here of every position, and keep what all have found of this part's."""
+        length = x_BLD.shape[1]
+        place_BS1 = (index_BS - sharding.part_number("act_length") * length)[..., None]
+        here_BS1 = (place_BS1 >= 0) & (place_BS1 < length)
+        found = jnp.take_along_axis(x_BLD, jnp.clip(place_BS1, 0, length - 1), axis=1)
+        found_SBD = jnp.where(here_BS1, found, 0).swapaxes(0, 1)
+        return sharding.reduce_scatter(found_SBD, "act_length").swapaxes(0, 1)
+
+    features = ("act_batch", "act_length", None)
+    return sharding.on_shards(pick, [features, ("act_batch", None)], features)(x_BLD, index_BS)
 
 
 def _only_used(

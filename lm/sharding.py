@@ -211,10 +211,13 @@ def on_shards(
             for dim, axis in zip(argument.shape, names, strict=True)
         )
         specs = tuple(partition_spec(names) for names in axes)
+        # Of mesh axes that split nothing here the partitioner still decides: no sum over them is asked for.
+        manual = {name for names in (*axes, out) for axis in names if axis for name in RULES[axis]}
         # The check of what differs between devices does not know rules of gradients that are one's own.
         mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False
-        )
+            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False,
+            axis_names=manual,
+        )  # fmt: skip
         return mapped(*arguments) if divides else function(*arguments)
 
     return function if mesh.empty or mesh.size == 1 else run

@@ -275,7 +275,6 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         label_smoothing=objective.label_smoothing,
         chunk=objective.chunk,
         shards=sharding.mesh_size(),
-        length_parts=sharding.length_parts(),
         whole_rows=objective.whole_rows,
         by_row="corpus" in batch,
     )
