@@ -235,15 +235,11 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
     name, stateful = cfg["model"].name, cfg["data"].order == "stream"
     accepts = models.family(name).Model.accepts
     kinds = tasks.kinds(cfg["task"])
+    _check_context(cfg["model"], accepts, sharding.ways(mesh, "act_length"))
     needs = [
         (kinds, True, f"task.name={cfg['task'].name!r}"),
         (("packed",), cfg["task"].packed, "task.isolate_documents=True"),
         (("carry",), stateful, "data.order='stream'"),
-        (
-            ("context",),
-            sharding.ways(mesh, "act_length") > 1,
-            f"mesh.context={cfg['mesh'].context}",
-        ),
     ]
     for need, wanted, field in needs:
         if wanted and not accepts.intersection(need):
@@ -272,6 +268,19 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
                 f"that split a batch); use a multiple of {divisor}"
             )
     return tasks.kind_for(kinds, accepts)
+
+
+def _check_context(cfg: Any, accepts: frozenset[str], parts: int) -> None:
+    """Refuse a model that does not read rows whose positions `parts` devices split."""
+    if parts > 1 and "context" not in accepts:
+        raise ConfigError(
+            f"mesh.context={parts} splits the positions of a row, and model.name={cfg.name!r} reads them one "
+            "after the other; use mesh.context=1, and mesh.data or mesh.fsdp for the devices"
+        )
+    if parts > 1 and getattr(cfg, "kernel", "") == "cudnn":
+        raise ConfigError(
+            f"model.kernel='cudnn' attends to whole rows, and mesh.context={parts} splits them; use ''"
+        )
 
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:

@@ -39,7 +39,7 @@ def test_size_zero_is_refused():
 
 def test_minus_one_is_the_rest():
     mesh = sharding.make_mesh(sharding.Config(-1, 2, 2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
