@@ -315,8 +315,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def splits_rows(length: int) -> bool:
     """Return whether rows of `length` lie on the mesh in use split, in the order of `columns`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else ways(mesh, "act_length")
+    parts = length_parts()
     return parts > 1 and length % (2 * parts) == 0
 
 
@@ -351,8 +350,9 @@ def check_length(mesh: Mesh, length: int, name: str) -> None:
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Put this host's rows of a batch on its devices, as global arrays; returns at once.
 
-    Where positions are split they lie in the order of `columns`, in every array [B, L] alike. A batch that
-    a model reads under such a mesh comes from here.
+    Where positions are split they lie in the order of `columns`, in every array [B, L] alike, and a model
+    under such a mesh takes them to. What is drawn for each place (dropout) so goes to other positions
+    than on one device.
 
     Raises:
       ConfigError: rows whose positions do not split.
