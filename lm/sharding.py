@@ -159,6 +159,7 @@ def fitting(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[str | Non
     )
 
 
+@jax.custom_vjp
 def spread(x_BLD: jax.Array) -> jax.Array:
     """Split the positions of a Transformer's residual stream over tensor too, where they divide."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -169,10 +170,12 @@ def spread(x_BLD: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def collect(x_BLD: jax.Array) -> jax.Array:
-    """Undo `spread`, before a product; the gradient is spread again as it is summed."""
+    """Undo `spread`, before a product that tensor splits."""
     return constrain(x_BLD, "act_batch", "act_length", "act_embed")
 
 
+# Said aloud, because the partitioner otherwise may leave positions split and collect kernels.
+spread.defvjp(lambda x_BLD: (spread(x_BLD), None), lambda _, gradient: (collect(gradient),))
 collect.defvjp(lambda x_BLD: (collect(x_BLD), None), lambda _, gradient: (spread(gradient),))
 
 

@@ -11,7 +11,8 @@ The gradient is by hand: of the forward pass queries, keys, values, output and o
 kept, all of them parts of a row; keys and values go round again, the sums of their gradients with
 them (ring), or are collected again and the gradients summed and split (gather).
 
-Letters: Q = R heads of a group times the positions of a chunk of queries, C the positions of a chunk.
+Letters: Q = R heads of a group times the positions of a chunk of queries, C the keys of a
+tile of a chunk.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from lm.nn.linear import wide
 
 MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
 WAYS = ("ring", "gather")
+TILE = 1024  # keys that a chunk of queries attends to at once
 
 
 @struct.dataclass
@@ -115,20 +117,27 @@ def _forward(plan: Plan, parts):
     total, out = jnp.zeros((*shape[:-1], 1), dtype), jnp.zeros(shape, dtype)
     for owner, held, blocks in _rounds(plan, parts):
         for a, b in blocks:
-            scores, _ = _scores(plan, parts, query_2BGQK[a], held[0], a, owner, b)
-            value_BGCK = _half(held[1], b)
-            before = most[a]
-            after = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
-            exp_BGQC, shrink = jnp.exp(scores - after), jnp.exp(before - after)
-            product = jnp.einsum(
-                "bgqc,bgck->bgqk",
-                exp_BGQC.astype(value_BGCK.dtype),
-                value_BGCK,
-                preferred_element_type=dtype,
+
+            def add(tile, state, a=a, b=b, owner=owner, held=held):
+                """Add a tile of keys to the statistics of a half of the queries."""
+                before, total, out = state
+                (key_BGCK, value_BGCK), at = _tile(held, b, tile)
+                scores, _ = _scores(plan, parts, query_2BGQK[a], key_BGCK, a, owner, b, at)
+                after = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
+                exp_BGQC, shrink = jnp.exp(scores - after), jnp.exp(before - after)
+                product = jnp.einsum(
+                    "bgqc,bgck->bgqk",
+                    exp_BGQC.astype(value_BGCK.dtype),
+                    value_BGCK,
+                    preferred_element_type=dtype,
+                )
+                total = total * shrink + exp_BGQC.sum(axis=-1, keepdims=True)
+                return after, total, out * shrink + product
+
+            state = _over_tiles(held, add, (most[a], total[a], out[a]))
+            most, total, out = (
+                array.at[a].set(new) for array, new in zip((most, total, out), state, strict=True)
             )
-            most = most.at[a].set(after)
-            total = total.at[a].set(total[a] * shrink + exp_BGQC.sum(axis=-1, keepdims=True))
-            out = out.at[a].set(out[a] * shrink + product)
     out = _joined((out / total).astype(query_2BGQK.dtype), parts["query"])
     return out, (parts, out, most + jnp.log(total))
 
@@ -136,6 +145,10 @@ def _forward(plan: Plan, parts):
 def _backward(plan: Plan, kept, dout):
     """Return the gradients of this device's queries, keys and values, and its share of the bias's."""
     parts, out, log_total = kept
+    # Behind the barrier they go round again; else XLA keeps all that came in the forward pass.
+    names = ("key", "value")
+    *arrays, dout = jax.lax.optimization_barrier((*[parts[name] for name in names], dout))
+    parts = parts | dict(zip(names, arrays, strict=True))
     query_2BGQK = _halves(parts["query"] * plan.scale)
     dtype = wide(query_2BGQK.dtype)
     dout_2BGQK = _halves(dout)
@@ -146,25 +159,33 @@ def _backward(plan: Plan, kept, dout):
     for owner, held, blocks in _rounds(plan, parts):
         dheld = jnp.zeros(held.shape, dtype)
         for a, b in blocks:
-            scores, seen = _scores(plan, parts, query_2BGQK[a], held[0], a, owner, b)
-            key_BGCK, value_BGCK = _half(held[0], b), _half(held[1], b)
-            share = jnp.exp(scores - log_total[a])
-            dshare = jnp.einsum(
-                "bgqk,bgck->bgqc", dout_2BGQK[a], value_BGCK, preferred_element_type=dtype
-            )
-            dscores = jnp.where(seen, share * (dshare - inner[a]), 0)
-            if dbias is not None:
-                dbias = _add_to_bias(dbias, dscores, parts, a, owner, b)
-            share, dscores = share.astype(value_BGCK.dtype), dscores.astype(key_BGCK.dtype)
-            dkey = jnp.einsum(
-                "bgqc,bgqk->bgck", dscores, query_2BGQK[a], preferred_element_type=dtype
-            )
-            dvalue = jnp.einsum(
-                "bgqc,bgqk->bgck", share, dout_2BGQK[a], preferred_element_type=dtype
-            )
-            dheld = _add_half(dheld, jnp.stack([dkey, dvalue]), b)
-            change = jnp.einsum("bgqc,bgck->bgqk", dscores, key_BGCK, preferred_element_type=dtype)
-            dquery = dquery.at[a].add(change)
+
+            def add(tile, state, a=a, b=b, owner=owner, held=held):
+                """Add what a tile of keys and a half of the queries give to the gradients."""
+                dquery, dheld, dbias = state
+                (key_BGCK, value_BGCK), at = _tile(held, b, tile)
+                scores, seen = _scores(plan, parts, query_2BGQK[a], key_BGCK, a, owner, b, at)
+                share = jnp.exp(scores - log_total[a])
+                dshare = jnp.einsum(
+                    "bgqk,bgck->bgqc", dout_2BGQK[a], value_BGCK, preferred_element_type=dtype
+                )
+                dscores = jnp.where(seen, share * (dshare - inner[a]), 0)
+                if dbias is not None:
+                    dbias = _add_to_bias(dbias, dscores, parts, a, owner, b, at)
+                share, dscores = share.astype(value_BGCK.dtype), dscores.astype(key_BGCK.dtype)
+                dkey = jnp.einsum(
+                    "bgqc,bgqk->bgck", dscores, query_2BGQK[a], preferred_element_type=dtype
+                )
+                dvalue = jnp.einsum(
+                    "bgqc,bgqk->bgck", share, dout_2BGQK[a], preferred_element_type=dtype
+                )
+                change = jnp.einsum(
+                    "bgqc,bgck->bgqk", dscores, key_BGCK, preferred_element_type=dtype
+                )
+                dheld = _add_tile(dheld, jnp.stack([dkey, dvalue]), b, at)
+                return dquery.at[a].add(change), dheld, dbias
+
+            dquery, dheld, dbias = _over_tiles(held, add, (dquery, dheld, dbias))
         gradients.add(owner, dheld)
     dkey, dvalue = gradients.at_home().astype(parts["key"].dtype)
     dquery = (_joined(dquery, parts["query"]) * plan.scale).astype(parts["query"].dtype)
@@ -224,31 +245,56 @@ class _Returned:
         return sharding.pass_on(self._sum, "act_length") if self._num > 1 else self._sum
 
 
-def _scores(plan: Plan, parts, query_BGQK, key_BGSK, a, owner, b):
-    """Return (scores [B, G, Q, C] of a half of the queries and of the owner's keys, which are seen)."""
-    key_BGCK = _half(key_BGSK, b)
+def _over_tiles(held, add, state):
+    """Return `state` after `add(tile, state)` for each tile of a half of the keys that are `held`."""
+    num = _num_tiles(held)
+    return jax.lax.fori_loop(0, num, add, state) if num > 1 else add(0, state)
+
+
+def _num_tiles(held) -> int:
+    """Return in how many equal tiles, of at most TILE keys where that divides, a half is taken."""
+    size = held.shape[3] // 2
+    return next((n for n in range(-(-size // TILE), size) if size % n == 0), 1)
+
+
+def _tile(held, half, tile):
+    """Return (keys, values) [2, B, G, C, K] of a tile of a half, and where in the half it begins."""
+    size = held.shape[3] // 2
+    width = size // _num_tiles(held)
+    return jax.lax.dynamic_slice_in_dim(held, half * size + tile * width, width, 3), tile * width
+
+
+def _add_tile(held, change, half, at):
+    """Add to the tile of a half that begins `at`."""
+    start = half * (held.shape[3] // 2) + at
+    old = jax.lax.dynamic_slice_in_dim(held, start, change.shape[3], axis=3)
+    return jax.lax.dynamic_update_slice_in_dim(held, old + change, start, axis=3)
+
+
+def _scores(plan: Plan, parts, query_BGQK, key_BGCK, a, owner, b, at):
+    """Return (scores [B, G, Q, C] of half `a` of the queries and a tile of half `b` of the owner's keys,
+    which of them are seen)."""
     _, G, Q, _ = query_BGQK.shape
     R, C = parts["query"].shape[2], key_BGCK.shape[2]
-    size = Q // R
+    size, size_of_keys = Q // R, parts["key"].shape[2] // 2
     scores = jnp.einsum(
         "bgqk,bgck->bgqc", query_BGQK, key_BGCK, preferred_element_type=wide(key_BGCK.dtype)
     )
+    here = sharding.part_number("act_length")
+    query_at, key_at = _chunk(here, a) * size, _chunk(owner, b) * size_of_keys + at
     if parts["bias"] is not None:
-        bias = _diagonals(parts["bias"], _first_distance(a, owner, b, size), size)
+        bias = _diagonals(parts["bias"], key_at - query_at, (size, C))
         scores = scores + bias.reshape(1, G, Q, C)
-    at = sharding.part_number("act_length")
-    query_at = _chunk(at, a) * size + jnp.arange(size)[:, None]
-    key_at = _chunk(owner, b) * C + jnp.arange(C)[None]
+    distance = query_at + jnp.arange(size)[:, None] - key_at - jnp.arange(C)[None]
     seen = jnp.ones((1, size, C), bool)
     if plan.causal:
-        seen &= (key_at <= query_at)[None]
+        seen &= (distance >= 0)[None]
     if plan.window:
-        seen &= (query_at - key_at < plan.window)[None]
+        seen &= (distance < plan.window)[None]
     if parts["segments"] is not None:
         mine = jax.lax.dynamic_slice_in_dim(parts["segments"], a * size, size, axis=1)
-        theirs = jax.lax.dynamic_slice_in_dim(
-            parts["source_segments"], (2 * owner + b) * C, C, axis=1
-        )
+        start = (2 * owner + b) * size_of_keys + at
+        theirs = jax.lax.dynamic_slice_in_dim(parts["source_segments"], start, C, axis=1)
         seen = seen & (mine[:, :, None] == theirs[:, None, :])
     seen = jnp.tile(seen, (1, R, 1))[:, None]
     return jnp.where(seen, scores, MASKED_SCORE), seen
@@ -260,29 +306,22 @@ def _chunk(part, half):
     return jnp.where(jnp.asarray(half) == 0, part, last - part)
 
 
-def _first_distance(a, owner, b, size: int):
-    """Return where the diagonals of a block begin in values of distances from 1 - L on."""
-    here = sharding.part_number("act_length")
-    length = 2 * sharding.num_parts("act_length") * size
-    return (_chunk(owner, b) - _chunk(here, a)) * size - (size - 1) + (length - 1)
+def _diagonals(bias_GRW, distance, shape: tuple[int, int]):
+    """Return [G, R, *shape], element (q, c) the value of `distance` + c - q of those from 1 - W / 2 on."""
+    (G, R, W), (rows, width) = bias_GRW.shape, shape
+    start = distance - (rows - 1) + (W // 2 - 1)
+    part = jax.lax.dynamic_slice_in_dim(bias_GRW, start, rows + width, axis=2)
+    flat = jnp.broadcast_to(part[:, :, None], (G, R, rows, rows + width)).reshape(G, R, -1)
+    flat = flat[..., rows - 1 :][..., : rows * (rows + width - 1)]
+    return flat.reshape(G, R, rows, rows + width - 1)[..., :width]
 
 
-def _diagonals(bias_GRW, start, size: int):
-    """Return [G, R, size, size], element (q, c) the value `start` + size - 1 + c - q of `bias`."""
-    G, R, _ = bias_GRW.shape
-    part = jax.lax.dynamic_slice_in_dim(bias_GRW, start, 2 * size, axis=2)
-    rows = jnp.broadcast_to(part[:, :, None], (G, R, size, 2 * size))
-    flat = rows.reshape(G, R, -1)[..., size - 1 :][..., : size * (2 * size - 1)]
-    return flat.reshape(G, R, size, 2 * size - 1)[..., :size]
-
-
-def _add_to_bias(dbias_GRW, dscores_BGQC, parts, a, owner, b):
-    """Add to the gradient of each distance's value that of a block's scores."""
-    G, R, _ = dbias_GRW.shape
-    size = dscores_BGQC.shape[-1]
-    start = _first_distance(a, owner, b, size)
-    pull = jax.linear_transpose(lambda bias: _diagonals(bias, start, size), dbias_GRW)
-    (change,) = pull(dscores_BGQC.sum(axis=0).reshape(G, R, size, size))
+def _add_to_bias(dbias_GRW, dscores_BGQC, parts, a, owner, b, at):
+    """Add to the gradient of each distance's value that of a tile's scores."""
+    size, C = parts["key"].shape[2] // 2, dscores_BGQC.shape[-1]
+    distance = _chunk(owner, b) * size + at - _chunk(sharding.part_number("act_length"), a) * size
+    pull = jax.linear_transpose(lambda bias: _diagonals(bias, distance, (size, C)), dbias_GRW)
+    (change,) = pull(dscores_BGQC.sum(axis=0).reshape(*dbias_GRW.shape[:2], size, C))
     return dbias_GRW + change
 
 
@@ -298,16 +337,3 @@ def _joined(x_2BGQK, like):
     B, G, R, L, K = like.shape
     halves = x_2BGQK.reshape(2, B, G, R, L // 2, K)
     return jnp.moveaxis(halves, 0, 3).reshape(B, G, R, L, K)
-
-
-def _half(x_BGSK, half):
-    """Return the early or the late half of keys or values."""
-    size = x_BGSK.shape[2] // 2
-    return jax.lax.dynamic_slice_in_dim(x_BGSK, half * size, size, axis=2)
-
-
-def _add_half(x_2BGSK, part, half):
-    """Add to the early or late half of the gradients of keys and values."""
-    size = part.shape[3]
-    old = jax.lax.dynamic_slice_in_dim(x_2BGSK, half * size, size, axis=3)
-    return jax.lax.dynamic_update_slice_in_dim(x_2BGSK, old + part, half * size, axis=3)
