@@ -1,6 +1,7 @@
 """Attention of rows that are split over devices, against attention of whole rows."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +99,12 @@ def case(*, causal=True, window=0, packed=False, bias=False, source=0, scale=0.0
     return arrays, real, whole, split
 
 
-@pytest.mark.parametrize("way", context.WAYS)
-@pytest.mark.parametrize("name", CASES)
+PLAIN = [("packed_window", "ring"), ("encoder", "gather")]
+SLOW = [pair for pair in itertools.product(CASES, context.WAYS) if pair not in PLAIN]
+SLOWLY = [pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW]
+
+
+@pytest.mark.parametrize(("name", "way"), PLAIN + SLOWLY)
 def test_split_rows_are_whole_rows(name, way, monkeypatch):
     """The output at every real position, and the gradients of queries, keys, values and the bias."""
     if name in TILED:
