@@ -138,9 +138,7 @@ def build(config: ConfigDict) -> Experiment:
     kind = check_fit(cfg, mesh)
     text = corpus.build(cfg["data"])
     task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)
-    _check_corpus(cfg, text, task)
-    sharding.check_length(mesh, task.row_length, "the task")
-    sharding.check_length(mesh, task.source_length, "the task's source")
+    _check_corpus(cfg, text, task, mesh)
     cfg["model"] = models.resolve(
         cfg["model"],
         vocab_size=task.vocab_size,
@@ -189,8 +187,10 @@ def build(config: ConfigDict) -> Experiment:
     )  # fmt: skip
 
 
-def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any) -> None:
-    """Refuse what the corpus, or the task on it, cannot give."""
+def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:
+    """Refuse what the corpus, or the task on it, cannot give, and rows that do not fit `mesh`."""
+    sharding.check_length(mesh, task.row_length, "the task")
+    sharding.check_length(mesh, task.source_length, "the task's source")
     if not text.validation.num_bytes:
         raise ConfigError(
             f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "

@@ -68,11 +68,7 @@ def cross_entropy(
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
       probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`; with `by_row`, `loss_B`.
     """
-    parts = sharding.length_parts()
-    num_gathered = -(-max_scored // parts) * parts
-    if num_gathered < x_BLD.shape[1]:
-        scored = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored, num_gathered)
-        x_BLD, targets_BL, weights_BL = scored
+    x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
     spec = jax.eval_shape(logits_fn, params, x_BLD)
     head, used = _only_used(logits_fn, params, x_BLD)
     terms = functools.partial(
@@ -85,10 +81,9 @@ def cross_entropy(
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
-    # Where positions are split over devices a chunk has as many of each one's.
-    length_parts = parts if spec.shape[1] % parts == 0 else 1
+    parts = sharding.length_parts()  # of each of them a chunk has as many positions
     weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
-    plan = head, terms, (num_chunks, length_parts)
+    plan = head, terms, (num_chunks, parts if spec.shape[1] % parts == 0 else 1)
     objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
     return objective, _count_rows(sums, weights_BL) if whole_rows else sums
 
@@ -113,9 +108,16 @@ def _chunk_of(shape: tuple[int, ...], shards: int) -> int:
 
 
 def _gather_scored(
-    x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int, num: int
+    x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the scored positions of each row, in order, at the start of `num` = S positions."""
+    """Return the scored positions of each row, in order, at the row's start.
+
+    S is `max_scored` or, where positions are split, the next number that splits as they do; rows that
+    are no longer stay as they are.
+    """
+    num = -(-max_scored // sharding.length_parts()) * sharding.length_parts()
+    if num >= x_BLD.shape[1]:
+        return x_BLD, targets_BL, weights_BL
     # Whole rows of numbers are little; only features are picked where they are.
     whole = lambda array: sharding.constrain(array, "act_batch", None)  # noqa: E731
     targets_BL, weights_BL = whole(targets_BL), whole(weights_BL)

@@ -207,7 +207,7 @@ def experiments(draw):
         task |= {"length": 4 * draw(st.integers(3, 9)), "isolate_documents": draw(st.booleans())}
     accumulate = draw(st.sampled_from([1, 2]))
     return {
-        "data": {"path": "python_docs", "tokenizer": "byte", "batch_size": 4 * accumulate},
+        "data": {"source": "python_docs", "tokenizer": "byte", "batch_size": 4 * accumulate},
         "task": task, "model": model, "mesh": mesh, "seed": draw(st.integers(0, 9)),
         "optim": {"name": "sgd", "momentum": 0.9, "peak_lr": 0.1},
         "train": {

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from lm import sharding
 from lm.nn.linear import wide
@@ -31,7 +30,8 @@ WAYS = ("ring", "gather")
 TILE = 1024  # keys that a chunk of queries attends to at once
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Pairs:
     """Which keys a query may see, where rows are split: what a mask [B, L, S] would be made of.
 
@@ -44,8 +44,8 @@ class Pairs:
 
     segments_BL: jax.Array | None
     source_segments_BS: jax.Array | None
-    causal: bool = struct.field(pytree_node=False, default=False)
-    window: int = struct.field(pytree_node=False, default=0)
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    window: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

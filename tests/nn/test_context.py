@@ -1,5 +1,6 @@
 """Attention of rows that are split over devices, against attention of whole rows."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -75,14 +76,15 @@ def case(*, causal=True, window=0, packed=False, bias=False, source=0, scale=0.0
     def split(arrays, *, way):
         order, order_of_keys = (sharding.columns(n, PARTS) for n in (L, source or L))
         pairs = mask()
-        pairs = pairs.replace(
+        pairs = dataclasses.replace(
+            pairs,
             **{
                 name: array if array is None else array[:, places]
                 for name, array, places in (
                     ("segments_BL", pairs.segments_BL, order),
                     ("source_segments_BS", pairs.source_segments_BS, order_of_keys),
                 )
-            }
+            },
         )
         out = context.attend(
             arrays["query"][:, :, :, order],
