@@ -250,12 +250,8 @@ class Attention(nn.Module):
             distance, as `lm.nn.context.attend` takes them.
         """
         x_BLD = sharding.collect(x_BLD)
-        G, R, K, D = (
-            self.num_kv_heads,
-            self.num_heads // self.num_kv_heads,
-            self.head_dim,
-            x_BLD.shape[-1],
-        )
+        G, K, D = self.num_kv_heads, self.head_dim, x_BLD.shape[-1]
+        R = self.num_heads // G
         qkv = Linear(
             (D, G, R + 2, K), ("embed", "heads", "qkv", "kv"), self.dtype, self.kernel_init,
             bias=self.bias, name="qkv",

@@ -381,7 +381,7 @@ def test_sharded_is_one_device(name):
 # Sizes that are no powers of two, but for the heads; rows of 24 positions, a number that 3 divides.
 ODD = {"rows": 24, "length": 24}
 MESHES = {
-    "singly": [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"context": 4}],
+    "singly": [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"context": 3}],
     "mixed": [
         {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "context": 4},
         {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 4}, {"tensor": 2, "context": 4},
