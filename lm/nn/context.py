@@ -11,8 +11,7 @@ The gradient is by hand: of the forward pass queries, keys, values, output and o
 kept, all of them parts of a row; keys and values go round again, the sums of their gradients with
 them (ring), or are collected again and the gradients summed and split (gather).
 
-Letters: Q = R heads of a group times the positions of a chunk of queries, C the keys of a
-tile of a chunk.
+Letters: Q = R heads of a group times the positions of a chunk of queries, C the keys of a tile.
 """
 
 import dataclasses
