@@ -145,7 +145,7 @@ def _backward(plan: Plan, kept, dout):
     """Return the gradients of this device's queries, keys and values, and its share of the bias's."""
     parts, out, log_total = kept
     # Behind the barrier they go round again; else XLA keeps all that came in the forward pass. On a CPU it
-    # does, where layers are not scanned: it takes barriers out before it looks for what is alike.
+    # still does before jax 0.12, where layers are not scanned: it takes barriers out too early.
     names = ("key", "value")
     *arrays, dout = jax.lax.optimization_barrier((*[parts[name] for name in names], dout))
     parts = parts | dict(zip(names, arrays, strict=True))
