@@ -138,7 +138,7 @@ def build(config: ConfigDict) -> Experiment:
     kind = check_fit(cfg, mesh)
     text = corpus.build(cfg["data"])
     task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)
-    _check_corpus(cfg, text, task)
+    _check_corpus(cfg, text, task, mesh)
     cfg["model"] = models.resolve(
         cfg["model"],
         vocab_size=task.vocab_size,
@@ -187,8 +187,10 @@ def build(config: ConfigDict) -> Experiment:
     )  # fmt: skip
 
 
-def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any) -> None:
-    """Refuse what the corpus, or the task on it, cannot give."""
+def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:
+    """Refuse what the corpus, or the task on it, cannot give, and rows that do not fit `mesh`."""
+    sharding.check_length(mesh, task.row_length, "the task")
+    sharding.check_length(mesh, task.source_length, "the task's source")
     if not text.validation.num_bytes:
         raise ConfigError(
             f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "
@@ -233,6 +235,7 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
     name, stateful = cfg["model"].name, cfg["data"].order == "stream"
     accepts = models.family(name).Model.accepts
     kinds = tasks.kinds(cfg["task"])
+    _check_context(cfg["model"], accepts, sharding.ways(mesh, "act_length"))
     needs = [
         (kinds, True, f"task.name={cfg['task'].name!r}"),
         (("packed",), cfg["task"].packed, "task.isolate_documents=True"),
@@ -265,6 +268,24 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
                 f"that split a batch); use a multiple of {divisor}"
             )
     return tasks.kind_for(kinds, accepts)
+
+
+def _check_context(cfg: Any, accepts: frozenset[str], parts: int) -> None:
+    """Refuse a model that does not read rows whose positions `parts` devices split."""
+    if parts > 1 and "context" not in accepts:
+        raise ConfigError(
+            f"mesh.context={parts} splits the positions of a row, and model.name={cfg.name!r} reads them one "
+            "after the other; use mesh.context=1, and mesh.data or mesh.fsdp for the devices"
+        )
+    if parts > 1 and getattr(cfg, "num_experts", 0):
+        raise ConfigError(
+            f"mesh.context={parts}: experts count the room of whole rows, whose positions it splits; use "
+            "model.num_experts=0, or mesh.expert for the devices"
+        )
+    if parts > 1 and getattr(cfg, "kernel", "") == "cudnn":
+        raise ConfigError(
+            f"model.kernel='cudnn' attends to whole rows, and mesh.context={parts} splits them; use ''"
+        )
 
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:

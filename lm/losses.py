@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from lm import sharding
+
 # Bytes of one chunk's float32 logits on one device. On a CPU as measured: at vocabulary 50,304 and
 # width 768 less is slower, more costs memory alone. Elsewhere the [V, D] gradient that each chunk
 # reads and writes outweighs its matrix products unless a chunk has thousands of tokens.
@@ -66,8 +68,7 @@ def cross_entropy(
       cross-entropy), `weight`, `correct` (weight where the target is the most probable; of k equally
       probable a k-th of it), `z_loss`; with `whole_rows`, `exact` and `rows`; with `by_row`, `loss_B`.
     """
-    if max_scored < x_BLD.shape[1]:
-        x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
+    x_BLD, targets_BL, weights_BL = _gather_scored(x_BLD, targets_BL, weights_BL, max_scored)
     spec = jax.eval_shape(logits_fn, params, x_BLD)
     head, used = _only_used(logits_fn, params, x_BLD)
     terms = functools.partial(
@@ -80,8 +81,9 @@ def cross_entropy(
     )
     # Chunks of equal length, so that padding is fewer positions than there are chunks.
     num_chunks = -(-spec.shape[1] // (chunk or _chunk_of(spec.shape, shards)))
+    parts = sharding.length_parts()  # of each of them a chunk has as many positions
     weights_BL = jax.lax.stop_gradient(weights_BL).astype(jnp.float32)
-    plan = head, terms, num_chunks
+    plan = head, terms, (num_chunks, parts if spec.shape[1] % parts == 0 else 1)
     objective, sums = _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL)
     return objective, _count_rows(sums, weights_BL) if whole_rows else sums
 
@@ -108,16 +110,44 @@ def _chunk_of(shape: tuple[int, ...], shards: int) -> int:
 def _gather_scored(
     x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, max_scored: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the scored positions of each row, in order, at the row's start; S = `max_scored`."""
-    scored_BL = weights_BL != 0
-    index_BS = jnp.argsort(~scored_BL, axis=1, stable=True)[:, :max_scored]
-    kept_BS = jnp.take_along_axis(weights_BL, index_BS, axis=1)
+    """Return the scored positions of each row, in order, at the row's start.
+
+    S is `max_scored` or, where positions are split, the next number that splits as they do; rows that
+    are no longer stay as they are.
+    """
+    num = -(-max_scored // sharding.length_parts()) * sharding.length_parts()
+    if num >= x_BLD.shape[1]:
+        return x_BLD, targets_BL, weights_BL
+    # Whole rows of numbers are little; only features are picked where they are.
+    whole = lambda array: sharding.constrain(array, "act_batch", None)  # noqa: E731
+    targets_BL, weights_BL = whole(targets_BL), whole(weights_BL)
+    scored_BL = whole(weights_BL != 0)
+    index_BS = whole(jnp.argsort(whole(~scored_BL), axis=1, stable=True)[:, :num])
+    kept_BS = whole(jnp.take_along_axis(weights_BL, index_BS, axis=1))
     broken_B1 = scored_BL.sum(axis=1, keepdims=True) > max_scored
     return (
-        jnp.take_along_axis(x_BLD, index_BS[..., None], axis=1),
+        _take(x_BLD, index_BS),
         jnp.take_along_axis(targets_BL, index_BS, axis=1),
         jnp.where(broken_B1, jnp.nan, kept_BS),
     )
+
+
+def _take(x_BLD: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """Return x[b, index[b, s]], [B, S, D]; where positions are split, a part of S to each device."""
+    if sharding.length_parts() == 1:
+        return jnp.take_along_axis(x_BLD, index_BS[..., None], axis=1)
+
+    def pick(x_BLD, index_BS):
+        """Give what is here of every position, and keep what all have found of this part's."""
+        length = x_BLD.shape[1]
+        place_BS1 = (index_BS - sharding.part_number("act_length") * length)[..., None]
+        here_BS1 = (place_BS1 >= 0) & (place_BS1 < length)
+        found = jnp.take_along_axis(x_BLD, jnp.clip(place_BS1, 0, length - 1), axis=1)
+        found_SBD = jnp.where(here_BS1, found, 0).swapaxes(0, 1)
+        return sharding.reduce_scatter(found_SBD, "act_length").swapaxes(0, 1)
+
+    features = ("act_batch", "act_length", None)
+    return sharding.on_shards(pick, [features, ("act_batch", None)], features)(x_BLD, index_BS)
 
 
 def _only_used(
@@ -190,20 +220,20 @@ def _terms(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_chunks(plan, used, x_BLD, targets_BL, weights_BL):
     """Return (objective, sums) over all chunks, from the loss alone."""
-    head, terms, num_chunks = plan
+    head, terms, cut = plan
 
     def one(inputs):
         x_BcD, targets_Bc, weights_Bc = inputs
         objective, sums, _ = terms(head(used, x_BcD), targets_Bc, weights_Bc)
         return (objective, sums), ()
 
-    (objective, sums), _ = _over_chunks(one, num_chunks, (x_BLD, targets_BL, weights_BL))
+    (objective, sums), _ = _over_chunks(one, cut, (x_BLD, targets_BL, weights_BL))
     return objective, sums
 
 
 def _sum_and_gradient(plan, used, x_BLD, targets_BL, weights_BL):
     """Return what `_sum_over_chunks` does, and the gradient of the objective, in one pass."""
-    head, terms, num_chunks = plan
+    head, terms, cut = plan
 
     def one(inputs):
         x_BcD, targets_Bc, weights_Bc = inputs
@@ -212,9 +242,7 @@ def _sum_and_gradient(plan, used, x_BLD, targets_BL, weights_BL):
         d_used, dx_BcD = pull(gradient())
         return (objective, sums, d_used), dx_BcD
 
-    (objective, sums, d_used), dx_BLD = _over_chunks(
-        one, num_chunks, (x_BLD, targets_BL, weights_BL)
-    )
+    (objective, sums, d_used), dx_BLD = _over_chunks(one, cut, (x_BLD, targets_BL, weights_BL))
     return (objective, sums), (d_used, dx_BLD)
 
 
@@ -228,22 +256,30 @@ def _scale_gradient(plan, gradients, cotangents):
 _sum_over_chunks.defvjp(_sum_and_gradient, _scale_gradient)
 
 
-def _over_chunks(one, num_chunks: int, arrays):
-    """Sum `one`'s first result over chunks of `arrays` along L, and join its second."""
-    length = arrays[0].shape[1]
+def _over_chunks(one, cut: tuple[int, int], arrays):
+    """Sum `one`'s first result over chunks of `arrays` along L, and join its second.
+
+    `cut` is (chunks, equal parts of L, of each of which a chunk has a share).
+    """
+    num_chunks, parts = cut
+    length = arrays[0].shape[1] // parts
     if num_chunks == 1:
         return one(arrays)
     chunk = -(-length // num_chunks)
     padding = num_chunks * chunk - length
 
     def split(array):
-        array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-        array = array.reshape(array.shape[0], num_chunks, chunk, *array.shape[2:])
-        return jnp.moveaxis(array, 1, 0)
+        num_rows, rest = array.shape[0], array.shape[2:]
+        array = array.reshape(num_rows, parts, length, *rest)
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, padding), *((0, 0),) * len(rest)))
+        array = array.reshape(num_rows, parts, num_chunks, chunk, *rest)
+        return jnp.moveaxis(array, 2, 0).reshape(num_chunks, num_rows, parts * chunk, *rest)
 
     def join(array):
-        array = jnp.moveaxis(array, 0, 1)
-        return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+        num_rows, rest = array.shape[1], array.shape[3:]
+        array = array.reshape(num_chunks, num_rows, parts, chunk, *rest)
+        array = jnp.moveaxis(array, 0, 2).reshape(num_rows, parts, -1, *rest)[:, :, :length]
+        return array.reshape(num_rows, parts * length, *rest)
 
     def add(total, inputs):
         part, rest = one(inputs)

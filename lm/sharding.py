@@ -5,8 +5,11 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
 
     data    each device holds all parameters and a share of the batch
     fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
-    tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053)
+    tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053); between
+            them a Transformer's positions are (Korthikanti et al. 2022, arXiv 2205.05198)
     expert  as data, and the experts of `lm.nn.moe` are split over it (GShard, arXiv 2006.16668)
+    context positions are split, each device holding an early and a late part of every row, so that
+            under a causal mask all have the same work (`columns`; `lm.nn.context` attends across it)
 """
 
 import contextlib
@@ -30,6 +33,7 @@ class Config:
     fsdp: int = 1  # devices that split the batch and, along `embed`, the parameters; -1 = the rest
     tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
     expert: int = 1  # devices that split the batch and the experts; -1 = the rest
+    context: int = 1  # devices that split the positions of a row; -1 = the rest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -45,7 +49,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_batch": ("data", "fsdp", "expert"),
     "act_groups": ("data", "fsdp"),  # rows of what is split over the experts already
     "act_experts": ("expert",),
-    "act_length": (),
+    "act_length": ("context",),
+    "act_length_norm": ("context", "tensor"),  # between a Transformer's layers, which gather it
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
@@ -73,6 +78,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
+# The axes of a mesh, those that exchange most last: neighbours in it are near each other.
+ORDER = ("data", "fsdp", "context", "tensor", "expert")
+
 # Leaving an array of fewer elements whole is never an error: it is not worth a collective.
 SMALL = 1024
 
@@ -98,8 +106,8 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}, or set mesh.data=-1"
         )
     return Mesh(
-        np.asarray(devices).reshape(tuple(sizes.values())),
-        tuple(sizes),
+        np.asarray(devices).reshape([sizes[name] for name in ORDER]),
+        ORDER,
         axis_types=(AxisType.Auto,) * len(sizes),
     )
 
@@ -146,11 +154,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    fitting = [
-        axis if dim % ways(mesh, axis) == 0 else None
-        for dim, axis in zip(x.shape, axes, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+    return jax.lax.with_sharding_constraint(x, partition_spec(fitting(x.shape, axes)))
+
+
+def fitting(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Return `axes` with None for a dimension that the mesh in use does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        axis if dim % ways(mesh, axis) == 0 else None for dim, axis in zip(shape, axes, strict=True)
+    )
+
+
+@jax.custom_vjp
+def spread(x_BLD: jax.Array) -> jax.Array:
+    """Split the positions of a Transformer's residual stream over tensor too, where they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divides = mesh.empty or x_BLD.shape[1] % ways(mesh, "act_length_norm") == 0
+    length = "act_length_norm" if divides else "act_length"
+    return constrain(x_BLD, "act_batch", length, "act_embed")
+
+
+@jax.custom_vjp
+def collect(x_BLD: jax.Array) -> jax.Array:
+    """Undo `spread`, before a product that tensor splits."""
+    return constrain(x_BLD, "act_batch", "act_length", "act_embed")
+
+
+# Said aloud, because the partitioner otherwise may leave positions split and collect kernels.
+spread.defvjp(lambda x_BLD: (spread(x_BLD), None), lambda _, gradient: (collect(gradient),))
+collect.defvjp(lambda x_BLD: (collect(x_BLD), None), lambda _, gradient: (spread(gradient),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -188,10 +220,13 @@ def on_shards(
             for dim, axis in zip(argument.shape, names, strict=True)
         )
         specs = tuple(partition_spec(names) for names in axes)
+        # Of mesh axes that split nothing here the partitioner still decides: no sum over them is asked for.
+        manual = {name for names in (*axes, out) for axis in names if axis for name in RULES[axis]}
         # The check of what differs between devices does not know rules of gradients that are one's own.
         mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False
-        )
+            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False,
+            axis_names=manual,
+        )  # fmt: skip
         return mapped(*arguments) if divides else function(*arguments)
 
     return function if mesh.empty or mesh.size == 1 else run
@@ -220,10 +255,24 @@ def all_reduce(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.psum(x, _split_here(axis))
 
 
+def pass_on(x: jax.Array, axis: str) -> jax.Array:
+    """Give `x`, within `on_shards`, to the next of the devices in a ring that split `axis`."""
+    names = _split_here(axis)
+    size = num_parts(axis)
+    ring = [(part, (part + 1) % size) for part in range(size)]
+    return jax.lax.ppermute(x, names, ring) if names else x
+
+
 def part_number(axis: str) -> jax.Array | int:
     """Return which part of logical `axis` this device has, within `on_shards`; 0 where it is whole."""
     names = _split_here(axis)
     return jax.lax.axis_index(names) if names else 0
+
+
+def num_parts(axis: str) -> int:
+    """Return of how many parts of logical `axis` this device has one, within `on_shards`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _split_here(axis))
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -278,6 +327,57 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def splits_rows(length: int) -> bool:
+    """Return whether rows of `length` lie on the mesh in use split, in the order of `columns`."""
+    parts = length_parts()
+    return parts > 1 and length % (2 * parts) == 0
+
+
+def length_parts() -> int:
+    """Return over how many devices of the mesh in use the positions of a row are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, "act_length")
+
+
+def columns(length: int, parts: int) -> np.ndarray:
+    """Return which position of a row [length] lies at each place of it, when `parts` devices split it.
+
+    Of 2 `parts` chunks device i holds chunks i and 2 parts - 1 - i: under a causal mask, an early one
+    that sees little and a late one that sees much (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
+
+
+def check_length(mesh: Mesh, length: int, name: str) -> None:
+    """Raise ConfigError where the positions of rows of `length` do not split over `mesh`."""
+    parts = ways(mesh, "act_length")
+    if parts > 1 and length % (2 * parts):
+        raise ConfigError(
+            f"mesh.context={parts}: a row of {name} has {length} positions, which do not split into "
+            f"{2 * parts} equal chunks, two for a device; use a length that is a multiple of {2 * parts}"
+        )
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put this host's rows of a batch on its devices, as global arrays; returns at once."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+    """Put this host's rows of a batch on its devices, as global arrays; returns at once.
+
+    Where positions are split they lie in the order of `columns`, in every array [B, L] alike, and a model
+    under such a mesh takes them to. What is drawn for each place (dropout) so goes to other positions
+    than on one device.
+
+    Raises:
+      ConfigError: rows whose positions do not split.
+    """
+    parts = ways(mesh, "act_length")
+
+    def one(name: str, array: np.ndarray) -> jax.Array:
+        if parts > 1 and array.ndim > 1:
+            check_length(mesh, array.shape[1], name)
+            array = array[:, columns(array.shape[1], parts)]
+        placed = named_sharding(mesh, ("act_batch", "act_length")[: array.ndim])
+        return jax.make_array_from_process_local_data(placed, array)
+
+    return {name: one(name, array) for name, array in batch.items()}

@@ -269,7 +269,7 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
     objective_sum, sums = losses.cross_entropy(
         lambda params, x: model.apply({"params": params}, x, method="logits"),
         variables["params"],
-        x_BLD,
+        sharding.collect(x_BLD),
         batch["targets"],
         batch["weights"],
         max_scored=objective.max_scored,
@@ -326,7 +326,8 @@ def split_rows(tree: Any, parts: int) -> Any:
 
     def split(x):
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
+        axes = (None, "act_batch", "act_length") if x.ndim == 3 else (None, "act_batch")
+        return sharding.constrain(x, *axes, *(None,) * (x.ndim - len(axes)))
 
     return jax.tree.map(split, tree)
 

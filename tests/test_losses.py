@@ -1,5 +1,6 @@
 """The chunked loss against plain formulas, in value, gradient, memory and sharding."""
 
+import math
 import re
 import time
 
@@ -241,6 +242,41 @@ def test_sharded_is_one_device_and_never_gathers_logits(data, fsdp, tensor):
     # The table once where it is split by fsdp, and nothing else.
     assert {tuple(sorted(dims)) for dims in gathers} <= {tuple(sorted((PADDED // tensor, D)))}
     assert bool(gathers) == (fsdp > 1)
+
+
+@pytest.mark.parametrize("max_scored", [L, 5])
+@pytest.mark.parametrize("data, tensor", [(2, 1), (1, 2)])
+def test_positions_that_are_split_stay_where_they_are(data, tensor, max_scored):
+    """A chunk has its share of each device's; of scored ones the features go to a part each, no row whole."""
+    params, x, targets, weights = make()
+    weights = jnp.where(jnp.arange(L)[None] % 3 == 0, weights, 0)  # at most four of a row
+
+    def head(params, x):
+        return sharding.constrain(tied(params, x), "act_batch", "act_length", "act_vocab")
+
+    def loss(params, x, targets, weights):
+        options = {"chunk": 2, "max_scored": max_scored, "whole_rows": True}
+        total, sums = chunked(head, params, x, targets, weights, **options)
+        return total, sums
+
+    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    expected, (d_params, dx) = function(params, x, targets, weights)
+    parts = 3
+    mesh = sharding.make_mesh(
+        sharding.Config(data, 1, tensor, context=parts), jax.devices()[: data * tensor * parts]
+    )
+    with sharding.use(mesh):
+        named = {"x": x, "targets": targets, "weights": weights}
+        placed = sharding.place_batch(mesh, {k: np.asarray(v) for k, v in named.items()})
+        compiled = function.lower(params, *placed.values()).compile()
+        found = compiled(params, *placed.values())
+    order = sharding.columns(L, parts)
+    assert_close(found, (expected, (d_params, dx[:, order])), 1e-6)
+    sizes = [
+        math.prod(int(size) for size in dims.split(","))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    ]
+    assert max(sizes, default=0) < B // data * L * D
 
 
 FULL = {"B": 8, "L": 1024, "D": 768, "V": 50304}

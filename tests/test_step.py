@@ -1,8 +1,6 @@
 """The two pure steps: every mesh is one device, accumulation is one big batch, bad steps change nothing."""
 
 import functools
-import re
-from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -15,7 +13,6 @@ from lm import models, sharding, step
 from lm.models import gpt, rnn
 
 LENGTH, BATCH, VOCAB = 16, 16, 99
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 
 
 def make_batch(seed=0, ragged=True):
@@ -84,40 +81,6 @@ def relative_errors(tree, reference):
     return {sharding.path_name(p): e for p, e in jax.tree_util.tree_leaves_with_path(norms)}
 
 
-# Scanned where a family can, so that three layers compile as one.
-ODD_LAYERS = {"gpt": {"num_layers": 3, "scan": True}, "rnn": {"num_layers": 3}}
-
-
-def gradients(model, mesh):
-    """Return the gradients of the first batch: a sum of updates that has begun with them alone."""
-    _, state = train(model, mesh, num_steps=1, tx=optax.trace(0.9))
-    return state.opt_state.trace
-
-
-@functools.cache
-def reference(name):
-    model = make_model(name, **ODD_LAYERS[name])
-    return *train(model, one_device()), gradients(model, one_device())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("name", ["gpt", "rnn"])
-def test_every_mesh_equals_one_device(name, sizes):
-    """The vocabulary (99) and the layer count are odd."""
-    mesh = sharding.make_mesh(sharding.Config(*sizes))
-    model = make_model(name, **ODD_LAYERS[name])
-    rows, state = train(model, mesh)
-    expected, expected_state, expected_gradients = reference(name)
-    np.testing.assert_allclose(rows, expected, rtol=1e-5)
-    for found, wanted in (
-        (gradients(model, mesh), expected_gradients),
-        (state.params, expected_state.params),
-    ):
-        errors = relative_errors(found, wanted)
-        assert max(errors.values()) < 1e-5, errors
-
-
 def test_a_mixed_mesh_equals_one_device():
     rows, state = train(
         make_model("gpt", num_layers=1), sharding.make_mesh(sharding.Config(2, 2, 2)), num_steps=2
@@ -126,42 +89,6 @@ def test_a_mixed_mesh_equals_one_device():
     np.testing.assert_allclose(rows, expected, rtol=1e-5)
     errors = relative_errors(state.params, expected_state.params)
     assert max(errors.values()) < 1e-5, errors
-
-
-def collectives(mesh, name="gpt", **options):
-    """Return Counter of (kind, dimensions) of the collectives of a compiled step."""
-    model, tx = make_model(name, num_layers=1, qk_norm=False, **options), optax.sgd(0.1)
-    with sharding.use(mesh):
-        state, jitted = prepare(model, mesh, tx)
-        text = jitted.lower(state, sharding.place_batch(mesh, make_batch())).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text)
-    return [(kind, max([1, *shape_sizes(shape)])) for shape, kind in found]
-
-
-def shape_sizes(shape):
-    return [
-        int(np.prod([int(d) for d in dims.split(",") if d]))
-        for dims in re.findall(r"\[([\d,]*)\]", shape)
-    ]
-
-
-def test_data_parallel_only_sums_gradients():
-    found = collectives(sharding.make_mesh(sharding.Config(8, 1, 1)))
-    assert {kind for kind, _ in found} == {"all-reduce"}
-
-
-def test_fsdp_gathers_each_kernel_once_and_sums_its_gradient():
-    found = Counter(kind for kind, _ in collectives(sharding.make_mesh(sharding.Config(1, 8, 1))))
-    assert set(found) == {"all-gather", "all-reduce"}, found
-    assert found["all-gather"] == 5  # qkv, out, up, down, and the table that is embedding and head
-
-
-def test_tensor_parallel_sums_activations_and_gathers_nothing():
-    found = collectives(sharding.make_mesh(sharding.Config(1, 1, 8)))
-    assert {kind for kind, _ in found} == {"all-reduce"}
-    # Two sums a block and pass (Megatron), the embedding's and the head's: all of [B, L, D].
-    assert sum(size == BATCH * LENGTH * 64 for kind, size in found if kind == "all-reduce") >= 6
 
 
 @pytest.mark.parametrize("name", ["gpt", "rnn"])

@@ -185,7 +185,7 @@ def test_resumes_on_another_mesh(tiny, tmp_path):
     for step in (4, 6):
         (tmp_path / "whole" / "checkpoints" / str(step) / "manifest.json").unlink()
     before = rows_of(tmp_path / "whole")
-    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    config.mesh = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
     train.run(config, tmp_path / "whole")
     after = rows_of(tmp_path / "whole")
     assert [row["step"] for row in after] == [row["step"] for row in before]

@@ -3,10 +3,10 @@
 - `Config`: a frozen dataclass with `name`, `vocab_size` and `max_length` (0 = derived), and what is its own;
 - `Model(cfg, decode_length=0)`: a Linen module. Called with (batch, train=, decode=) it returns features
   [B, L, D]; `logits` makes float32 [B, L, V] of them. It `accepts` some of "causal", "masked", "source",
-  "packed" and "carry"; `learns` by "gradient" or by "counting" (then `init_counts`, `count`, `estimate`: see
-  `lm/models/ngram.py`); `max_context` bounds the positions that decoding may use. With `decode`, a prompt
-  (L > 1) fills the collection "cache" from its start, and a token (L = 1) goes on. With "carry",
-  `init_carry(batch_size)`;
+  "packed", "carry" and "context" (rows split over devices: `lm/nn/context.py`); `learns` by "gradient" or
+  by "counting" (then `init_counts`, `count`, `estimate`: see `lm/models/ngram.py`); `max_context` bounds the
+  positions that decoding may use. With `decode`, a prompt (L > 1) fills the collection "cache" from its
+  start, and a token (L = 1) goes on. With "carry", `init_carry(batch_size)`;
 - `flops_per_token(cfg, length)`: of training, forward and backward.
 
 Every parameter names its axes as `lm.sharding.RULES` has them; `tests/models` tries all of this on every

@@ -20,6 +20,7 @@ from lm import hardware, sharding
 from lm.config import ConfigError
 from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, segment_mask
+from lm.nn.context import WAYS
 from lm.nn.embed import Embed, finish_logits, pad_vocab
 from lm.nn.linear import Linear
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
@@ -47,12 +48,16 @@ class Config:
     num_classes: int = 0  # classes to tell apart; 0 = a language model
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    context_parallel: str = (
+        ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
+    )
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = {"next_sentence": ("num_classes", (0,))}
 
     def __post_init__(self):
         check_option(self, "activation", tuple(name for name in ACTIVATIONS if name not in GATED))
+        check_option(self, "context_parallel", ("", *WAYS))
         positive = ("num_layers", "model_dim", "num_heads")
         derived = ("mlp_dim", "vocab_size", "max_length", "num_types", "num_classes")
         check_fields(self, positive=positive, derived=derived)
@@ -92,6 +97,7 @@ class Block(nn.Module):
             out_init=INIT,
             bias=True,
             causal=False,
+            context_parallel=cfg.context_parallel,
             name="attention",
         )(x_BLD, mask=mask, positions_BL=positions_BL)
         norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon, name="attention_norm")
@@ -115,7 +121,7 @@ class Model(nn.Module):
     cfg: Config
     decode_length: int = 0
 
-    accepts: ClassVar = frozenset({"masked", "packed"})
+    accepts: ClassVar = frozenset({"masked", "packed", "context"})
     learns: ClassVar = "gradient"
 
     @property

@@ -30,6 +30,7 @@ from lm.models import (
     feed_forward_parameters,
 )
 from lm.nn.attention import Attention, causal_mask
+from lm.nn.context import WAYS
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, GATED
 from lm.nn.moe import feed_forward
@@ -89,6 +90,9 @@ class Config:
     kernel: str = (
         ""  # of attention: xla or cudnn; "" = cudnn where it can be used (not with segments)
     )
+    context_parallel: str = (
+        ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
+    )
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = {
@@ -118,6 +122,7 @@ class Config:
         check_option(self, "residual_init", ("scaled", "zero"))
         check_option(self, "mask", ("", "causal", "segments"))
         check_option(self, "kernel", ("", "xla", "cudnn"))
+        check_option(self, "context_parallel", ("", *WAYS))
         positive = ("num_layers", "model_dim", "num_heads", "experts_per_token")
         derived = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "max_length")
         more = (*EXPERTS, "window", "logit_softcap")
@@ -240,6 +245,7 @@ class Block(nn.Module):
             bias=cfg.biased("attention"),
             window=cfg.window,
             kernel=attention_kernel(cfg),
+            context_parallel=cfg.context_parallel,
             decode_length=self.decode_length,
             name="attention",
         )(y, mask=mask, positions_BL=positions_BL, decode=self.decode)
@@ -271,7 +277,7 @@ class Model(nn.Module):
     cfg: Config
     decode_length: int = 0
 
-    accepts: ClassVar = frozenset({"causal", "packed"})
+    accepts: ClassVar = frozenset({"causal", "packed", "context"})
     learns: ClassVar = "gradient"
 
     @property
@@ -313,6 +319,7 @@ class Model(nn.Module):
             x_BLD.shape[1],
             window=cfg.window,
             segments_BL=batch["segments"] if cfg.mask == "segments" and not decode else None,
+            decode=decode,
         )
         x_BLD = self.layers(
             x_BLD, mask, batch["positions"], batch["segments"], train=train, decode=decode

@@ -29,6 +29,7 @@ from lm.models import (
 )
 from lm.nn import moe
 from lm.nn.attention import Attention, causal_mask, segment_mask
+from lm.nn.context import WAYS, Pairs
 from lm.nn.cross_attention import CrossAttention
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS
@@ -67,12 +68,16 @@ class Config:
     dropout: float = 0.0  # probability, on embeddings, residual branches and features; T5: 0.1
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    context_parallel: str = (
+        ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
+    )
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = EXPERTS_ONLY_FOR
 
     def __post_init__(self):
         check_option(self, "activation", tuple(ACTIVATIONS))
+        check_option(self, "context_parallel", ("", *WAYS))
         positive = ("num_layers", "model_dim", "num_heads", "head_dim", "experts_per_token")
         derived = ("num_decoder_layers", "mlp_dim", "vocab_size", "max_length", "max_source_length")
         check_fields(self, positive=positive, derived=(*derived, *EXPERTS))
@@ -117,6 +122,7 @@ def self_attention(cfg: Config, *, causal: bool, decode_length: int = 0) -> Atte
         out_init=nn.initializers.normal((cfg.num_heads * cfg.head_dim) ** -0.5),
         causal=causal,
         scale=1.0,
+        context_parallel=cfg.context_parallel,
         decode_length=decode_length,
         name="attention",
     )
@@ -192,6 +198,7 @@ class DecoderBlock(nn.Module):
             kernel_init=init(cfg.model_dim**-0.5),
             out_init=init((cfg.num_heads * cfg.head_dim) ** -0.5),
             scale=1.0,
+            context_parallel=cfg.context_parallel,
             name="cross_attention",
         )(
             y, segments_BL=segments_BL, source_BSD=source_BSD,
@@ -200,6 +207,14 @@ class DecoderBlock(nn.Module):
         x_BLD = x_BLD + dropout(y)
         y = Norm(epsilon=cfg.norm_epsilon, name="mlp_norm")(x_BLD)
         return x_BLD + dropout(feed_forward(cfg, y, segments_BL, decode=self.decode))
+
+
+def score_bias_of(bias: RelativeBias, mask: jax.Array | Pairs, segments_BL: jax.Array) -> jax.Array:
+    """Return what rows like `segments_BL` add to their scores, of all pairs or, for `Pairs`, by distance."""
+    num_rows, length = segments_BL.shape
+    if isinstance(mask, Pairs):
+        return bias.by_distance(length)
+    return bias(length, num_rows=num_rows)
 
 
 class Model(nn.Module):
@@ -211,7 +226,7 @@ class Model(nn.Module):
     cfg: Config
     decode_length: int = 0
 
-    accepts: ClassVar = frozenset({"source", "packed"})
+    accepts: ClassVar = frozenset({"source", "packed", "context"})
     learns: ClassVar = "gradient"
 
     @property
@@ -253,12 +268,12 @@ class Model(nn.Module):
         if "source" in batch:
             source_segments_BS = batch["source_segments"]
             source_BSD = self.encode(batch, train=train)
-        mask = causal_mask(length, segments_BL=None if decode else segments_BL)
+        mask = causal_mask(length, segments_BL=None if decode else segments_BL, decode=decode)
         if decode and length == 1:
             slots_11S = jnp.arange(self.decode_length)[None, None]
             score_bias = self.decoder_positions.at(slots_11S - positions_BL[:, :, None])
         else:
-            score_bias = self.decoder_positions(length, num_rows=len(segments_BL))
+            score_bias = score_bias_of(self.decoder_positions, mask, segments_BL)
         x_BLD = self.dropout(self.embed(batch["inputs"]), deterministic=not train)
         x_BLD = self.decoder(
             x_BLD, mask, positions_BL, score_bias, segments_BL, source_BSD, source_segments_BS,
@@ -270,11 +285,17 @@ class Model(nn.Module):
         """Return features [B, S, D] of the source."""
         segments_BS = batch["source_segments"]
         x_BSD = self.dropout(self.embed(batch["source"]), deterministic=not train)
-        num_rows, length = segments_BS.shape
+        mask = segment_mask(segments_BS, segments_BS)
+        score_bias = score_bias_of(self.encoder_positions, mask, segments_BS)
         x_BSD = self.encoder(
-            x_BSD, segment_mask(segments_BS, segments_BS), batch["source_positions"],
-            self.encoder_positions(length, num_rows=num_rows), segments_BS, train=train, decode=False,
-        )  # fmt: skip
+            x_BSD,
+            mask,
+            batch["source_positions"],
+            score_bias,
+            segments_BS,
+            train=train,
+            decode=False,
+        )
         return self.dropout(self.encoder_norm(x_BSD), deterministic=not train)
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn import context
+from lm.nn.context import MASKED_SCORE, Pairs
 from lm.nn.linear import Linear, wide
 from lm.nn.norm import Norm
 from lm.nn.rotary import Rotary, rotate
@@ -23,16 +25,20 @@ from lm.nn.rotary import Rotary, rotate
 BLOCK, MAX_BLOCKS = 128, 4  # queries at least, and blocks at most, that attend by themselves
 Blocks = tuple[tuple[int, int, int], ...]  # first query, end of the queries, keys seen
 Plan = tuple[Blocks, float]  # the blocks, and the scale of the scores
-MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
 
 
-def causal_mask(length: int, *, window: int = 0, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Return bool [1 or B, L, L]: which key (last axis) a query may see.
+def causal_mask(
+    length: int, *, window: int = 0, segments_BL: jax.Array | None = None, decode: bool = False
+) -> jax.Array | Pairs:
+    """Return bool [1 or B, L, L]: which key (last axis) a query may see; `Pairs` where rows are split.
 
     Args:
       window: how many positions a query sees, itself included; 0 = all before it.
       segments_BL: when given, only keys of the query's own segment are seen.
+      decode: the row is a prompt, which is never split.
     """
+    if sharding.splits_rows(length) and not decode:
+        return Pairs(segments_BL, segments_BL, causal=True, window=window)
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None]
     mask = key <= query
     if window:
@@ -43,8 +49,13 @@ def causal_mask(length: int, *, window: int = 0, segments_BL: jax.Array | None =
     return mask
 
 
-def segment_mask(segments_BL: jax.Array, source_segments_BS: jax.Array) -> jax.Array:
-    """Return bool [B, L, S]: a query sees the keys of its own segment, and padding (0) none."""
+def segment_mask(segments_BL: jax.Array, source_segments_BS: jax.Array) -> jax.Array | Pairs:
+    """Return bool [B, L, S]: a query sees the keys of its own segment, and padding (0) none.
+
+    Where rows are split it is `Pairs`, of which padding sees padding: nothing sees what it becomes.
+    """
+    if sharding.splits_rows(segments_BL.shape[1]):
+        return Pairs(segments_BL, source_segments_BS)
     mask = segments_BL[:, :, None] == source_segments_BS[:, None, :]
     return mask & (source_segments_BS > 0)[:, None, :]
 
@@ -206,6 +217,7 @@ class Attention(nn.Module):
       qk_norm_epsilon: of the RMS norms of queries and keys; 0 = they are not normalised.
       scale: of the scores; 0 = 1 / sqrt(head_dim).
       kernel: "xla" (any mask) or "cudnn" (causal only, on a GPU).
+      context_parallel: how keys reach queries where rows are split: see `lm.nn.context.choose_way`.
       decode_length: slots of the cache.
     """
 
@@ -222,6 +234,7 @@ class Attention(nn.Module):
     causal: bool = True
     scale: float = 0.0
     kernel: str = "xla"
+    context_parallel: str = ""
     decode_length: int = 0
 
     @nn.compact
@@ -231,16 +244,14 @@ class Attention(nn.Module):
         """Return [B, L, D].
 
         Args:
-          mask: bool [1 or B, L, L], unused by a decoding step of one token.
+          mask: bool [1 or B, L, L], unused by a decoding step of one token; `Pairs` where rows are split.
           score_bias_NHLS: float32 [N, H, L, L], each added to the scores of the next B / N rows; in a
-            decoding step of one token [N, H, 1, decode_length].
+            decoding step of one token [N, H, 1, decode_length]; with `Pairs` [H, 2 L], one for each
+            distance, as `lm.nn.context.attend` takes them.
         """
-        G, R, K, D = (
-            self.num_kv_heads,
-            self.num_heads // self.num_kv_heads,
-            self.head_dim,
-            x_BLD.shape[-1],
-        )
+        x_BLD = sharding.collect(x_BLD)
+        G, K, D = self.num_kv_heads, self.head_dim, x_BLD.shape[-1]
+        R = self.num_heads // G
         qkv = Linear(
             (D, G, R + 2, K), ("embed", "heads", "qkv", "kv"), self.dtype, self.kernel_init,
             bias=self.bias, name="qkv",
@@ -262,10 +273,15 @@ class Attention(nn.Module):
             key = rotate(key, waves)
         if decode:
             key, value, mask = self._cached(key, value, mask, positions_BL)
-        if score_bias_NHLS is not None:
+        if score_bias_NHLS is not None and not isinstance(mask, Pairs):
             N, _, *pairs = score_bias_NHLS.shape
             score_bias_NHLS = score_bias_NHLS.reshape(N, G, R, *pairs)
-        if self.kernel == "cudnn" and not decode:
+        if isinstance(mask, Pairs):
+            out = context.attend(
+                query, key, value, mask, values_HW=score_bias_NHLS, scale=self.scale,
+                way=self.context_parallel,
+            )  # fmt: skip
+        elif self.kernel == "cudnn" and not decode:
             assert self.causal and score_bias_NHLS is None and not self.scale
             out = flash_attend(query, key, value, window=self.window)
         else:
@@ -278,7 +294,7 @@ class Attention(nn.Module):
             (G * R, K, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
             num_inputs=2, bias=self.bias, name="out",
         )(out_BLHK)  # fmt: skip
-        return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+        return sharding.spread(y_BLD)
 
     def _cached(self, key, value, mask, positions_BL):
         """Write keys and values [B, G, L, K] to the cache; return what the queries attend to.

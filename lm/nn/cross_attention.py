@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn import context
 from lm.nn.attention import attend, segment_mask
+from lm.nn.context import Pairs
 from lm.nn.linear import Linear
 
 
@@ -20,6 +22,7 @@ class CrossAttention(nn.Module):
 
     Attributes:
       scale: of the scores; 0 = 1 / sqrt(head_dim).
+      context_parallel: how keys reach queries where rows are split: see `lm.nn.context.choose_way`.
     """
 
     num_heads: int
@@ -30,6 +33,7 @@ class CrossAttention(nn.Module):
     out_init: Callable
     bias: bool = False
     scale: float = 0.0
+    context_parallel: str = ""
 
     @nn.compact
     def __call__(
@@ -41,6 +45,7 @@ class CrossAttention(nn.Module):
           source_BSD: features of the source; None in decoding: what the cache has from the prompt.
           source_segments_BS: int32, with them; 0 is never seen.
         """
+        x_BLD = sharding.collect(x_BLD)
         H, K, D = self.num_heads, self.head_dim, x_BLD.shape[-1]
         query = Linear(
             (D, H, K), ("embed", "heads", "kv"), self.dtype, self.query_init,
@@ -53,15 +58,21 @@ class CrossAttention(nn.Module):
             key, value = self._keys_and_values(source_BSD)
             if decode:
                 self._remember(key, value, source_segments_BS)
-        out = attend(
-            query.swapaxes(1, 2)[:, :, None], key, value,
-            segment_mask(segments_BL, source_segments_BS), scale=self.scale,
-        )  # fmt: skip
+        query, mask = (
+            query.swapaxes(1, 2)[:, :, None],
+            segment_mask(segments_BL, source_segments_BS),
+        )
+        if isinstance(mask, Pairs):
+            out = context.attend(
+                query, key, value, mask, scale=self.scale, way=self.context_parallel
+            )
+        else:
+            out = attend(query, key, value, mask, scale=self.scale)
         y_BLD = Linear(
             (H, K, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
             num_inputs=2, bias=self.bias, name="out",
         )(out[:, :, 0].swapaxes(1, 2))  # fmt: skip
-        return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+        return sharding.spread(y_BLD)
 
     def _keys_and_values(self, source_BSD) -> tuple[jax.Array, jax.Array]:
         """Return the source's keys and values, [B, H, S, K]."""

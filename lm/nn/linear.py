@@ -74,6 +74,10 @@ def product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Ar
 
 def _product_backward(transposed, operands, dy):
     x, kernel = operands
+    if sharding.length_parts() > 1:  # rows in one axis would be collected first: several split them
+        leading = tuple(range(x.ndim - 1))
+        dkernel = jnp.tensordot(x, dy, axes=(leading, leading))
+        return (dy @ kernel, dkernel.T) if transposed else (dy @ kernel.T, dkernel)
     x_MK, dy_MN = (array.reshape(-1, array.shape[-1]) for array in (x, dy))
     if transposed:
         return dy @ kernel, dy_MN.T @ x_MK

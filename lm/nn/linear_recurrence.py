@@ -189,6 +189,7 @@ class LinearRecurrence(nn.Module):
           memory: collection of the state, "carry" (across windows) or "cache" (decoding).
           fresh: start from zeros whatever the memory holds, and only write it.
         """
+        x_BLD = sharding.collect(x_BLD)
         H, K, P, D = self.num_heads, self.key_dim, self.head_dim, x_BLD.shape[-1]
         valid_BL = segments_BL > 0
         query_key = self._project(x_BLD, "query_key", K)
@@ -224,7 +225,7 @@ class LinearRecurrence(nn.Module):
         y_BLD = Linear(
             (H, P, D), ("heads", "kv", "embed"), self.dtype, self.out_init, num_inputs=2, name="out"
         )(y_BLHP)
-        return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+        return sharding.spread(y_BLD)
 
     def _project(self, x_BLD: jax.Array, name: str, width: int) -> jax.Array:
         """Return two projections at once: [B, L, H, 2, width]."""

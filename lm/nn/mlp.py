@@ -34,6 +34,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         """Return [B, L, D]."""
+        x_BLD = sharding.collect(x_BLD)
         D, F = x_BLD.shape[-1], self.mlp_dim
         act = ACTIVATIONS[self.activation]
         if self.activation in GATED:
@@ -55,4 +56,4 @@ class MLP(nn.Module):
         y_BLD = Linear(
             (F, D), ("mlp", "embed"), self.dtype, self.out_init, bias=self.bias, name="down"
         )(h_BLF)
-        return sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+        return sharding.spread(y_BLD)

@@ -107,6 +107,7 @@ class MoE(nn.Module):
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
         """Return [B, L, D] of tokens [B, L, D], of which those of segment 0 are padding."""
         D, E, F = x_BLD.shape[-1], self.num_experts, self.expert_dim
+        x_BLD = sharding.collect(x_BLD)
         choice_BLK, gate_BLK = self._route(x_BLD, segments_BL > 0)
         gated = self.activation in GATED
         shape = (E, D, 2, F) if gated else (E, D, F)
@@ -124,7 +125,7 @@ class MoE(nn.Module):
             y_BLD = with_room(x_BLD, slot_BLK, gate_BLK, up, down, self.activation, room)
         else:
             y_BLD = dropless(x_BLD, choice_BLK, gate_BLK, up, down, self.activation)
-        y_BLD = sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed")
+        y_BLD = sharding.spread(sharding.constrain(y_BLD, "act_batch", "act_length", "act_embed"))
         if self.shared_experts:
             y_BLD += MLP(
                 self.shared_experts * F,

@@ -55,14 +55,19 @@ class RelativeBias(nn.Module):
     def __call__(self, length: int, *, num_rows: int) -> jax.Array:
         """Return float32 [N, H, L, L], of queries and keys at the same positions; N copies for B rows."""
         L, H, N, width = length, self.num_heads, sharding.row_shards(num_rows), 2 * length
-        # One column more than there are distances: the rows of the flat array then move by one.
-        values_WH = self._values(np.arange(1 - L, L + 1))
-        values_NHW = jnp.broadcast_to(values_WH.T[None], (N, H, width))
+        values_NHW = jnp.broadcast_to(self.by_distance(L)[None], (N, H, width))
         values_NHW = sharding.constrain(values_NHW, "act_batch", "act_heads", None)
         rows = jnp.broadcast_to(values_NHW[:, :, None], (N, H, L, width))
         flat = rows.reshape(N, H, L * width)[..., L - 1 :][..., : L * (width - 1)]
         bias_NHLL = flat.reshape(N, H, L, width - 1)[..., :L]
         return sharding.constrain(bias_NHLL, "act_batch", "act_heads", None, None)
+
+    def by_distance(self, length: int) -> jax.Array:
+        """Return float32 [H, 2 L], of distances from 1 - L on.
+
+        One more than there are distances in a row: the rows of the flat array above then move by one.
+        """
+        return self._values(np.arange(1 - length, length + 1)).T
 
     def at(self, distances_BLS: jax.Array) -> jax.Array:
         """Return float32 [B, H, L, S] of distances that are known when it runs only."""

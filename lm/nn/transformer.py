@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from lm import sharding
+
 # Names in parameter paths: one stack [num_layers, ...], or a tree for each layer.
 SCANNED, UNROLLED = "blocks", "block_{}"
 
@@ -41,6 +43,7 @@ class Stack(nn.Module):
         if self.remat != "none" and not decode:
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
         arguments = {**self.arguments, "train": train, "decode": decode}
+        x = sharding.spread(x)
         if not self.scan:
             for layer in range(self.num_layers):
                 x = block(**arguments, name=UNROLLED.format(layer))(x, *args)

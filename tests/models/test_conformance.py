@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 
 import jax
@@ -296,29 +297,35 @@ def test_scanned_layers_and_rematerialisation_change_nothing(name):
         assert max(jax.tree.leaves(errors)) < 1e-4, errors
 
 
-def steps(name, mesh, *, count, tx, rows=8):
-    """Return (losses, final state) of `count` steps on one batch."""
-    model = build(name)
+QUICKLY = {"xla_backend_optimization_level": 1}  # compiled: what runs is small
+
+
+def steps(name, mesh, *, count, tx, rows=8, length=LENGTH, **fields):
+    """Return (losses, states after the first and the last) of `count` steps on one batch."""
+    model = build(name, **fields)
     words = [texts([6, 5, 4, 6], seed=seed) for seed in range(rows)]
-    batch = batch_of(model, [w[:2] for w in words], [w[2:] for w in words])
+    batch = batch_of(model, [w[:2] for w in words], [w[2:] for w in words], length=length)
     init = step.make_init(
-        model, tx, seed=0, shape=(count, rows, LENGTH), average=False, stateful=False
+        model, tx, seed=0, shape=(count, rows, length), average=False, stateful=False
     )
     with sharding.use(mesh):
         axes, _ = step.parameter_axes(model)
         placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
-        objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
+        objective = step.Objective(max_scored=length, vocab_size=VOCAB)
         function = functools.partial(
             step.train_step, model=model, tx=tx, objective=objective, seed=0
         )
-        jitted = jax.jit(function, out_shardings=(placed, None))
-        state, losses = jax.jit(init, out_shardings=placed)(), []
+        jitted = jax.jit(function, out_shardings=(placed, None), compiler_options=QUICKLY)
+        init = jax.jit(init, out_shardings=placed, compiler_options=QUICKLY)
+        state, states, losses = init(), [], []
         placed_batch = sharding.place_batch(mesh, batch)
-        for _ in range(count):
+        for number in range(count):
             state, sums = jitted(state, placed_batch)
+            if number in (0, count - 1):
+                states.append(jax.device_get(state))
             losses.append(float(sums["loss"][0] / sums["loss"][1]))
             assert bool(sums["healthy"])
-        return losses, jax.device_get(state)
+        return losses, states
 
 
 @pytest.mark.parametrize("name", each(LEARNED))
@@ -365,22 +372,77 @@ def test_one_batch_is_learned_by_heart_and_the_same_again(name):
     assert again == losses[:3]
 
 
+def on(**sizes):
+    """Return the mesh of `sizes`, over as many devices."""
+    sizes = {"data": 1, **sizes}
+    return sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
+
+
+def assert_alike(found, expected):
+    """Compare losses, the gradients of the first step, and the last parameters: 1e-5 of each one's norm."""
+    (losses, states), (wanted, others) = found, expected
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    pairs = [(states[0].opt_state, others[0].opt_state), (states[-1].params, others[-1].params)]
+    for tree, reference in pairs:
+        # Additive attention's query has, at first, no gradient but rounding's: it moves all scores alike.
+        least = 1e-3 * max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(reference))
+        errors = jax.tree.map(
+            lambda a, b, least=least: np.linalg.norm(a - b) / max(np.linalg.norm(b), least),
+            tree,
+            reference,
+        )
+        assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
 @pytest.mark.parametrize("name", each(LEARNED))
 def test_sharded_is_one_device(name):
     """Loss and each tensor's gradient, where data, parameters and heads are all split."""
     trace = optax.trace(0.9)  # a sum of updates, which begins as the gradient
-    expected, state = steps(name, one_device(), count=1, tx=trace)
-    mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
-    found, other = steps(name, mesh, count=1, tx=trace)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # Additive attention's query has, at first, no gradient but rounding's: it moves all scores alike.
-    least = 1e-3 * max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(state.opt_state.trace))
-    errors = jax.tree.map(
-        lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), least),
-        other.opt_state.trace,
-        state.opt_state.trace,
-    )
-    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+    expected = steps(name, one_device(), count=1, tx=trace)
+    assert_alike(steps(name, on(data=2, fsdp=2, tensor=2), count=1, tx=trace), expected)
+
+
+# Sizes that are no powers of two, but for the heads; rows of 24 positions, a number that 3 divides.
+ODD = {"rows": 24, "length": 24}
+MESHES = {
+    "singly": [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"context": 3}],
+    "mixed": [
+        {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "context": 4},
+        {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 4}, {"tensor": 2, "context": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2},
+        {"data": 2, "tensor": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2},
+        {"data": 2, "context": 3}, {"fsdp": 2, "tensor": 2, "context": 2, "gather": True},
+    ],
+}  # fmt: skip
+
+
+def applies(name, sizes):
+    return "context" not in sizes or "context" in models.family(name).Model.accepts
+
+
+@functools.cache
+def five_steps(name):
+    return steps(name, one_device(), **FIVE, **ODD_SIZES[name], **ODD)
+
+
+FIVE = {"count": 5, "tx": optax.sgd(0.1, momentum=0.9)}
+ODD_SIZES = {name: {"num_layers": 1} for name in LEARNED} | {
+    "gpt": {"model_dim": 48, "mlp_dim": 72, "num_layers": 3, "scan": True}
+}
+TRIED = [(name, sizes) for sizes in MESHES["singly"] for name in LEARNED if applies(name, sizes)]
+TRIED += [("gpt", sizes) for sizes in MESHES["mixed"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"), TRIED, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
+def test_every_mesh_is_one_device(name, sizes):
+    """Every family on every axis, and one on mixed meshes: five steps of SGD with momentum."""
+    sizes, fields = dict(sizes), dict(ODD_SIZES[name])
+    if sizes.pop("gather", False):
+        fields["context_parallel"] = "gather"
+    assert_alike(steps(name, on(**sizes), **FIVE, **fields, **ODD), five_steps(name))
 
 
 @pytest.mark.parametrize("name", each(TRIED))
