@@ -215,6 +215,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.lru_cache
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (which part of a batch this process reads, of how many equal parts).
+
+    Processes between which no axis of the batch runs read the same part.
+
+    Raises:
+      ConfigError: the devices of the processes do not make equal parts.
+    """
+    shards = batch_shards(mesh)
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(numbers)) for numbers in rows.values()})
+    size = len(parts[0])
+    if parts != [tuple(range(at, at + size)) for at in range(0, shards, size)]:
+        raise ConfigError(
+            f"mesh: its {shards} parts of a batch do not divide over {jax.process_count()} processes in "
+            "equal parts; choose sizes that are multiples or divisors of the devices of a process"
+        )
+    # A process without a device of this mesh reads as the first does.
+    return parts.index(tuple(sorted(rows.get(jax.process_index(), parts[0])))), len(parts)
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Put this host's rows of a batch on its devices, as global arrays; returns at once."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+    _, count = host_share(mesh)
+    placed = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(
+            placed, values, (len(values) * count, *values.shape[1:])
+        )
+        for name, values in batch.items()
+    }
