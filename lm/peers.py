@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ LOST = 76  # exit code of a process that ends because of another one
 STOPPED = 130  # and where that one was stopped before training began
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
+_SHOWN = 8  # processes of which a message says what they do
 _runs = itertools.count()  # of this process: each has keys of its own
 
 
@@ -160,13 +162,22 @@ class Peers(Alone):
             end = time.monotonic() + 4 * self._pause
             while time.monotonic() < end:  # what failed may be a word with a process that is gone
                 if lost := self._lost(3 * self._pause):
-                    self._end(f"{lost} ({words})")
+                    self._end(f"{lost} ({words})", error)
                 time.sleep(0.1)
-        code = STOPPED if isinstance(error, KeyboardInterrupt) else LOST
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(
-                f"{self._prefix}/left/{self._index}", json.dumps([words, code])
-            )
+        self._say_left(words, STOPPED if isinstance(error, KeyboardInterrupt) else LOST)
+
+    def _say_left(self, words: str, code: int) -> None:
+        """Tell the others that this process ends, and why; the service may be gone."""
+
+        def say() -> None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._client.key_value_set(
+                    f"{self._prefix}/left/{self._index}", json.dumps([words, code]), True
+                )
+
+        saying = threading.Thread(target=say, daemon=True)
+        saying.start()
+        saying.join(3)
 
     def close(self) -> None:
         """Look no longer."""
@@ -215,18 +226,24 @@ class Peers(Alone):
     def _stuck(self) -> str:
         """Return what all do where training makes no progress; "" where it does."""
         age = time.monotonic() - self._since
-        if self._me[1] != TRAINING or age < self._timeout:
+        if self._me[1] != TRAINING or age < self._timeout + 3 * self._pause:  # _lost knows it earlier
             return ""
-        all_do = "; ".join(f"{self._name(i)}: {self._doing(i)}" for i in range(self._count))
+        behind = sorted(range(self._count), key=lambda i: self._said(i)[2])[:_SHOWN]
+        all_do = "; ".join(f"{self._name(i)}: {self._doing(i)}" for i in behind)
         return f"no step for {age:.0f} s (train.peer_timeout_seconds): {all_do}"
 
-    def _end(self, why: str) -> NoReturn:
-        """Say why and where every thread is, and end this process."""
+    def _end(self, why: str, error: BaseException | None = None) -> NoReturn:
+        """Say why and where this process was, and end it."""
         codes = [code for _, code in self._left.values()]
+        code = STOPPED if STOPPED in codes else LOST
         print(f"error: {self._name(self._index)} ends: {why}", file=sys.stderr, flush=True)
-        if codes != [STOPPED] * len(codes) or not codes:
+        if error is not None:
+            traceback.print_exception(error)
+        elif code == LOST:
             faulthandler.dump_traceback(all_threads=True)
-        os._exit(codes[0] if codes else LOST)
+        sys.stderr.flush()
+        self._say_left(why, code)
+        os._exit(code)
 
     def _name(self, index: int) -> str:
         return f"process {index} ({self._said(index)[0]})"
