@@ -91,17 +91,20 @@ class Peers(Alone):
         self._coordinator = known.coordinator_address
         self._timeout, self._pause = timeout, max(0.5, min(10.0, timeout / 30))
         self._prefix = f"lm/run{next(_runs)}"
-        self._me: list[Any] = [socket.gethostname(), "starting", 0]
+        self._me: list[Any] = ["starting", 0]
+        self._hosts: dict[int, str] = {}
         self._since = time.monotonic()  # of what this process does
         # When each process was last heard of and what it said, and when the service answered.
-        self._heard = {i: (self._since, ["?", "starting", 0]) for i in range(self._count)}
+        self._heard = {i: (self._since, ["starting", 0]) for i in range(self._count)}
         self._answered = self._since
         self._left: dict[int, tuple[str, int]] = {}
         self._closed = threading.Event()
         for work in (self._exchange, self._judge):
             threading.Thread(target=work, daemon=True).start()
+        self._client.key_value_set(f"{self._prefix}/host/{self._index}", socket.gethostname())
         jax.devices()  # where the processes' devices become one list
         self.barrier("start")
+        self._hosts = self._read("host")
 
     def agree(self, facts: Mapping[str, str]) -> None:
         text = json.dumps(dict(facts), sort_keys=True)
@@ -144,8 +147,8 @@ class Peers(Alone):
             raise failed[0]
 
     def at(self, doing: str, step: int) -> None:
-        if self._me[1:] != [doing, step]:
-            self._me, self._since = [self._me[0], doing, step], time.monotonic()
+        if self._me != [doing, step]:
+            self._me, self._since = [doing, step], time.monotonic()
 
     @contextlib.contextmanager
     def first_first(self, name: str) -> Iterator[None]:
@@ -226,9 +229,9 @@ class Peers(Alone):
     def _stuck(self) -> str:
         """Return what all do where training makes no progress; "" where it does."""
         age = time.monotonic() - self._since
-        if self._me[1] != TRAINING or age < self._timeout + 3 * self._pause:  # _lost knows it earlier
+        if self._me[0] != TRAINING or age < self._timeout + 3 * self._pause:  # _lost knows it earlier
             return ""
-        behind = sorted(range(self._count), key=lambda i: self._said(i)[2])[:_SHOWN]
+        behind = sorted(range(self._count), key=lambda i: self._said(i)[1])[:_SHOWN]
         all_do = "; ".join(f"{self._name(i)}: {self._doing(i)}" for i in behind)
         return f"no step for {age:.0f} s (train.peer_timeout_seconds): {all_do}"
 
@@ -246,13 +249,13 @@ class Peers(Alone):
         os._exit(code)
 
     def _name(self, index: int) -> str:
-        return f"process {index} ({self._said(index)[0]})"
+        return f"process {index} ({self._hosts.get(index, 'not started')})"
 
     def _doing(self, index: int) -> str:
-        return "{1}, step {2}".format(*self._said(index))
+        return "{}, step {}".format(*self._said(index))
 
     def _said(self, index: int) -> list[Any]:
-        return self._me if index == self._index else self._heard[index][1][-3:]
+        return self._me if index == self._index else self._heard[index][1][-2:]
 
     def _get(self, key: str) -> str:
         return self._client.blocking_key_value_get(f"{self._prefix}/{key}", FOREVER)
