@@ -229,7 +229,9 @@ class Peers(Alone):
     def _stuck(self) -> str:
         """Return what all do where training makes no progress; "" where it does."""
         age = time.monotonic() - self._since
-        if self._me[0] != TRAINING or age < self._timeout + 3 * self._pause:  # _lost knows it earlier
+        if (
+            self._me[0] != TRAINING or age < self._timeout + 3 * self._pause
+        ):  # _lost knows it earlier
             return ""
         behind = sorted(range(self._count), key=lambda i: self._said(i)[1])[:_SHOWN]
         all_do = "; ".join(f"{self._name(i)}: {self._doing(i)}" for i in behind)
