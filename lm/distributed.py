@@ -17,12 +17,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError
 
+LOST = 76  # exit code of a process that ends because of another one
 START_SECONDS = 60  # least time to wait for the other processes to start
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False
@@ -45,7 +47,8 @@ def start(
     seconds, as of `lm.peers.watch`.
 
     Raises:
-      ConfigError: an address without numbers, or the others did not come.
+      ConfigError: who this process is, or where the others are, is not known. Where the others do not come
+        in time, this process ends.
     """
     global _joined
     import jax
@@ -60,6 +63,9 @@ def start(
     patience = int(max(START_SECONDS, timeout))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    alarm = threading.Timer(patience, _give_up, (patience,))  # jax's own is an abort from C++
+    alarm.daemon = True
+    alarm.start()
     inside = getattr(jax_distributed._jax, _SERVICE)
     setattr(jax_distributed._jax, _SERVICE, _Service)
     try:
@@ -68,24 +74,37 @@ def start(
             count,
             index,
             local_device_ids=local_devices(os.environ),
-            initialization_timeout=patience,
+            initialization_timeout=patience + 60,
             heartbeat_timeout_seconds=2 * patience + 60,
         )
     except (ValueError, RuntimeError, TypeError) as error:
-        known = jax_distributed.global_state
         raise ConfigError(
-            f"process {index if index is not None else known.process_id} of "
-            f"{count or known.num_processes} did not join the others at "
-            f"{address or known.coordinator_address} in {patience} s: {str(error).splitlines()[0]}; are all "
-            "started, with the same --coordinator_address and --num_processes and a --process_id each?"
+            f"cannot join the other processes: {str(error).splitlines()[0].rstrip('.')}; give --coordinator_address, "
+            "--num_processes and --process_id, or their environment variables"
         ) from None
     finally:
         setattr(jax_distributed._jax, _SERVICE, inside)
+        alarm.cancel()
     _joined = True
     faulthandler.enable()  # of what C++ aborts, the stacks
     if jax_distributed.global_state.process_id > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
     return True
+
+
+def _give_up(seconds: int) -> None:
+    """End this process, which waits for others that do not come."""
+    from jax._src import distributed as jax_distributed
+
+    known = jax_distributed.global_state
+    print(
+        f"error: process {known.process_id} of {known.num_processes}: the others did not come to "
+        f"{known.coordinator_address} in {seconds} s; start all of them, with the same address and number "
+        "of processes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -147,7 +166,10 @@ class _Service:
 
 
 def serve(asked: str) -> None:
-    """Serve until process 0 says that it ends, or is gone and no other process is connected."""
+    """Serve until process 0 says that it ends, or is gone and no other process is connected.
+
+    Then it is no longer than all need to find out: a host that is lost leaves its connection open.
+    """
     import jaxlib._jax as _jax  # type: ignore[import-untyped]
 
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for those who train
@@ -157,7 +179,8 @@ def serve(asked: str) -> None:
     os.write(1, b"ready\n")
     end = os.read(0, 3)
     port = int(address.rpartition(":")[2])
-    while not end and _connected(port):
+    last = time.monotonic() + options.get("heartbeat_timeout", 0)
+    while not end and _connected(port) and time.monotonic() < last:
         time.sleep(1)
     if end:
         service.shutdown()

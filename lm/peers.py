@@ -25,10 +25,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 from lm.config import ConfigError
-from lm.distributed import FOREVER
+from lm.distributed import FOREVER, LOST
 
-LOST = 76  # exit code of a process that ends because of another one
-STOPPED = 130  # and where that one was stopped before training began
+STOPPED = 130  # exit code, instead of LOST, where another one was stopped before training began
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
 _SHOWN = 8  # processes of which a message says what they do
