@@ -78,9 +78,10 @@ def start(
             heartbeat_timeout_seconds=2 * patience + 60,
         )
     except (ValueError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"cannot join the other processes: {str(error).splitlines()[0].rstrip('.')}; give --coordinator_address, "
-            "--num_processes and --process_id, or their environment variables"
+            f"cannot join the other processes: {why}; give --coordinator_address, --num_processes and "
+            "--process_id, or their environment variables"
         ) from None
     finally:
         setattr(jax_distributed._jax, _SERVICE, inside)

@@ -29,9 +29,9 @@ def get_config():
         "model": {{"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2}},
         "optim": {{"name": "sgd", "momentum": 0.9, "peak_lr": 0.1}},
         "mesh": {{"data": 2, "fsdp": 2}},
-        "train": {{"num_steps": 12, "log_every_steps": 1, "peer_timeout_seconds": 12.0}},
-        "eval": {{"every_steps": 6, "max_tokens": 256}},
-        "checkpoint": {{"every_steps": 3, "keep": 20}},
+        "train": {{"num_steps": 60, "log_every_steps": 1, "peer_timeout_seconds": 12.0}},
+        "eval": {{"every_steps": 30, "max_tokens": 256}},
+        "checkpoint": {{"every_steps": 15, "keep": 20}},
     }}, type_safe=False)
 """
 
@@ -75,10 +75,18 @@ class Job:
     def wait(self, seconds=120):
         return self.launcher.wait(seconds)
 
-    def wait_for_checkpoint(self, step, seconds=90):
+    def wait_for_checkpoint(self, step):
         manifest = self.workdir / "checkpoints" / str(step) / "manifest.json"
+        self._wait_until(manifest.exists)
+
+    def wait_for(self, words):
+        """Wait until the first process has said something."""
+        log = self.logs / "process_0.log"
+        self._wait_until(lambda: log.exists() and words in log.read_text())
+
+    def _wait_until(self, there, seconds=90):
         end = time.monotonic() + seconds
-        while not manifest.exists():
+        while not there():
             assert self.launcher.poll() is None, self.said(0)
             assert time.monotonic() < end, self.said(0)
             time.sleep(0.02)
@@ -112,7 +120,7 @@ def losses(workdir):
     ]
 
 
-def parameters(workdir, step=12):
+def parameters(workdir, step=60):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stored = manifests.read(workdir / "checkpoints", step)["arrays"]
     wanted = {
@@ -135,7 +143,7 @@ def whole(experiment, tmp_path_factory):
     """The workdir of an uninterrupted run of two processes."""
     job, code = run(experiment, tmp_path_factory.mktemp("whole") / "run", 2)
     assert code == 0, job.said(0)
-    assert "step 12" in job.said(0) and "loss" not in job.said(1), "the first speaks for all"
+    assert "step 60" in job.said(0) and "loss" not in job.said(1), "the first speaks for all"
     return job.workdir
 
 
@@ -163,18 +171,18 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, 
     """Each time on another number of processes."""
     workdir = tmp_path / "run"
     with Job(experiment, workdir, 2) as job:
-        job.wait_for_checkpoint(3)
+        job.wait_for_checkpoint(15)
         job.send(1, signal.SIGKILL)
         assert job.wait(30) == 128 + signal.SIGKILL
         assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
     with Job(experiment, workdir, 4) as job:
-        job.wait_for_checkpoint(6)
+        job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
         assert job.wait(30) == 128 + signal.SIGKILL
         for index in (1, 2, 3):
             assert "process 0 (" in job.said(index) and "ends:" in job.said(index)
     with Job(experiment, workdir, 2) as job:
-        job.wait_for_checkpoint(9)
+        job.wait_for("/60  loss")
         job.send(1, signal.SIGTERM)
         assert job.wait(60) == 75
         assert "is saved; to resume" in job.said(0)
@@ -186,7 +194,7 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_in_time(experiment, tmp_path):
     with Job(experiment, tmp_path / "run", 2, "--config.train.num_steps=100000") as job:
-        job.wait_for_checkpoint(3)
+        job.wait_for_checkpoint(15)
         job.send(1, signal.SIGSTOP)
         began = time.monotonic()
         while "ends:" not in job.said(0):
