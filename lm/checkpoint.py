@@ -21,7 +21,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import manifests, models
+from lm import distributed, manifests, models
 from lm.config import ConfigError, Duration
 from lm.step import parameter_axes
 from lm.stored import flatten, handler, num_layers, restore, shapes_of, sources_of, unflatten
@@ -66,8 +66,10 @@ class Checkpointer:
         """Start to save `state`; returns when its arrays are copied. Raises what the last save raised."""
         self.wait()
         target = self.folder / str(step)
-        manifests.move_aside(target)
-        target.mkdir(parents=True)
+        if jax.process_index() == 0:
+            manifests.move_aside(target)
+            target.mkdir(parents=True)
+        distributed.from_first("the folder is there")
         arrays = flatten(state)
         try:
             self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
@@ -133,18 +135,23 @@ class Checkpointer:
 
         What is damaged or unfinished is moved aside and said.
         """
+        found = self._newest_good(say) if jax.process_index() == 0 else None
+        if not (step := distributed.from_first("" if found is None else str(found))):
+            return None
+        return unflatten(abstract, restore(self.folder, int(step), flatten(abstract)))
+
+    def _newest_good(self, say: Callable[[str], None]) -> int | None:
         for step in reversed(manifests.all_steps(self.folder)):
-            if problem := manifests.problem(self.folder, step):
-                aside = manifests.move_aside(self.folder / str(step))
-                say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
-                continue
-            return unflatten(abstract, restore(self.folder, step, flatten(abstract)))
+            if not (problem := manifests.problem(self.folder, step)):
+                return step
+            aside = manifests.move_aside(self.folder / str(step))
+            say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
         return None
 
 
 def _failed(target: Path, error: Exception) -> OSError:
     """Return the error of a save, in a line, and free the room that its part took, unless it is good."""
-    if not (target / manifests.MANIFEST).exists():
+    if jax.process_index() == 0 and not (target / manifests.MANIFEST).exists():
         shutil.rmtree(target, ignore_errors=True)
     why = (str(error).splitlines() or [type(error).__name__])[0]
     full = "No space left on device" in str(error) and "No space left" not in why

@@ -46,6 +46,7 @@ def score(
     on: a bar that shows them, or one that raises to stop.
     """
     shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
+    host_index, host_count = sharding.host_share(mesh)
     size = cfg["eval"].batch_size or cfg["data"].batch_size
     token_bytes = np.zeros(task.vocab_size, np.int32)
     token_bytes[: text.tokenizer.vocab_size] = text.tokenizer.token_bytes
@@ -58,8 +59,8 @@ def score(
             batch_size=-(-size // shards) * shards,
             max_tokens=cfg["eval"].max_tokens,
             streams=cfg["eval"].streams if stateful else 0,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=host_index,
+            host_count=host_count,
         )
         carry = {}
         if stateful:

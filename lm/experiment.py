@@ -36,11 +36,18 @@ class TrainConfig:
     sample_prompt: str = ""  # text that the sample continues
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
     compilation_cache: bool = True  # keep compiled programs between runs
+    peer_timeout_seconds: float = (
+        300.0  # of silence of one of several processes, after which all end
+    )
 
     def __post_init__(self):
         for field in ("accumulate_steps", "log_every_steps"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use a positive number")
+        if self.peer_timeout_seconds < 1:
+            raise ConfigError(
+                f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
+            )
         for field in ("z_loss", "loss_chunk", "profile_steps", "sample_tokens"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")
@@ -126,6 +133,12 @@ def freeze(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def train_section(config: ConfigDict) -> TrainConfig:
+    """Return the frozen section `train` of a config that need not be complete."""
+    section = config_lib.complete(config, SCHEMA).train
+    return config_lib.freeze(TrainConfig, section, where="train")
+
+
 def build(config: ConfigDict) -> Experiment:
     """Make everything of a run but its state.
 
@@ -150,6 +163,7 @@ def build(config: ConfigDict) -> Experiment:
     )
     config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
     model = models.build(cfg["model"])
+    host_index, host_count = sharding.host_share(mesh)
     batches = pipeline.Batches(
         [member.train for member in text.members],
         task,
@@ -158,8 +172,8 @@ def build(config: ConfigDict) -> Experiment:
         seed=config.seed,
         order=cfg["data"].order,
         once=model.learns == "counting",
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=host_index,
+        host_count=host_count,
     )
     num_steps = _converter(batches, task, None)(cfg["train"].num_steps, "train.num_steps")
     axes, shapes = step.parameter_axes(model)
@@ -247,6 +261,8 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
                 f"{field} needs a family that accepts {' or '.join(map(repr, need))}, and "
                 f"model.name={name!r} accepts {', '.join(sorted(accepts))}; choose another"
             )
+    if models.family(name).Model.learns == "counting" and jax.process_count() > 1:
+        raise ConfigError(f"model.name={name!r} counts in one process; start one alone")
     if stateful and cfg["task"].name != "causal_lm":
         raise ConfigError(
             f"data.order='stream' goes with task.name='causal_lm', not {cfg['task'].name!r}; use shuffle"
@@ -277,7 +293,7 @@ def _check_context(cfg: Any, accepts: frozenset[str], parts: int) -> None:
             f"mesh.context={parts} splits the positions of a row, and model.name={cfg.name!r} reads them one "
             "after the other; use mesh.context=1, and mesh.data or mesh.fsdp for the devices"
         )
-    if parts > 1 and getattr(cfg, "num_experts", 0):
+    if parts > 1 and hasattr(cfg, "num_experts") and cfg.num_experts:
         raise ConfigError(
             f"mesh.context={parts}: experts count the room of whole rows, whose positions it splits; use "
             "model.num_experts=0, or mesh.expert for the devices"
@@ -335,6 +351,7 @@ def environment(made: Experiment) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
         "mesh": dict(made.mesh.shape),
         "dtype": str(hardware.compute_dtype(made.config.model.get("dtype", "float32"))),
         "jax": jax.__version__,

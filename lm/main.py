@@ -7,14 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-from lm import command, startup
+from lm import command, distributed, startup
 from lm import config as config_lib
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run an experiment; return the exit code.
 
-    0 done, 2 a mistake, 3 diverged, 75 stopped and saved, 130 stopped before there was a step to save.
+    0 done, 2 a mistake, 3 diverged, 75 stopped and saved, 130 or 143 stopped before there was a step to
+    save, 76 ended because another process of the run has.
     """
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -31,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="print config, parameters and a batch; train nothing"
     )
+    parser.add_argument(
+        "--coordinator_address", default="", metavar="HOST:PORT", help="of process 0 of several"
+    )
+    parser.add_argument("--num_processes", type=int, metavar="N", help="1 = alone in any cluster")
+    parser.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show this, and every field of the config"
@@ -54,10 +60,16 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         print(parser.format_help())
         print(command.help_text(train.SCHEMA, config))
         return 0
+    distributed.start(
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        timeout=experiment.train_section(config).peer_timeout_seconds,
+    )
     if args.dry_run:
         print(experiment.describe(experiment.build(config)))
         return 0
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
     flags = [f"--config.{assignment}" for assignment in assignments]
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *flags]
@@ -70,9 +82,9 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     except train.Diverged as divergence:
         print(f"error: {divergence}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"stopped before the first step; nothing is lost; to start again: {again}")
-        return 130
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except OSError as error:
         raise config_lib.ConfigError(
             f"workdir={workdir}: {error}; the last good checkpoint is kept"
@@ -86,4 +98,4 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
 if __name__ == "__main__":
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved; what is left is to end
-    sys.exit(code)
+    distributed.leave(code)

@@ -361,6 +361,30 @@ def check_length(mesh: Mesh, length: int, name: str) -> None:
         )
 
 
+@functools.lru_cache
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (which part of a batch this process reads, of how many equal parts).
+
+    Processes between which no axis of the batch runs read the same part.
+
+    Raises:
+      ConfigError: the devices of the processes do not make equal parts.
+    """
+    shards = batch_shards(mesh)
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(numbers)) for numbers in rows.values()})
+    size = len(parts[0])
+    if parts != [tuple(range(at, at + size)) for at in range(0, shards, size)]:
+        raise ConfigError(
+            f"mesh: its {shards} parts of a batch do not divide over {jax.process_count()} processes in "
+            "equal parts; choose sizes that are multiples or divisors of the devices of a process"
+        )
+    # A process without a device of this mesh reads as the first does.
+    return parts.index(tuple(sorted(rows.get(jax.process_index(), parts[0])))), len(parts)
+
+
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Put this host's rows of a batch on its devices, as global arrays; returns at once.
 
@@ -369,15 +393,22 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     than on one device.
 
     Raises:
-      ConfigError: rows whose positions do not split.
+      ConfigError: rows whose positions do not split, or that do not divide over the hosts.
     """
-    parts = ways(mesh, "act_length")
+    parts, (number, count) = ways(mesh, "act_length"), host_share(mesh)
 
     def one(name: str, array: np.ndarray) -> jax.Array:
         if parts > 1 and array.ndim > 1:
             check_length(mesh, array.shape[1], name)
             array = array[:, columns(array.shape[1], parts)]
+        first = number * len(array)  # of the whole batch's rows
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(count * len(array))
+            return array[(slice(begin - first, end - first), *index[1:])]
+
         placed = named_sharding(mesh, ("act_batch", "act_length")[: array.ndim])
-        return jax.make_array_from_process_local_data(placed, array)
+        shape = (count * len(array), *array.shape[1:])
+        return jax.make_array_from_callback(shape, placed, part)
 
     return {name: one(name, array) for name, array in batch.items()}

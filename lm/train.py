@@ -6,9 +6,8 @@ that resumes at s repeats neither the evaluation nor the save of s.
 """
 
 import contextlib
+import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     complete,
+    distributed,
     evaluate,
     experiment,
     hardware,
@@ -27,7 +27,9 @@ from lm import (
     manifests,
     metrics,
     models,
+    peers,
     sharding,
+    signals,
     step,
 )
 from lm import config as config_lib
@@ -40,12 +42,6 @@ SCHEMA = experiment.SCHEMA
 
 class Interrupted(Exception):
     """Training was asked to stop, and its state is saved."""
-
-
-class Stop:
-    """Whether a signal has asked to stop, and whether it waits for the step: else it stops at once."""
-
-    asked = waits = False
 
 
 class _Stopped(Exception):
@@ -65,20 +61,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Interrupted: SIGINT or SIGTERM came.
     """
     workdir = Path(workdir)
-    made = experiment.build(config)  # first: of a mistake, its own line is enough
-    for notice in config_lib.notices(config, SCHEMA):
-        print(f"notice: {notice}")
-    cfg, num_steps = made.cfg, made.num_steps
-    if cfg["train"].compilation_cache:
-        hardware.use_compilation_cache(corpus.cache_folder() / "xla")
-    # 0 is never, but for the last step.
-    eval_every = made.steps_of("eval", "every_steps") or num_steps
-    save_every = made.steps_of("checkpoint", "every_steps") or num_steps
+    timeout = experiment.train_section(config).peer_timeout_seconds
     with contextlib.ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
-        stop = stack.enter_context(stop_signals())
-        if jax.process_index() == 0:
-            stack.enter_context(workdirs.alone_in(workdir))
+        stop = stack.enter_context(signals.stop_signals())
+        others = stack.enter_context(peers.watch(timeout, together=(Interrupted, Diverged)))
+        made = build(config, workdir, others)
+        cfg, num_steps = made.cfg, made.num_steps
+        # 0 is never, but for the last step.
+        eval_every = made.steps_of("eval", "every_steps") or num_steps
+        save_every = made.steps_of("checkpoint", "every_steps") or num_steps
+        stack.enter_context(workdirs.alone_in(workdir))
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
@@ -93,6 +86,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             raise ConfigError(
                 f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
             )
+        others.barrier("restored")
         workdirs.write_files(workdir, made, first)
         writers = open_writers(workdir, made, first if resumed else None)
         stack.callback(writers.close)
@@ -100,6 +94,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         log = Log(made, writers)
         profile = Profile(workdir, first, cfg["train"].profile_steps)
         stack.callback(profile.close)
+        stop.vote_on(made.mesh)
         stop.waits = True
         scores = saved_scores(workdir, first) if resumed else {}
         batches = place_ahead(made, first)
@@ -109,13 +104,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             due = last or now % eval_every == 0
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
             saving = fresh and (last or (now % save_every == 0 and now > 0))
-            stopping = stop.asked
+            stopping = stop.agreed()
             if evaluating or saving or stopping:
+                others.at("evaluating and saving", now)
                 log.catch_up()
                 log.check_health(state, saver)
             if evaluating:
                 scores = score(made, eval_step, state, stop)
-                stopping = stop.asked  # a signal may have come meanwhile
+                stopping = stop.agreed()  # a signal may have come meanwhile
                 if scores:
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
@@ -133,21 +129,37 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
+            others.at(peers.TRAINING if now > first else "compiling", now)
             batch = next(batches)
             profile.before(now)
             state, sums = train_step(state, batch)
             profile.after(now, sums)
             log.one_late(now + 1, sums)
             log.check_health(state, saver)
+        others.at("ending", num_steps)
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
 
 
+def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:
+    """Return the experiment, the same in all processes; the first one prepares its data for them."""
+    with others.first_first("data"):
+        made = experiment.build(config)  # first: of a mistake, its own line is enough
+    others.agree(workdirs.facts(workdir, made))
+    for notice in config_lib.notices(config, SCHEMA):
+        print(f"notice: {notice}")
+    if made.cfg["train"].compilation_cache:
+        hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    return made
+
+
 def open_writers(
     workdir: Path, made: experiment.Experiment, resume_step: int | None
 ) -> metrics.Writers:
-    """Return the writers of a run's metrics; rows after `resume_step` are done again."""
+    """Return the writers of the first process; rows after `resume_step` are done again."""
+    if jax.process_index() > 0:
+        return metrics.Writers([])
     return metrics.open_writers(
         workdir,
         resume_step=resume_step,
@@ -177,7 +189,7 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
 
 
 def score(
-    made: experiment.Experiment, eval_step: Callable, state: step.TrainState, stop: Stop
+    made: experiment.Experiment, eval_step: Callable, state: step.TrainState, stop: signals.Stop
 ) -> dict[str, float]:
     """Return `eval/...` of the parameters, and `eval_raw/...` where `eval` is of their average.
 
@@ -187,7 +199,7 @@ def score(
 
     def until_stop(batches):
         for batch in batches:
-            if stop.asked:
+            if stop.agreed():
                 raise _Stopped
             yield batch
 
@@ -213,7 +225,7 @@ def score(
 def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     """Return the scores that were saved with the checkpoint of step `at`."""
     manifest = manifests.read(workdir / "checkpoints", at) or {}
-    return dict(manifest.get("metrics", {}))
+    return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
 
 
 def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
@@ -297,6 +309,9 @@ class Profile:
     """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
 
     def __init__(self, workdir: Path, first: int, count: int):
+        count = (
+            count if jax.process_index() == 0 else 0
+        )  # the processes of a host would share a file
         self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
         self._on = False
 
@@ -317,33 +332,6 @@ class Profile:
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing.
-
-    Before training begins there is nothing to save, and they are a KeyboardInterrupt.
-    """
-    stop, old = Stop(), {}
-
-    def ask(number, frame):
-        if not (stop.waits or stop.asked):
-            stop.asked = True
-            raise KeyboardInterrupt
-        if not stop.asked:
-            os.write(2, b"\nstopping after this step, and saving it\n")
-        stop.asked = True
-
-    with contextlib.suppress(
-        ValueError
-    ):  # only a main thread can: elsewhere signals are its caller's
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def announce(
@@ -371,7 +359,10 @@ def say_sample(
 ) -> None:
     """Say a sample of the trained model."""
     cfg, text = made.cfg["train"], made.corpus
-    if not cfg.sample_tokens or jax.process_count() > 1:
+    if not cfg.sample_tokens:
+        return
+    if jax.process_count() > 1:
+        say("sample:  by tools.generate alone, where a run has several processes")
         return
     params = jax.device_put(step.learned(made.model, state), jax.local_devices()[0])
     completer = complete.Completer(

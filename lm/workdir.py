@@ -3,13 +3,15 @@
 import contextlib
 import fcntl
 import json
+import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lm import checkpoint, complete, experiment, manifests, tasks
+from lm import checkpoint, complete, distributed, experiment, manifests, peers, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.data import tokenizers
@@ -21,12 +23,34 @@ FREE = ("model.scan", "model.remat", "model.kernel")
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 
 
+def facts(workdir: Path, made: experiment.Experiment) -> dict[str, str]:
+    """Return what all processes of a run must have in common."""
+    flat = config_lib.flatten(made.config)
+    return {
+        **{name: repr(config_lib.plain(value)) for name, value in flat.items()},
+        "the tokenizer": made.corpus.tokenizer.fingerprint,
+        "the data's fingerprint": made.corpus.fingerprint,
+        "the code's version": peers.code_version(),
+        "jax": jax.__version__,
+        "workdir": str(workdir),
+    }
+
+
 @contextlib.contextmanager
 def alone_in(workdir: Path) -> Iterator[None]:
-    """Hold `workdir` for this run alone, where its file system has locks.
+    """Hold `workdir` for this run alone, where its file system has locks; its first process does.
 
-    Raises ConfigError where another run has it.
+    Raises ConfigError where another run has it, or a process of this one does not see it.
     """
+    if jax.process_index() > 0:
+        mark = distributed.from_first("")
+        if not (workdir / "lock").exists() or (workdir / "lock").read_text() != mark:
+            raise ConfigError(
+                f"workdir={workdir}: process {jax.process_index()} does not see there what process 0 writes; "
+                "give a folder that all hosts share"
+            )
+        yield
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("w") as file:
         try:
@@ -37,6 +61,11 @@ def alone_in(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # no locks there
+        mark = uuid.uuid4().hex
+        file.write(mark)
+        file.flush()
+        os.fsync(file.fileno())
+        distributed.from_first(mark)
         yield
 
 

@@ -1,5 +1,7 @@
 """The mesh and the table."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,11 @@ from lm.config import ConfigError
 from lm.models import gpt
 
 LENGTH = 16
+
+
+class Device(NamedTuple):
+    process_index: int
+    row: int
 
 
 def tiny_gpt(**options):
@@ -94,3 +101,39 @@ def test_place_batch_splits_rows_over_data_and_fsdp():
     placed = sharding.place_batch(mesh, {"inputs": rows})["inputs"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.shard_shape(placed.shape) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "share"),
+    [
+        ({0: [0, 1], 1: [2, 3]}, (1, 2)),  # each process has half of the rows
+        ({0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}, (0, 1)),  # they differ in another axis
+        ({0: [0, 1], 1: [0, 1], 2: [2, 3], 3: [2, 3]}, (0, 2)),
+        ({0: [0], 1: [1, 2, 3]}, None),
+        ({0: [0, 2], 1: [1, 3]}, None),
+    ],
+)
+def test_which_rows_a_process_reads(monkeypatch, rows_of, share):
+    places = {
+        Device(process, row): (slice(row, row + 1),)
+        for process, rows in rows_of.items()
+        for row in rows
+    }
+
+    class Placed:
+        def devices_indices_map(self, shape):
+            return places
+
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Placed())
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    mesh = sharding.make_mesh(sharding.Config(data=4), jax.devices()[:4])
+    ask = sharding.host_share.__wrapped__  # it remembers meshes
+    if share is not None:
+        assert ask(mesh) == share
+        return
+    with pytest.raises(ConfigError, match="do not divide over"):
+        ask(mesh)
+
+
+def test_one_process_reads_all_rows():
+    assert sharding.host_share(sharding.make_mesh(sharding.Config(data=4, tensor=2))) == (0, 1)

@@ -1,0 +1,222 @@
+"""Joining the processes of a run, on one host or many: who they are, and the service that they meet at.
+
+Flags or the environment say so (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`: what
+`tools.launch` sets), else a cluster that jax knows: Slurm, Open MPI, Kubernetes, TPU. A process that is
+alone touches nothing of this.
+
+The service is a process of its own beside process 0. jax runs it inside, and every other process is then
+aborted by its C++ client in the moment in which process 0 dies, before a word can be said of why.
+
+Imports of jax are inside functions: a command knows this file before it knows whether it needs jax.
+"""
+
+import faulthandler
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from lm.config import ConfigError
+
+LOST = 76  # exit code of a process that ends because of another one
+START_SECONDS = 60  # least time to wait for the other processes to start
+FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
+_joined = False
+_asked = itertools.count()
+_SERVICE = "get_distributed_runtime_service"
+_ESTABLISHED = "01"  # in /proc/net/tcp
+
+
+def start(
+    coordinator_address: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 300.0,
+) -> bool:
+    """Join the other processes of this run, if there are any; return whether there are.
+
+    Arguments that are not given are those of the environment, else of the cluster. Before any use of a
+    device. All but the first process lose their standard output: the first speaks for all. `timeout` is in
+    seconds, as of `lm.peers.watch`.
+
+    Raises:
+      ConfigError: who this process is, or where the others are, is not known. Where the others do not come
+        in time, this process ends.
+    """
+    global _joined
+    import jax
+    from jax._src import distributed as jax_distributed
+
+    address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    count = _number("num_processes", num_processes)
+    index = _number("process_id", process_id)
+    if not address and (count == 1 or not clustered()):
+        return False
+    # jax's own end of a process that is not heard of comes after ours, which says who that is.
+    patience = int(max(START_SECONDS, timeout))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    alarm = threading.Timer(patience, _give_up, (patience,))  # jax's own is an abort from C++
+    alarm.daemon = True
+    alarm.start()
+    inside = getattr(jax_distributed._jax, _SERVICE)
+    setattr(jax_distributed._jax, _SERVICE, _Service)
+    try:
+        jax.distributed.initialize(
+            address or None,
+            count,
+            index,
+            local_device_ids=local_devices(os.environ),
+            initialization_timeout=patience + 60,
+            heartbeat_timeout_seconds=2 * patience + 60,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"cannot join the other processes: {why}; give --coordinator_address, --num_processes and "
+            "--process_id, or their environment variables"
+        ) from None
+    finally:
+        setattr(jax_distributed._jax, _SERVICE, inside)
+        alarm.cancel()
+    _joined = True
+    faulthandler.enable()  # of what C++ aborts, the stacks
+    if jax_distributed.global_state.process_id > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
+    return True
+
+
+def _give_up(seconds: int) -> None:
+    """End this process, which waits for others that do not come."""
+    from jax._src import distributed as jax_distributed
+
+    known = jax_distributed.global_state
+    print(
+        f"error: process {known.process_id} of {known.num_processes}: the others did not come to "
+        f"{known.coordinator_address} in {seconds} s; start all of them, with the same address and number "
+        "of processes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
+
+
+def _number(name: str, given: int | None) -> int | None:
+    """Return a flag's value, or that of its environment variable."""
+    text = os.environ.get(f"JAX_{name.upper()}", "")
+    if given is None and text and not text.isdecimal():
+        raise ConfigError(f"JAX_{name.upper()}={text}: use a number")
+    return given if given is not None or not text else int(text)
+
+
+def clustered() -> bool:
+    """Return whether a cluster that jax knows has started this process as one of several."""
+    from jax._src.clusters import ClusterEnv
+
+    # In a pod jax asks the cluster who it is, which only one of an indexed job can know.
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
+        return False
+    for cluster in ClusterEnv._cluster_types:
+        if not cluster.opt_in_only_method and cluster.is_env_present():
+            return cluster.get_process_count() > 1
+    return False
+
+
+def local_devices(environment: Any) -> list[int] | None:
+    """Return which of the GPUs that this process sees are its own; None = as jax decides.
+
+    Under Slurm and Open MPI jax takes the one of the task's number on its host. That is wrong where the
+    cluster shows each task only its own GPUs, and where a host has one task.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    number = visible.count(",") + 1
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get(
+        "OMPI_COMM_WORLD_LOCAL_SIZE", ""
+    )
+    alone = tasks.partition("(")[0] == "1"
+    return list(range(number)) if number == 1 or alone else None
+
+
+class _Service:
+    """jax's coordination service in a process of its own, which outlives this one until all have left."""
+
+    def __init__(self, address: str, num_processes: int, **options: Any):
+        asked = json.dumps([address, num_processes, options])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve({asked!r})"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"the coordination service does not start on {address}")
+
+    def shutdown(self) -> None:
+        """End the service: every process has left it."""
+        self._process.communicate(b"end")
+
+
+def serve(asked: str) -> None:
+    """Serve until process 0 says that it ends, or is gone and no other process is connected.
+
+    Then it is no longer than all need to find out: a host that is lost leaves its connection open.
+    """
+    import jaxlib._jax as _jax  # type: ignore[import-untyped]
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for those who train
+        signal.signal(number, signal.SIG_IGN)
+    address, num_processes, options = json.loads(asked)
+    service = getattr(_jax, _SERVICE)(address, num_processes, **options)
+    os.write(1, b"ready\n")
+    end = os.read(0, 3)
+    port = int(address.rpartition(":")[2])
+    last = time.monotonic() + options.get("heartbeat_timeout", 0)
+    while not end and _connected(port) and time.monotonic() < last:
+        time.sleep(1)
+    if end:
+        service.shutdown()
+    os._exit(0)
+
+
+def _connected(port: int) -> bool:
+    """Return whether anybody is connected to the local TCP `port` (as Linux shows it)."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        path = Path(table)
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        for line in lines:
+            _, local, _, state, *_ = line.split()
+            if state == _ESTABLISHED and int(local.rpartition(":")[2], 16) == port:
+                return True
+    return False
+
+
+def from_first(value: str) -> str:
+    """Return the value of process 0 to every process, which all ask in the same order."""
+    from jax._src import distributed as jax_distributed
+
+    known, key = jax_distributed.global_state, f"lm/first/{next(_asked)}"
+    if known.client is None:
+        return value
+    if known.process_id == 0:
+        known.client.key_value_set(key, value)
+        return value
+    return known.client.blocking_key_value_get(key, FOREVER)
+
+
+def leave(code: int) -> None:
+    """End this process. One of several that fails ends at once: an orderly end waits for the others."""
+    if _joined and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

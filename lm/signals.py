@@ -1,0 +1,74 @@
+"""Whether to stop: asked by a signal to any process of the run, and answered the same in all of them."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class Stop:
+    """A request to stop.
+
+    Attributes:
+      asked: a signal has asked this process.
+      waits: the request waits for the step; else it stops the process at once.
+    """
+
+    asked = waits = False
+
+    def __init__(self) -> None:
+        self._mesh: Mesh | None = None
+        self._before: jax.Array | None = None
+
+    def vote_on(self, mesh: Mesh) -> None:
+        """Let all processes of `mesh` answer together from now on."""
+        if jax.process_count() > 1:
+            self._mesh = mesh
+            every = PartitionSpec(mesh.axis_names)
+            self._places = NamedSharding(mesh, every)
+            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def agreed(self) -> bool:
+        """Return whether to stop now; every process asks as often, and each is told the same.
+
+        Of several processes it is the answer of the time before, so that no device waits for a host: what
+        it costs is one small collective beside a step.
+        """
+        if self._mesh is None:
+            return self.asked
+        mine = np.full(len(self._mesh.local_devices), self.asked)
+        votes = jax.make_array_from_process_local_data(self._places, mine, (self._mesh.size,))
+        before, self._before = self._before, self._any(votes)
+        return before is not None and bool(before)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing.
+
+    Before training begins there is nothing to save, and they are a KeyboardInterrupt with their number.
+    """
+    stop, old = Stop(), {}
+
+    def ask(number, frame):
+        if not (stop.waits or stop.asked):
+            stop.asked = True
+            raise KeyboardInterrupt(number)
+        if not stop.asked:
+            os.write(2, b"\nstopping after this step, and saving it\n")
+        stop.asked = True
+
+    with contextlib.suppress(
+        ValueError
+    ):  # only a main thread can: elsewhere signals are its caller's
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

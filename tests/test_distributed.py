@@ -1,0 +1,224 @@
+"""Runs of several real processes on this machine: the same numbers, and an end in time when one is lost."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import checkpoint, config, manifests, train
+from lm.metrics import read_rows
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 4
+EXPERIMENT = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({{
+        "data": {{"path": ({path!r},), "tokenizer": "byte", "batch_size": 8}},
+        "task": {{"length": 16}},
+        "model": {{"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2}},
+        "optim": {{"name": "sgd", "momentum": 0.9, "peak_lr": 0.1}},
+        "mesh": {{"data": 2, "fsdp": 2}},
+        "train": {{"num_steps": 60, "log_every_steps": 1, "peer_timeout_seconds": 12.0}},
+        "eval": {{"every_steps": 30, "max_tokens": 256}},
+        "checkpoint": {{"every_steps": 15, "keep": 20}},
+    }}, type_safe=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(text_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(EXPERIMENT.format(path=str(text_file)))
+    return path
+
+
+class Job:
+    """A run of several processes, and what each of them has said."""
+
+    def __init__(self, experiment, workdir, processes, flags="", *, before=""):
+        self.workdir, self.processes = workdir, processes
+        words = ["-m", "lm.main", "--config", str(experiment), "--workdir", str(workdir)]
+        script = f"{before} exec {shlex.join([sys.executable, *words])} {flags}"
+        self.logs = workdir.parent / f"{workdir.name}.logs{time.monotonic_ns()}"
+        self.launcher = subprocess.Popen(
+            [sys.executable, "-m", "tools.launch", f"--processes={processes}", "--grace=30",
+             f"--devices_per_process={DEVICES // processes}", f"--logs={self.logs}",
+             "--", "sh", "-c", script],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.launcher.wait(2)
+        self.launcher.kill()
+        self.launcher.wait()
+
+    def said(self, index):
+        return (self.logs / f"process_{index}.log").read_text()
+
+    def wait(self, seconds=120):
+        return self.launcher.wait(seconds)
+
+    def wait_for_checkpoint(self, step):
+        manifest = self.workdir / "checkpoints" / str(step) / "manifest.json"
+        self._wait_until(manifest.exists)
+
+    def wait_for(self, words):
+        """Wait until the first process has said something."""
+        log = self.logs / "process_0.log"
+        self._wait_until(lambda: log.exists() and words in log.read_text())
+
+    def _wait_until(self, there, seconds=90):
+        end = time.monotonic() + seconds
+        while not there():
+            assert self.launcher.poll() is None, self.said(0)
+            assert time.monotonic() < end, self.said(0)
+            time.sleep(0.02)
+
+    def send(self, index, number):
+        """Send a signal to one process."""
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                mine = int(stat[1]) == self.launcher.pid
+                if mine and f"JAX_PROCESS_ID={index}".encode() in environment:
+                    os.kill(pid, number)
+                    return
+        raise AssertionError(f"no process {index}")
+
+
+def run(*args, **options):
+    """Run a job to its end and return it and its exit code."""
+    with Job(*args, **options) as job:
+        return job, job.wait()
+
+
+def losses(workdir):
+    """Return [(step, name, value)] of all losses."""
+    return [
+        (row["step"], name, row[name])
+        for row in read_rows(workdir / "metrics.jsonl")
+        for name in ("train/loss", "eval/loss")
+        if name in row
+    ]
+
+
+def parameters(workdir, step=60):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stored = manifests.read(workdir / "checkpoints", step)["arrays"]
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device)
+        for name, (shape, dtype) in stored.items()
+    }
+    return jax.device_get(checkpoint.restore(workdir / "checkpoints", step, wanted))
+
+
+def assert_same(left, right):
+    assert losses(left) == losses(right)
+    a, b = parameters(left), parameters(right)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory):
+    """The workdir of an uninterrupted run of two processes."""
+    job, code = run(experiment, tmp_path_factory.mktemp("whole") / "run", 2)
+    assert code == 0, job.said(0)
+    assert "step 60" in job.said(0) and "loss" not in job.said(1), "the first speaks for all"
+    return job.workdir
+
+
+def test_two_processes_train_as_one(experiment, whole):
+    """A plain process, which adds in another order, agrees to rounding."""
+    plain = config.load(experiment)
+    plain.mesh = {"data": 4, "fsdp": 2}
+    train.run(plain, whole.parent / "plain")
+    ours, theirs = losses(whole), losses(whole.parent / "plain")
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    for (*_, a), (*_, b) in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_any_number_of_processes_gives_the_same_bits(experiment, whole, tmp_path, processes):
+    job, code = run(experiment, tmp_path / "run", processes)
+    assert code == 0, job.said(0)
+    assert_same(job.workdir, whole)
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, tmp_path):
+    """Each time on another number of processes."""
+    workdir = tmp_path / "run"
+    with Job(experiment, workdir, 2) as job:
+        job.wait_for_checkpoint(15)
+        job.send(1, signal.SIGKILL)
+        assert job.wait(30) == 128 + signal.SIGKILL
+        assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
+    with Job(experiment, workdir, 4) as job:
+        job.wait_for_checkpoint(30)
+        job.send(0, signal.SIGKILL)  # where all others meet
+        assert job.wait(30) == 128 + signal.SIGKILL
+        for index in (1, 2, 3):
+            assert "process 0 (" in job.said(index) and "ends:" in job.said(index)
+    with Job(experiment, workdir, 2) as job:
+        job.wait_for("/60  loss")
+        job.send(1, signal.SIGTERM)
+        assert job.wait(60) == 75
+        assert "is saved; to resume" in job.said(0)
+    job, code = run(experiment, workdir, 1)
+    assert code == 0, job.said(0)
+    assert_same(workdir, whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_in_time(experiment, tmp_path):
+    with Job(experiment, tmp_path / "run", 2, "--config.train.num_steps=100000") as job:
+        job.wait_for_checkpoint(15)
+        job.send(1, signal.SIGSTOP)
+        began = time.monotonic()
+        while "ends:" not in job.said(0):
+            assert time.monotonic() - began < 12 + 5
+            time.sleep(0.1)
+    said = job.said(0)
+    assert "process 1 (" in said and "not heard of for 12 s" in said
+    assert "lm/train.py" in said, "where it was"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.optim.peak_lr=0.$((1 + JAX_PROCESS_ID))", "optim.peak_lr is 0.2, not 0.1"),
+        ("--config.data.path=words.txt", "the data's fingerprint is"),
+    ],
+)
+def test_a_process_that_differs_is_named(experiment, text_file, tmp_path, flag, words):
+    for index, text in enumerate(("", "other")):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "words.txt").write_text(text_file.read_text() + text)
+    there = f"cd {tmp_path}/$JAX_PROCESS_ID;"
+    job, code = run(experiment, tmp_path / "run", 2, before=there, flags=flag)
+    assert code == 2
+    for index in (0, 1):
+        assert "error: process 1 (" in job.said(index) and words in job.said(index)

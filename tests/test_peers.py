@@ -1,0 +1,190 @@
+"""What the processes of a run say of each other, over a store that is a dictionary here."""
+
+import itertools
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lm import distributed, peers
+from lm.config import ConfigError
+
+
+class Store:
+    """Stands in for the client of jax's coordination service."""
+
+    def __init__(self, count):
+        self.values, self.meeting = {}, threading.Barrier(count)
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values, key
+        self.values[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(k, v) for k, v in dict(self.values).items() if k.startswith(f"{folder}/")]
+
+    def blocking_key_value_get(self, key, timeout):
+        return self.values[key]
+
+    def wait_at_barrier(self, name, timeout):
+        self.meeting.wait(20)
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """Return a function that makes the peers of a run, each of which this process is in turn."""
+    made = []
+
+    def make(count, timeout):
+        store = Store(count)
+        monkeypatch.setattr(peers, "_runs", itertools.repeat(0))
+        monkeypatch.setattr(peers.Peers, "_end", lambda *args: None)  # it would end the tests
+        # Each is made in a thread of its own, because it waits for the others.
+        states = [
+            types.SimpleNamespace(
+                client=store, process_id=i, num_processes=count, coordinator_address="host:1"
+            )
+            for i in range(count)
+        ]
+        local = threading.local()
+
+        class Known:
+            @property
+            def global_state(self):
+                return local.state
+
+        monkeypatch.setattr(peers, "jax_distributed", Known())
+
+        def one(state):
+            local.state = state
+            return peers.Peers(timeout)
+
+        with ThreadPoolExecutor(count) as pool:
+            made.extend(pool.map(one, states))
+        return made[-count:]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def together(every, work):
+    """Do `work` as each of the processes at once; return what each raises."""
+
+    def one(peer):
+        try:
+            work(peer)
+        except ConfigError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(every)) as pool:
+        return list(pool.map(one, every))
+
+
+def until(question, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not (answer := question()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+    return answer
+
+
+def test_who_differs_is_named_with_the_field(meet):
+    every = meet(3, 15.0)
+    facts = [{"optim.peak_lr": "0.1", "jax": "1"} for _ in every]
+    facts[1]["optim.peak_lr"] = "0.2"
+    said = together(every, lambda peer: peer.agree(facts[peer._index]))
+    assert len(set(said)) == 1, "all are told the same"
+    assert said[0].startswith("process 1 (") and "optim.peak_lr is 0.2, not 0.1" in said[0]
+    assert "jax is" not in said[0]
+
+
+def test_the_first_process_may_be_the_one_that_differs(meet):
+    every = meet(3, 15.0)
+    said = together(every, lambda peer: peer.agree({"x": "1" if peer._index else "2"}))
+    assert said[0].startswith("process 0 (") and "x is 2, not 1" in said[0]
+
+
+def test_agreement_is_silent(meet):
+    assert together(meet(2, 15.0), lambda peer: peer.agree({"x": "1"})) == [None, None]
+
+
+def test_a_silent_process_is_named_and_so_is_what_it_did(meet):
+    every = meet(2, 15.0)
+    every[1].at("training", 7)
+    until(lambda: every[0]._said(1) == ["training", 7])
+    assert not every[0]._lost(5.0)
+    every[1].close()
+    said = until(lambda: every[0]._lost(1.2))
+    assert "process 1 (" in said and "not heard of for" in said and "training, step 7" in said
+
+
+def test_a_process_that_leaves_is_named_with_its_reason(meet):
+    every = meet(2, 15.0)
+    every[1].leave(ConfigError("data.path: missing"))
+    assert "process 1 (" in (said := until(lambda: every[0]._lost(15.0)))
+    assert "has ended: ConfigError: data.path: missing" in said
+
+
+def test_a_step_that_does_not_end_shows_who_is_behind(meet, monkeypatch):
+    every = meet(2, 15.0)
+    for peer, doing in zip(every, ("training", "evaluating and saving"), strict=True):
+        peer.at(doing, 9)
+    until(lambda: every[0]._said(1)[1] == 9)
+    assert not every[0]._stuck()
+    for peer in every:
+        peer._since -= 100
+    assert "process 1 (" in (said := every[0]._stuck()) and "saving, step 9" in said
+    assert not every[1]._stuck(), "an evaluation or a save may take long"
+
+
+def test_one_process_alone_waits_for_nobody():
+    with peers.watch(1.0) as alone:
+        alone.agree({"x": "1"})
+        alone.barrier("x")
+        alone.at("training", 1)
+        with alone.first_first("x"):
+            pass
+    assert distributed.from_first("x") == "x"
+    assert not distributed.start()
+
+
+def test_environment_variables_are_checked(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES=two"):
+        distributed.start()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tasks", "joins"), [("1", False), ("2", True)])
+def test_a_cluster_of_one_is_no_cluster(monkeypatch, tasks, joins):
+    for name, value in {**SLURM, "SLURM_NTASKS": tasks}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.clustered() == joins
+    assert not distributed.start(num_processes=1), "asked to be alone in any cluster"
+
+
+def test_a_pod_that_is_no_part_of_an_indexed_job_is_alone(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert not distributed.clustered()
+
+
+@pytest.mark.parametrize(
+    ("visible", "tasks", "own"),
+    [
+        ("", "2", None),  # as jax decides
+        ("3", "4(x2)", [0]),  # the cluster shows each task one GPU
+        ("0,1,2,3", "1(x2)", [0, 1, 2, 3]),  # a task has its host for itself
+        ("0,1,2,3", "4(x2)", None),  # jax takes the one of the task's number
+    ],
+)
+def test_which_gpus_are_a_task_s_own(visible, tasks, own):
+    environment = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    assert distributed.local_devices(environment) == own
