@@ -254,6 +254,12 @@ def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
             f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
             "model's head go together; set both or neither"
         )
+    stages = sharding.ways(mesh, "layers")
+    if stages > 1 and (stateful or not getattr(cfg["model"], "scan", False)):
+        raise ConfigError(
+            f"mesh.stage={stages}: stages are parts of a scan over layers without a carried state; set "
+            "model.scan=True in a family that has it (bert, gpt, linear_rnn, t5), data.order=shuffle"
+        )
     shards = sharding.batch_shards(mesh)
     sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
     if stateful:

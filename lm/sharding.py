@@ -6,6 +6,7 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
     data    each device holds all parameters and a share of the batch
     fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
     tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053)
+    stage   scanned layers are split, and parts of the batch flow through them (see `lm.nn.pipeline`)
 """
 
 import contextlib
@@ -28,6 +29,7 @@ class Config:
     data: int = -1  # devices that split the batch alone; -1 = the rest
     fsdp: int = 1  # devices that split the batch and, along `embed`, the parameters; -1 = the rest
     tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
+    stage: int = 1  # devices that split the layers, which needs model.scan; -1 = the rest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -47,6 +49,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_hidden": ("tensor",),
     "act_vocab": ("tensor",),
+    "act_stage": ("stage",),
     # Parameters.
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -64,7 +67,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "qkv": (),
     "gate": (),
     "gates": (),
-    "layers": (),
+    "layers": ("stage",),
 }
 
 # Leaving an array of fewer elements whole is never an error: it is not worth a collective.
@@ -78,7 +81,8 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the sizes' product is not the number of devices, or two sizes are -1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict(cfg)
+    # Stages first: what passes between them is least, so that may be the slowest links.
+    sizes = {"stage": cfg.stage} | dataclasses.asdict(cfg)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one size may be -1")
@@ -120,6 +124,17 @@ def row_shards(num_rows: int) -> int:
     return shards if num_rows % shards == 0 else 1
 
 
+def stages() -> int:
+    """Return over how many devices of the mesh in use the layers are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, "layers")
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of a logical `axis`: what JAX wants to be told of an axis that it maps over."""
+    return RULES[axis]
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Return the mesh axes of logical `axes` (None = not split)."""
     return PartitionSpec(*[RULES[axis] or None if axis else None for axis in axes])
@@ -145,6 +160,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         for dim, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+
+
+def constrain_first(x: jax.Array, axis: str) -> jax.Array:
+    """Pin the first dimension of `x` to the sharding of its logical `axis`, the others to none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES[axis] or None, *free))
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Split the leading axis B into [parts, B / parts]; part i takes rows i, i + parts, ...
+
+    Strided, so that each device's share of the batch is split and no row moves between devices.
+    """
+
+    def split(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """Undo `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

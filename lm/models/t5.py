@@ -26,7 +26,7 @@ from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
 from lm.nn.relative import RelativeBias
-from lm.nn.transformer import Stack
+from lm.nn.transformer import Stack, stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Config:
     dropout: float = 0.0  # probability, on embeddings, residual branches and features; T5: 0.1
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
+    stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     def __post_init__(self):
@@ -196,7 +198,7 @@ class Model(nn.Module):
 
     def setup(self):
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
-        layers, D = {"scan": cfg.scan, "remat": cfg.remat}, cfg.model_dim
+        layers, D = stacking(cfg), cfg.model_dim
         self.embed = Embed(cfg.vocab_size, D, dtype, nn.initializers.normal(1.0))
         self.encoder_positions = self._relative_bias(bidirectional=True)
         self.encoder = Stack(EncoderBlock, {"cfg": cfg}, cfg.num_layers, **layers)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 
 import jax
@@ -55,6 +56,7 @@ INSTEAD = {
 FAMILIES = models.names()
 LEARNED = [name for name in FAMILIES if name not in INSTEAD["gradient"]]
 PACKED = [name for name in FAMILIES if "packed" in models.family(name).Model.accepts]
+SCANNED_FAMILIES = [name for name in LEARNED if hasattr(models.config_class(name), "scan")]
 WRITERS = [name for name in FAMILIES if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
 
 
@@ -247,7 +249,7 @@ def stacked(tree):
 
 
 @pytest.mark.slow  # six programs a family to compile
-@pytest.mark.parametrize("name", [n for n in LEARNED if hasattr(models.config_class(n), "scan")])
+@pytest.mark.parametrize("name", SCANNED_FAMILIES)
 def test_scanned_layers_and_rematerialisation_change_nothing(name):
     model, params = made(name)
     words = texts([5, 3, 4, 6])
@@ -357,6 +359,26 @@ def test_sharded_is_one_device(name):
         state.opt_state.trace,
     )
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+@pytest.mark.slow  # five programs a family to compile
+@pytest.mark.parametrize("name", SCANNED_FAMILIES)
+def test_stages_are_one_device(name, monkeypatch):
+    """Losses, and parameters after five steps with momentum, where layers are split and parts flow."""
+    monkeypatch.setitem(TINY, name, {**TINY[name], "num_layers": 4, "scan": True})
+    run = functools.partial(steps, name, count=5, tx=optax.sgd(0.1, momentum=0.9))
+    expected, state = run(one_device(), rows=16)
+    for sizes, options in (
+        ({"stage": 4, "data": 2}, {}),
+        ({"stage": 2, "data": 1}, {"stage_repeats": 2, "microbatches": 4}),
+        ({"stage": 2, "fsdp": 2, "tensor": 2, "data": 1}, {"remat": "full"}),
+    ):
+        monkeypatch.setitem(TINY, name, {**TINY[name], **options})
+        devices = jax.devices()[: math.prod(sizes.values())]
+        found, other = run(sharding.make_mesh(sharding.Config(**sizes), devices), rows=16)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        for one, two in zip(*map(jax.tree.leaves, (other.params, state.params)), strict=True):
+            assert np.linalg.norm(one - two) <= 1e-5 * max(np.linalg.norm(two), 1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
