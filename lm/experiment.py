@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import checkpoint, evaluate, hardware, models, optim, sharding, step, tasks
+from lm import checkpoint, evaluate, fit, hardware, models, optim, sharding, step, tasks
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
 from lm.data import corpus, pipeline, settings
@@ -148,10 +148,10 @@ def build(config: ConfigDict) -> Experiment:
     config = config_lib.complete(config, SCHEMA)
     cfg = freeze(config)
     mesh = sharding.make_mesh(cfg["mesh"])
-    kind = check_fit(cfg, mesh)
+    kind = fit.check_sections(cfg, mesh)
     text = corpus.build(cfg["data"])
     task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)
-    _check_corpus(cfg, text, task, mesh)
+    fit.check_corpus(cfg, text, task, mesh)
     cfg["model"] = models.resolve(
         cfg["model"],
         vocab_size=task.vocab_size,
@@ -201,27 +201,6 @@ def build(config: ConfigDict) -> Experiment:
     )  # fmt: skip
 
 
-def _check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:
-    """Refuse what the corpus, or the task on it, cannot give, and rows that do not fit `mesh`."""
-    sharding.check_length(mesh, task.row_length, "the task")
-    sharding.check_length(mesh, task.source_length, "the task's source")
-    if not text.validation.num_bytes:
-        raise ConfigError(
-            f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "
-            "and training evaluates on it; use a larger one"
-        )
-    if not task.text_bytes and cfg["checkpoint"].best_metric.endswith("bits_per_byte"):
-        raise ConfigError(
-            f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: task.name={cfg['task'].name!r} "
-            "does not score a whole text, so it has no bits per byte; use eval/loss"
-        )
-    try:
-        if prompt := cfg["train"].sample_prompt:
-            text.tokenizer.encode(prompt)
-    except ConfigError as error:
-        raise ConfigError(f"train.sample_prompt: {error}") from None
-
-
 def build_task(
     cfg: Mapping[str, Any], kind: str, tokenizer: Any, labels: Sequence[str], *, seed: int = 0
 ) -> Any:
@@ -238,70 +217,6 @@ def build_objective(task: Any) -> step.Objective:
         text_bytes=task.text_bytes,
         whole_rows=task.whole_rows,
     )
-
-
-def check_fit(cfg: Mapping[str, Any], mesh: Mesh) -> str:
-    """Refuse sections that do not fit each other; return the kind of rows that the task shall make.
-
-    Raises:
-      ConfigError: the family does not accept the task or the order, or a batch does not divide.
-    """
-    name, stateful = cfg["model"].name, cfg["data"].order == "stream"
-    accepts = models.family(name).Model.accepts
-    kinds = tasks.kinds(cfg["task"])
-    _check_context(cfg["model"], accepts, sharding.ways(mesh, "act_length"))
-    needs = [
-        (kinds, True, f"task.name={cfg['task'].name!r}"),
-        (("packed",), cfg["task"].packed, "task.isolate_documents=True"),
-        (("carry",), stateful, "data.order='stream'"),
-    ]
-    for need, wanted, field in needs:
-        if wanted and not accepts.intersection(need):
-            raise ConfigError(
-                f"{field} needs a family that accepts {' or '.join(map(repr, need))}, and "
-                f"model.name={name!r} accepts {', '.join(sorted(accepts))}; choose another"
-            )
-    if models.family(name).Model.learns == "counting" and jax.process_count() > 1:
-        raise ConfigError(f"model.name={name!r} counts in one process; start one alone")
-    if stateful and cfg["task"].name != "causal_lm":
-        raise ConfigError(
-            f"data.order='stream' goes with task.name='causal_lm', not {cfg['task'].name!r}; use shuffle"
-        )
-    asked = [getattr(cfg[part], "next_sentence", False) for part in ("task", "model")]
-    if asked[0] != asked[1]:
-        raise ConfigError(
-            f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
-            "model's head go together; set both or neither"
-        )
-    shards = sharding.batch_shards(mesh)
-    sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
-    if stateful:
-        sizes["eval.streams"] = (cfg["eval"].streams, shards)
-    for field, (size, divisor) in sizes.items():
-        if size % divisor:
-            raise ConfigError(
-                f"{field}={size} does not divide by {divisor} (train.accumulate_steps x the devices "
-                f"that split a batch); use a multiple of {divisor}"
-            )
-    return tasks.kind_for(kinds, accepts)
-
-
-def _check_context(cfg: Any, accepts: frozenset[str], parts: int) -> None:
-    """Refuse a model that does not read rows whose positions `parts` devices split."""
-    if parts > 1 and "context" not in accepts:
-        raise ConfigError(
-            f"mesh.context={parts} splits the positions of a row, and model.name={cfg.name!r} reads them one "
-            "after the other; use mesh.context=1, and mesh.data or mesh.fsdp for the devices"
-        )
-    if parts > 1 and hasattr(cfg, "num_experts") and cfg.num_experts:
-        raise ConfigError(
-            f"mesh.context={parts}: experts count the room of whole rows, whose positions it splits; use "
-            "model.num_experts=0, or mesh.expert for the devices"
-        )
-    if parts > 1 and getattr(cfg, "kernel", "") == "cudnn":
-        raise ConfigError(
-            f"model.kernel='cudnn' attends to whole rows, and mesh.context={parts} splits them; use ''"
-        )
 
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from lm import sharding
+from lm import collectives, sharding
 
 # Bytes of one chunk's float32 logits on one device. On a CPU as measured: at vocabulary 50,304 and
 # width 768 less is slower, more costs memory alone. Elsewhere the [V, D] gradient that each chunk
@@ -140,14 +140,14 @@ def _take(x_BLD: jax.Array, index_BS: jax.Array) -> jax.Array:
     def pick(x_BLD, index_BS):
         """Give what is here of every position, and keep what all have found of this part's."""
         length = x_BLD.shape[1]
-        place_BS1 = (index_BS - sharding.part_number("act_length") * length)[..., None]
+        place_BS1 = (index_BS - collectives.part_number("act_length") * length)[..., None]
         here_BS1 = (place_BS1 >= 0) & (place_BS1 < length)
         found = jnp.take_along_axis(x_BLD, jnp.clip(place_BS1, 0, length - 1), axis=1)
         found_SBD = jnp.where(here_BS1, found, 0).swapaxes(0, 1)
-        return sharding.reduce_scatter(found_SBD, "act_length").swapaxes(0, 1)
+        return collectives.reduce_scatter(found_SBD, "act_length").swapaxes(0, 1)
 
     features = ("act_batch", "act_length", None)
-    return sharding.on_shards(pick, [features, ("act_batch", None)], features)(x_BLD, index_BS)
+    return collectives.on_shards(pick, [features, ("act_batch", None)], features)(x_BLD, index_BS)
 
 
 def _only_used(

@@ -10,13 +10,14 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
     expert  as data, and the experts of `lm.nn.moe` are split over it (GShard, arXiv 2006.16668)
     context positions are split, each device holding an early and a late part of every row, so that
             under a causal mask all have the same work (`columns`; `lm.nn.context` attends across it)
+    stage   scanned layers are split, and parts of the batch flow through them (see `lm.nn.pipeline`)
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class Config:
     tensor: int = 1  # devices that split heads, feed-forward, hidden and vocabulary; -1 = the rest
     expert: int = 1  # devices that split the batch and the experts; -1 = the rest
     context: int = 1  # devices that split the positions of a row; -1 = the rest
+    stage: int = 1  # devices that split the layers, which needs model.scan; -1 = the rest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -56,6 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_hidden": ("tensor",),
     "act_vocab": ("tensor",),
+    "act_stage": ("stage",),
     # Parameters.
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -75,11 +78,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "qkv": (),
     "gate": (),
     "gates": (),
-    "layers": (),
+    "layers": ("stage",),
 }
 
 # The axes of a mesh, those that exchange most last: neighbours in it are near each other.
-ORDER = ("data", "fsdp", "context", "tensor", "expert")
+ORDER = ("stage", "data", "fsdp", "context", "tensor", "expert")
 
 # Leaving an array of fewer elements whole is never an error: it is not worth a collective.
 SMALL = 1024
@@ -134,6 +137,17 @@ def row_shards(num_rows: int) -> int:
     return shards if num_rows % shards == 0 else 1
 
 
+def stages() -> int:
+    """Return over how many devices of the mesh in use the layers are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, "layers")
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of a logical `axis`: what JAX wants to be told of an axis that it maps over."""
+    return RULES[axis]
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Return the mesh axes of logical `axes` (None = not split)."""
     return PartitionSpec(*[RULES[axis] or None if axis else None for axis in axes])
@@ -185,6 +199,33 @@ spread.defvjp(lambda x_BLD: (spread(x_BLD), None), lambda _, gradient: (collect(
 collect.defvjp(lambda x_BLD: (collect(x_BLD), None), lambda _, gradient: (spread(gradient),))
 
 
+def constrain_first(x: jax.Array, axis: str) -> jax.Array:
+    """Pin the first dimension of `x` to the sharding of its logical `axis`, the others to none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES[axis] or None, *free))
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Split the leading axis B into [parts, B / parts]; part i takes rows i, i + parts, ...
+
+    Strided, so that each device's share of the batch is split and no row moves between devices.
+    """
+
+    def split(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        axes = (None, "act_batch", "act_length") if x.ndim == 3 else (None, "act_batch")
+        return constrain(x, *axes, *(None,) * (x.ndim - len(axes)))
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """Undo `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Collect the fsdp shards of `kernel` for use; its gradient is summed, then split again.
@@ -199,80 +240,6 @@ gather.defvjp(
     lambda kernel, axes: (gather(kernel, axes), None),
     lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
-
-
-def on_shards(
-    function: Callable[..., jax.Array],
-    axes: Sequence[tuple[str | None, ...]],
-    out: tuple[str | None, ...],
-) -> Callable[..., jax.Array]:
-    """Return `function` as each device runs it on its own parts of the arguments, which have logical `axes`.
-
-    Its result is a part of an array with axes `out`. On one device, or where a dimension does not divide, it
-    is `function` itself, and `all_gather` and the others below change nothing.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def run(*arguments: jax.Array) -> jax.Array:
-        divides = all(
-            dim % ways(mesh, axis) == 0
-            for argument, names in zip(arguments, axes, strict=True)
-            for dim, axis in zip(argument.shape, names, strict=True)
-        )
-        specs = tuple(partition_spec(names) for names in axes)
-        # Of mesh axes that split nothing here the partitioner still decides: no sum over them is asked for.
-        manual = {name for names in (*axes, out) for axis in names if axis for name in RULES[axis]}
-        # The check of what differs between devices does not know rules of gradients that are one's own.
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=partition_spec(out), check_vma=False,
-            axis_names=manual,
-        )  # fmt: skip
-        return mapped(*arguments) if divides else function(*arguments)
-
-    return function if mesh.empty or mesh.size == 1 else run
-
-
-def _split_here(axis: str) -> tuple[str, ...]:
-    """Return the mesh axes of logical `axis` over which the code that runs is one part of several."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in RULES[axis] if name in mesh.manual_axes and mesh.shape[name] > 1)
-
-
-def all_gather(x: jax.Array, axis: str) -> jax.Array:
-    """Join along dimension 0, within `on_shards`, the parts of `x` of all devices that split `axis`."""
-    names = _split_here(axis)
-    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
-
-
-def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
-    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of dimension 0."""
-    names = _split_here(axis)
-    return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True) if names else x
-
-
-def all_reduce(x: jax.Array, axis: str) -> jax.Array:
-    """Sum `x`, within `on_shards`, over the devices that split logical `axis`."""
-    return jax.lax.psum(x, _split_here(axis))
-
-
-def pass_on(x: jax.Array, axis: str) -> jax.Array:
-    """Give `x`, within `on_shards`, to the next of the devices in a ring that split `axis`."""
-    names = _split_here(axis)
-    size = num_parts(axis)
-    ring = [(part, (part + 1) % size) for part in range(size)]
-    return jax.lax.ppermute(x, names, ring) if names else x
-
-
-def part_number(axis: str) -> jax.Array | int:
-    """Return which part of logical `axis` this device has, within `on_shards`; 0 where it is whole."""
-    names = _split_here(axis)
-    return jax.lax.axis_index(names) if names else 0
-
-
-def num_parts(axis: str) -> int:
-    """Return of how many parts of logical `axis` this device has one, within `on_shards`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _split_here(axis))
 
 
 def logical_axes(boxed: Any) -> Any:

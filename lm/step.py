@@ -244,12 +244,12 @@ def _gradients(state, batch, model, objective, rng, accumulate):
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     parts = (
-        split_rows(batch, accumulate),
-        split_rows(state.carry, accumulate),
+        sharding.split_rows(batch, accumulate),
+        sharding.split_rows(state.carry, accumulate),
         jnp.arange(accumulate),
     )
     grads, (carry, sums) = jax.lax.scan(body, zeros, parts)
-    return grads, join_rows(carry), jax.tree.map(lambda x: x.sum(0), sums)
+    return grads, sharding.join_rows(carry), jax.tree.map(lambda x: x.sum(0), sums)
 
 
 def forward(model, variables, batch, objective: Objective, *, train: bool = True, rngs=None):
@@ -316,25 +316,6 @@ def _of_each_corpus(names: tuple[str, ...], batch: Batch, loss_B: jax.Array) -> 
         weight = jnp.where(here_B, weight_B, 0.0).sum()
         pairs[f"{name}/loss"] = (jnp.where(here_B, loss_B, 0.0).sum(), weight)
     return pairs
-
-
-def split_rows(tree: Any, parts: int) -> Any:
-    """Split the leading axis B into [parts, B / parts]; part i takes rows i, i + parts, ...
-
-    Strided, so that each device's share of the batch is split and no row moves between devices.
-    """
-
-    def split(x):
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        axes = (None, "act_batch", "act_length") if x.ndim == 3 else (None, "act_batch")
-        return sharding.constrain(x, *axes, *(None,) * (x.ndim - len(axes)))
-
-    return jax.tree.map(split, tree)
-
-
-def join_rows(tree: Any) -> Any:
-    """Undo `split_rows`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def eval_step(

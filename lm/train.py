@@ -364,10 +364,12 @@ def say_sample(
     if jax.process_count() > 1:
         say("sample:  by tools.generate alone, where a run has several processes")
         return
-    params = jax.device_put(step.learned(made.model, state), jax.local_devices()[0])
-    completer = complete.Completer(
-        made.model, params, made.task, text.tokenizer, paired=text.train.paired
-    )
+    params = jax.device_get(step.learned(made.model, state))
     sampling = complete.Sampling(max_tokens=cfg.sample_tokens, seed=made.config.seed)
+    # What is placed while another mesh is in use stays of that mesh, also on one device.
     with sharding.use(sharding.make_mesh(sharding.Config(), jax.local_devices()[:1])):
+        params = jax.device_put(params, jax.local_devices()[0])
+        completer = complete.Completer(
+            made.model, params, made.task, text.tokenizer, paired=text.train.paired
+        )
         say(f"sample:  {completer.example(text.validation, cfg.sample_prompt, sampling)}")

@@ -110,10 +110,10 @@ def test_accumulation_equals_one_big_batch(name):
 
 def test_split_rows_is_strided_and_joins_back():
     rows = jnp.arange(12)[:, None] * jnp.ones((1, 2), int)
-    parts = step.split_rows(rows, 3)
+    parts = sharding.split_rows(rows, 3)
     assert parts.shape == (3, 4, 2)
     np.testing.assert_array_equal(parts[1, :, 0], [1, 4, 7, 10])
-    np.testing.assert_array_equal(step.join_rows(parts), rows)
+    np.testing.assert_array_equal(sharding.join_rows(parts), rows)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_now_or_later():

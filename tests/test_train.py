@@ -484,3 +484,18 @@ def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatc
     file.write_bytes(bytes(content))
     with pytest.raises(ConfigError, match=r"train-00000\.tokens is damaged \(its SHA-256"):
         train.run(config, tmp_path / "damaged")
+
+
+def test_stages_are_resumed_as_other_stages_and_sampled(tiny, tmp_path, capfd):
+    """Scanned layers on four stages, then in one: the rows go on as those of a run on one mesh."""
+    options = {"model__num_layers": 4, "model__scan": True, "train__sample_tokens": 4}
+    whole = train.run(tiny(**options, train__num_steps=4), tmp_path / "whole")
+    staged = {"data": 2, "stage": 4}
+    train.run(tiny(**options, mesh=ConfigDict(staged), train__num_steps=2), tmp_path / "run")
+    final = train.run(tiny(**options, train__num_steps=4), tmp_path / "run")
+    assert final["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
+    assert capfd.readouterr().out.count("sample:") == 3
+    with pytest.raises(
+        ConfigError, match=r"mesh\.stage=4: stages are parts of a scan .*model\.scan"
+    ):
+        train.run(tiny(mesh=ConfigDict(staged)), tmp_path / "loop")

@@ -4,6 +4,7 @@
     python -m tools.bench --config experiments/gpt2_small.py --peer transformers
     python -m tools.bench --config experiments/gpt2_small.py --decode --peer transformers
     python -m tools.bench --config experiments/lstm_small.py --config.optim.name=adamw --peer torch
+    python -m tools.bench --config experiments/gpt_tiny.py --mesh data=8 fsdp=8 tensor=4,data=2
 
 The tokens are random, of a vocabulary as large as the config's. Machines are noisy: what is compared
 takes turns, A B A B, in one run, and the ratio of each round counts, not those of separate runs.
@@ -94,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODE",
         help="such as eager or torch.compile; default all, of which the fastest counts",
     )
+    parser.add_argument(
+        "--mesh",
+        nargs="+",
+        metavar="AXIS=N,...",
+        help="take turns with one device: meshes such as data=8 fsdp=4,tensor=2",
+    )
     parser.add_argument("--rounds", type=int, default=8, help="turns of each side (%(default)s)")
     parser.add_argument(
         "--steps",
@@ -112,7 +119,17 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}={getattr(args, name)}: use {least} or more")
     args.steps = args.steps or (DECODE_STEPS if args.decode else TRAIN_STEPS)
-    report = measure(checked_config(args, assignments), args)
+    config = checked_config(args, assignments)
+    if args.mesh:
+        if args.peer or args.decode or args.json:
+            raise ConfigError(
+                "--mesh: compares meshes in training alone; leave the other flags out"
+            )
+        from tools import bench_mesh  # here, since it takes its parts from this file
+
+        print(bench_mesh.measure(config, args.mesh, steps=args.steps, rounds=args.rounds))
+        return 0
+    report = measure(config, args)
     print(describe(report))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

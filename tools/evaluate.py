@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     startup.prepare()
     import jax
 
-    from lm import checkpoint, evaluate, experiment, hardware, manifests, sharding, step
+    from lm import checkpoint, evaluate, experiment, fit, hardware, manifests, sharding, step
     from lm import workdir as workdirs
     from lm.data import corpus, tokenizers
 
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     )
     cfg = experiment.freeze(config)
     mesh = sharding.make_mesh(cfg["mesh"])
-    kind = experiment.check_fit(cfg, mesh)
+    kind = fit.check_sections(cfg, mesh)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
     described = workdirs.read_json(Path(args.workdir) / "data.json")

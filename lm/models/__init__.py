@@ -142,6 +142,7 @@ def check_fields(cfg: Any, *, positive: Sequence[str], derived: Sequence[str]) -
     """
     if hasattr(cfg, "remat"):
         check_option(cfg, "remat", ("none", *REMAT_POLICIES))
+        positive, derived = (*positive, "stage_repeats"), (*derived, "microbatches")
     check_option(cfg, "dtype", ("", "float32", "bfloat16"))
     for field, least in (dict.fromkeys(derived, 0) | dict.fromkeys(positive, 1)).items():
         if getattr(cfg, field) < least:

@@ -25,7 +25,7 @@ from lm.nn.embed import Embed, finish_logits, pad_vocab
 from lm.nn.linear import Linear
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
-from lm.nn.transformer import Stack
+from lm.nn.transformer import Stack, stacking
 
 INIT = nn.initializers.truncated_normal(0.02)
 SCORED = 0.15  # share of the positions that the head is computed at: BERT's and RoBERTa's rate of masking
@@ -51,6 +51,8 @@ class Config:
     context_parallel: str = (
         ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
     )
+    microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
+    stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = {"next_sentence": ("num_classes", (0,))}
@@ -138,7 +140,7 @@ class Model(nn.Module):
             self.type_embedding = self._table("type", "types", cfg.num_types)
         self.embed_norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon)
         self.dropout = nn.Dropout(cfg.dropout)
-        self.layers = Stack(Block, {"cfg": cfg}, cfg.num_layers, scan=cfg.scan, remat=cfg.remat)
+        self.layers = Stack(Block, {"cfg": cfg}, cfg.num_layers, **stacking(cfg))
         square, axes = (D, D), ("embed", "embed_out")
         if cfg.next_sentence or cfg.num_classes:
             self.pooler = Linear(square, axes, dtype, INIT, bias=True)

@@ -36,7 +36,7 @@ from lm.nn.mlp import ACTIVATIONS, GATED
 from lm.nn.moe import feed_forward
 from lm.nn.norm import Norm
 from lm.nn.rotary import SCALINGS, Rotary
-from lm.nn.transformer import Stack
+from lm.nn.transformer import Stack, stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Config:
     residual_init: str = "scaled"  # of residual projections: scaled (by 1/sqrt(2 layers)) or zero
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
+    stage_repeats: int = 1  # how often each part comes around, through thinner stages
     mask: str = ""  # causal or segments (documents of a row apart); "" = as the task packs
     kernel: str = (
         ""  # of attention: xla or cudnn; "" = cudnn where it can be used (not with segments)
@@ -299,8 +301,7 @@ class Model(nn.Module):
             Block,
             {"cfg": cfg, "decode_length": self.decode_length},
             cfg.num_layers,
-            scan=cfg.scan,
-            remat=cfg.remat,
+            **stacking(cfg),
         )
         self.norm = Norm(cfg.norm, cfg.norm_bias, cfg.norm_epsilon)
         self.dropout = nn.Dropout(cfg.dropout)

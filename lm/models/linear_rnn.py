@@ -21,7 +21,7 @@ from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear_recurrence import LinearRecurrence
 from lm.nn.mlp import MLP
 from lm.nn.norm import Norm
-from lm.nn.transformer import Stack
+from lm.nn.transformer import Stack, stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Config:
     dropout: float = 0.0  # probability, on embeddings and residual branches
     scan: bool = False  # scan over the layers: compile time constant in depth
     remat: str = "none"  # none, dots (keep matrix products) or full (keep block inputs)
+    microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
+    stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     def __post_init__(self):
@@ -127,7 +129,7 @@ class Model(nn.Module):
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
         init = nn.initializers.normal(0.02)
         self.embed = Embed(cfg.vocab_size, cfg.model_dim, dtype, init)
-        self.layers = Stack(Block, {"cfg": cfg}, cfg.num_layers, scan=cfg.scan, remat=cfg.remat)
+        self.layers = Stack(Block, {"cfg": cfg}, cfg.num_layers, **stacking(cfg))
         self.norm = Norm()
         self.dropout = nn.Dropout(cfg.dropout)
         if not cfg.tied:

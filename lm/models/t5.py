@@ -35,7 +35,7 @@ from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.mlp import ACTIVATIONS
 from lm.nn.norm import Norm
 from lm.nn.relative import RelativeBias
-from lm.nn.transformer import Stack
+from lm.nn.transformer import Stack, stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Config:
     context_parallel: str = (
         ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
     )
+    microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
+    stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
 
     ONLY_FOR: ClassVar = EXPERTS_ONLY_FOR
@@ -236,7 +238,7 @@ class Model(nn.Module):
 
     def setup(self):
         cfg, dtype = self.cfg, hardware.compute_dtype(self.cfg.dtype)
-        layers, D = {"scan": cfg.scan, "remat": cfg.remat}, cfg.model_dim
+        layers, D = stacking(cfg), cfg.model_dim
         self.embed = Embed(cfg.vocab_size, D, dtype, nn.initializers.normal(1.0))
         self.encoder_positions = self._relative_bias(bidirectional=True)
         self.encoder = Stack(EncoderBlock, {"cfg": cfg}, cfg.num_layers, **layers)

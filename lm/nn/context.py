@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from lm import sharding
+from lm import collectives, sharding
 from lm.nn.linear import wide
 
 MASKED_SCORE = -1e30  # finite, so that a row with nothing to see gives numbers
@@ -94,7 +94,7 @@ def attend(query, key, value, pairs: Pairs, *, values_HW=None, scale: float = 0.
     def local(*parts):
         return _attend(plan, dict.fromkeys(arrays) | dict(zip(given, parts, strict=True)))
 
-    mapped = sharding.on_shards(
+    mapped = collectives.on_shards(
         local,
         [sharding.fitting(array.shape, axes) for array, axes in given.values()],
         sharding.fitting(query.shape, heads),
@@ -201,9 +201,9 @@ def _rounds(plan: Plan, parts) -> Iterator[tuple]:
 
     A block is a pair of halves, of the queries and of the keys; a half may be known when it runs only.
     """
-    num, here = sharding.num_parts("act_length"), sharding.part_number("act_length")
+    num, here = collectives.num_parts("act_length"), collectives.part_number("act_length")
     held = jnp.stack([parts["key"], parts["value"]])
-    everyone = sharding.all_gather(held[None], "act_length") if plan.way == "gather" else None
+    everyone = collectives.all_gather(held[None], "act_length") if plan.way == "gather" else None
     for turn in range(num):
         owner = (here - turn) % num
         blocks = [(0, 0), (1, 1), (1, 0)] if plan.causal else [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -215,7 +215,7 @@ def _rounds(plan: Plan, parts) -> Iterator[tuple]:
             yield owner, everyone[owner] if turn else held, blocks
             continue
         coming = (
-            sharding.pass_on(held, "act_length") if turn < num - 1 else None
+            collectives.pass_on(held, "act_length") if turn < num - 1 else None
         )  # while these are used
         yield owner, held, blocks
         held = coming
@@ -225,7 +225,7 @@ class _Returned:
     """Gradients of keys and values on their way to the device that owns them."""
 
     def __init__(self, plan: Plan, zeros):
-        self._gather, self._num = plan.way == "gather", sharding.num_parts("act_length")
+        self._gather, self._num = plan.way == "gather", collectives.num_parts("act_length")
         self._sum = jnp.zeros((self._num, *zeros.shape), zeros.dtype) if self._gather else zeros
         self._turn = 0
 
@@ -235,14 +235,14 @@ class _Returned:
             self._sum = self._sum.at[owner].add(dheld)
             return
         if self._turn:
-            self._sum = sharding.pass_on(self._sum, "act_length")
+            self._sum = collectives.pass_on(self._sum, "act_length")
         self._sum, self._turn = self._sum + dheld, self._turn + 1
 
     def at_home(self):
         """Return the sum of what all devices have found for this one."""
         if self._gather:
-            return sharding.reduce_scatter(self._sum, "act_length")[0]
-        return sharding.pass_on(self._sum, "act_length") if self._num > 1 else self._sum
+            return collectives.reduce_scatter(self._sum, "act_length")[0]
+        return collectives.pass_on(self._sum, "act_length") if self._num > 1 else self._sum
 
 
 def _over_tiles(held, add, state):
@@ -280,7 +280,7 @@ def _scores(plan: Plan, parts, query_BGQK, key_BGCK, a, owner, b, at):
     scores = jnp.einsum(
         "bgqk,bgck->bgqc", query_BGQK, key_BGCK, preferred_element_type=wide(key_BGCK.dtype)
     )
-    here = sharding.part_number("act_length")
+    here = collectives.part_number("act_length")
     query_at, key_at = _chunk(here, a) * size, _chunk(owner, b) * size_of_keys + at
     if parts["bias"] is not None:
         bias = _diagonals(parts["bias"], key_at - query_at, (size, C))
@@ -302,7 +302,7 @@ def _scores(plan: Plan, parts, query_BGQK, key_BGCK, a, owner, b, at):
 
 def _chunk(part, half):
     """Return which chunk of the row is the early (0) or late (1) half of a device's part."""
-    last = 2 * sharding.num_parts("act_length") - 1
+    last = 2 * collectives.num_parts("act_length") - 1
     return jnp.where(jnp.asarray(half) == 0, part, last - part)
 
 
@@ -319,7 +319,9 @@ def _diagonals(bias_GRW, distance, shape: tuple[int, int]):
 def _add_to_bias(dbias_GRW, dscores_BGQC, parts, a, owner, b, at):
     """Add to the gradient of each distance's value that of a tile's scores."""
     size, C = parts["key"].shape[2] // 2, dscores_BGQC.shape[-1]
-    distance = _chunk(owner, b) * size + at - _chunk(sharding.part_number("act_length"), a) * size
+    distance = (
+        _chunk(owner, b) * size + at - _chunk(collectives.part_number("act_length"), a) * size
+    )
     pull = jax.linear_transpose(lambda bias: _diagonals(bias, distance, (size, C)), dbias_GRW)
     (change,) = pull(dscores_BGQC.sum(axis=0).reshape(*dbias_GRW.shape[:2], size, C))
     return dbias_GRW + change

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm import sharding
+from lm import collectives, sharding
 from lm.nn.grouped import block_rows, grouped_product
 from lm.nn.linear import wide
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
@@ -317,7 +317,7 @@ def dropless(x_BLD, choice_BLK, gate_BLK, up, down, activation: str) -> jax.Arra
     """
     tokens = ("act_batch", "act_length")
     gate_axis = ("gate",) if up.ndim == 4 else ()
-    run = sharding.on_shards(
+    run = collectives.on_shards(
         functools.partial(_dropless, activation=activation),
         (
             (*tokens, None),
@@ -333,11 +333,11 @@ def dropless(x_BLD, choice_BLK, gate_BLK, up, down, activation: str) -> jax.Arra
 
 def _dropless(x_BLD, choice_BLK, gate_BLK, up, down, *, activation):
     x_BLD, choice_BLK, gate_BLK = (
-        sharding.all_gather(array, "experts") for array in (x_BLD, choice_BLK, gate_BLK)
+        collectives.all_gather(array, "experts") for array in (x_BLD, choice_BLK, gate_BLK)
     )
     (B, L, K), D, E = choice_BLK.shape, x_BLD.shape[-1], up.shape[0]
     x_1ND = x_BLD.reshape(1, B * L, D)
-    choice_1NK = choice_BLK.reshape(1, B * L, K) - sharding.part_number("experts") * E
+    choice_1NK = choice_BLK.reshape(1, B * L, K) - collectives.part_number("experts") * E
     # A token is sent to an expert once: no more than this can come here.
     most = B * L * min(K, E)
     block = block_rows(most, E)
@@ -353,5 +353,5 @@ def _dropless(x_BLD, choice_BLK, gate_BLK, up, down, *, activation):
     h_MF = activate(h.reshape(-1, *up_shape), activation)
     y_MD = grouped_product(h_MF, down, size_E, block)
     y_1ND = collect(y_MD[None], slot_1NK, choice_1M, gate_BLK.reshape(1, B * L, K))
-    y_BLD = sharding.all_reduce(y_1ND.reshape(B, L, D), "mlp")
-    return sharding.reduce_scatter(y_BLD, "experts")
+    y_BLD = collectives.all_reduce(y_1ND.reshape(B, L, D), "mlp")
+    return collectives.reduce_scatter(y_BLD, "experts")

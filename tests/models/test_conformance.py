@@ -78,6 +78,7 @@ TRIED = [*FAMILIES, *VARIANTS]
 LEARNED = [name for name in TRIED if name not in INSTEAD["gradient"]]
 PACKED = [name for name in TRIED if "packed" in models.family(family_of(name)).Model.accepts]
 WRITERS = [name for name in TRIED if name not in (*INSTEAD["decode"], *INSTEAD["gradient"])]
+SCANNED_ONES = [n for n in LEARNED if hasattr(models.config_class(family_of(n)), "scan")]
 
 
 def build(name, **fields):
@@ -270,9 +271,7 @@ def stacked(tree):
 
 
 @pytest.mark.slow  # six programs a family to compile
-@pytest.mark.parametrize(
-    "name", [n for n in LEARNED if hasattr(models.config_class(family_of(n)), "scan")]
-)
+@pytest.mark.parametrize("name", SCANNED_ONES)
 def test_scanned_layers_and_rematerialisation_change_nothing(name):
     model, params = made(name)
     words = texts([5, 3, 4, 6])
@@ -429,13 +428,14 @@ FIVE = {"count": 5, "tx": optax.sgd(0.1, momentum=0.9)}
 ODD_SIZES = {name: {"num_layers": 1} for name in LEARNED} | {
     "gpt": {"model_dim": 48, "mlp_dim": 72, "num_layers": 3, "scan": True}
 }
-TRIED = [(name, sizes) for sizes in MESHES["singly"] for name in LEARNED if applies(name, sizes)]
-TRIED += [("gpt", sizes) for sizes in MESHES["mixed"]]
+LEARNED_FAMILIES = [name for name in LEARNED if name in FAMILIES]
+CASES = [(n, sizes) for sizes in MESHES["singly"] for n in LEARNED_FAMILIES if applies(n, sizes)]
+CASES += [("gpt", sizes) for sizes in MESHES["mixed"]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "sizes"), TRIED, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+    ("name", "sizes"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x)
 )
 def test_every_mesh_is_one_device(name, sizes):
     """Every family on every axis, and one on mixed meshes: five steps of SGD with momentum."""
@@ -443,6 +443,20 @@ def test_every_mesh_is_one_device(name, sizes):
     if sizes.pop("gather", False):
         fields["context_parallel"] = "gather"
     assert_alike(steps(name, on(**sizes), **FIVE, **fields, **ODD), five_steps(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCANNED_ONES if name in FAMILIES])
+def test_stages_are_one_device(name):
+    """As above, where layers are split and parts of the batch flow through them."""
+    run = functools.partial(steps, name, **FIVE, rows=16, num_layers=4, scan=True)
+    expected = run(one_device())
+    for sizes, options in (
+        ({"stage": 4, "data": 2}, {}),
+        ({"stage": 2}, {"stage_repeats": 2, "microbatches": 4}),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, {"remat": "full"}),
+    ):
+        assert_alike(run(on(**sizes), **options), expected)
 
 
 @pytest.mark.parametrize("name", each(TRIED))

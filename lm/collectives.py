@@ -1,0 +1,90 @@
+"""Code that each device runs on its own part of arrays, and what it exchanges there, by logical axes."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from lm import sharding
+
+
+def on_shards(
+    function: Callable[..., jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    out: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """Return `function` as each device runs it on its own parts of the arguments, which have logical `axes`.
+
+    Its result is a part of an array with axes `out`. On one device, or where a dimension does not divide, it
+    is `function` itself, and `all_gather` and the others below change nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def run(*arguments: jax.Array) -> jax.Array:
+        divides = all(
+            dim % sharding.ways(mesh, axis) == 0
+            for argument, names in zip(arguments, axes, strict=True)
+            for dim, axis in zip(argument.shape, names, strict=True)
+        )
+        specs = tuple(sharding.partition_spec(names) for names in axes)
+        # Of mesh axes that split nothing here the partitioner still decides: no sum over them is asked for.
+        manual = {
+            name
+            for names in (*axes, out)
+            for axis in names
+            if axis
+            for name in sharding.RULES[axis]
+        }
+        # The check of what differs between devices does not know rules of gradients that are one's own.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=sharding.partition_spec(out), check_vma=False,
+            axis_names=manual,
+        )  # fmt: skip
+        return mapped(*arguments) if divides else function(*arguments)
+
+    return function if mesh.empty or mesh.size == 1 else run
+
+
+def _split_here(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of logical `axis` over which the code that runs is one part of several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        name for name in sharding.RULES[axis] if name in mesh.manual_axes and mesh.shape[name] > 1
+    )
+
+
+def all_gather(x: jax.Array, axis: str) -> jax.Array:
+    """Join along dimension 0, within `on_shards`, the parts of `x` of all devices that split `axis`."""
+    names = _split_here(axis)
+    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+
+
+def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of dimension 0."""
+    names = _split_here(axis)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True) if names else x
+
+
+def all_reduce(x: jax.Array, axis: str) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split logical `axis`."""
+    return jax.lax.psum(x, _split_here(axis))
+
+
+def pass_on(x: jax.Array, axis: str) -> jax.Array:
+    """Give `x`, within `on_shards`, to the next of the devices in a ring that split `axis`."""
+    names = _split_here(axis)
+    size = num_parts(axis)
+    ring = [(part, (part + 1) % size) for part in range(size)]
+    return jax.lax.ppermute(x, names, ring) if names else x
+
+
+def part_number(axis: str) -> jax.Array | int:
+    """Return which part of logical `axis` this device has, within `on_shards`; 0 where it is whole."""
+    names = _split_here(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def num_parts(axis: str) -> int:
+    """Return of how many parts of logical `axis` this device has one, within `on_shards`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _split_here(axis))

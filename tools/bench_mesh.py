@@ -1,0 +1,94 @@
+"""Meshes in turns with one device: what `tools.bench --mesh` measures.
+
+Each mesh is a process with as many devices as it has; on a CPU these are simulated and share its cores, so
+that what is seen is the overhead of a scheme and not its speed-up.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lm import config as config_lib
+from lm.config import ConfigError
+from lm.nn import pipeline
+from tools import bench
+from tools.bench_pipe import Side, SideError
+
+_DEVICES = "--xla_force_host_platform_device_count"
+
+
+def parse(text: str, known: Sequence[str]) -> dict[str, int]:
+    """Return the sizes of a mesh such as "fsdp=4,stage=2"."""
+    sizes = {}
+    for item in text.split(","):
+        name, _, size = item.partition("=")
+        if name not in known or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                f"--mesh {text}: {item} is no axis and its size; write such as data=8 or fsdp=4,tensor=2, of "
+                f"{', '.join(known)}"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> str:
+    """Return in words how fast each mesh trains, over one device with the same batch."""
+    from lm import sharding
+    from lm.experiment import SCHEMA
+
+    known = list(sharding.Config.__dataclass_fields__)
+    asked = {"one device": dict[str, int](), **{text: parse(text, known) for text in meshes}}
+    facts, turns = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name, sizes in asked.items():
+            count = math.prod(sizes.values())
+            flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}={count}"
+            visible = ",".join(map(str, range(count)))  # on accelerators
+            side = stack.enter_context(
+                Side("tools.bench_ours", XLA_FLAGS=flags, CUDA_VISIBLE_DEVICES=visible)
+            )
+            sizes = {"data": 1, **sizes}
+            assignments = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+            own = config_lib.override(config, assignments, SCHEMA)
+            text = config_lib.to_json(own)
+            try:
+                facts[name] = side.call("prepare", config=text, decode=False, started=0.0)
+            except SideError as error:
+                raise ConfigError(f"--mesh {name}: {error}") from error
+            turns[name] = partial(side.call, "run", steps=steps)
+        seconds = bench.take_turns(turns, rounds)
+    return _describe(facts, asked, seconds, steps)
+
+
+def _describe(
+    facts: Mapping[str, Any],
+    asked: Mapping[str, Mapping[str, int]],
+    seconds: Mapping[str, list[float]],
+    steps: int,
+) -> str:
+    one = seconds["one device"]
+    lines = [f"device      {facts['one device']['device']}, jax {facts['one device']['jax']}"]
+    for name, values in seconds.items():
+        times = "{:.4g} [{:.4g}, {:.4g}] ms".format(
+            *bench.spread([1e3 * v / steps for v in values])
+        )
+        ratios = [a / b for a, b in zip(one, values, strict=True)]
+        shown = "{:.2f} [{:.2f}, {:.2f}] of one device's speed".format(*bench.spread(ratios))
+        lines.append(f"{name:24} {times}; {shown}{_bubble(facts[name]['shape'], asked[name])}")
+    return "\n".join(lines)
+
+
+def _bubble(shape: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """Return what a pipeline of these sizes would lose to its bubble, where there is one."""
+    stages = sizes.get("stage", 1)
+    if stages == 1:
+        return ""
+    rows = (
+        shape["rows"] // shape["accumulate_steps"] // sizes.get("data", 1) // sizes.get("fsdp", 1)
+    )
+    parts = pipeline.num_parts(rows, shape["microbatches"], stages)
+    bubble = pipeline.bubble(stages, parts, shape["stage_repeats"])
+    return f"; {parts} parts, of which the bubble leaves {1 - bubble:.2f}"
