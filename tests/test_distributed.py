@@ -147,6 +147,7 @@ def whole(experiment, tmp_path_factory):
     return job.workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(experiment, whole):
     """A plain process, which adds in another order, agrees to rounding."""
     plain = config.load(experiment)

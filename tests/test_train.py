@@ -486,6 +486,7 @@ def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatc
         train.run(config, tmp_path / "damaged")
 
 
+@pytest.mark.slow
 def test_stages_are_resumed_as_other_stages_and_sampled(tiny, tmp_path, capfd):
     """Scanned layers on four stages, then in one: the rows go on as those of a run on one mesh."""
     options = {"model__num_layers": 4, "model__scan": True, "train__sample_tokens": 4}

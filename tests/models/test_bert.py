@@ -412,7 +412,7 @@ def check_mesh(sizes, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 1, 8)])  # others: test_conformance.py
 def test_every_mesh_equals_one_device(sizes):
     check_mesh(sizes, num_layers=3, scan=True)
 

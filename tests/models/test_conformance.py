@@ -393,7 +393,10 @@ def assert_alike(found, expected):
         assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", each(LEARNED))
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("gpt", "rnn") else pytest.param(n, marks=pytest.mark.slow) for n in LEARNED],
+)
 def test_sharded_is_one_device(name):
     """Loss and each tensor's gradient, where data, parameters and heads are all split."""
     trace = optax.trace(0.9)  # a sum of updates, which begins as the gradient
