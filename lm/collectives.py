@@ -33,7 +33,7 @@ def on_shards(
             for names in (*axes, out)
             for axis in names
             if axis
-            for name in sharding.RULES[axis]
+            for name in sharding.mesh_axes(axis)
         }
         # The check of what differs between devices does not know rules of gradients that are one's own.
         mapped = jax.shard_map(
@@ -49,7 +49,9 @@ def _split_here(axis: str) -> tuple[str, ...]:
     """Return the mesh axes of logical `axis` over which the code that runs is one part of several."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(
-        name for name in sharding.RULES[axis] if name in mesh.manual_axes and mesh.shape[name] > 1
+        name
+        for name in sharding.mesh_axes(axis)
+        if name in mesh.manual_axes and mesh.shape[name] > 1
     )
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from lm import sharding
+from lm import placement, sharding
 from lm.config import ConfigError, Duration
 from lm.data import corpus, pipeline
 
@@ -46,7 +46,7 @@ def score(
     on: a bar that shows them, or one that raises to stop.
     """
     shards, stateful = sharding.batch_shards(mesh), cfg["data"].order == "stream"
-    host_index, host_count = sharding.host_share(mesh)
+    host_index, host_count = placement.host_share(mesh)
     size = cfg["eval"].batch_size or cfg["data"].batch_size
     token_bytes = np.zeros(task.vocab_size, np.int32)
     token_bytes[: text.tokenizer.vocab_size] = text.tokenizer.token_bytes
@@ -98,7 +98,7 @@ def measure(
     totals: dict[str, float] = {}
     waiting = None
     for batch in batches:
-        sums, carry = eval_step(params, carry, sharding.place_batch(mesh, batch), token_bytes)
+        sums, carry = eval_step(params, carry, placement.place_batch(mesh, batch), token_bytes)
         if waiting is not None:  # read one batch late: the device never waits for the host
             _add(totals, waiting)
         waiting = sums

@@ -14,7 +14,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm import checkpoint, evaluate, fit, hardware, models, optim, sharding, step, tasks
+from lm import (
+    checkpoint,
+    evaluate,
+    fit,
+    hardware,
+    local_steps,
+    models,
+    optim,
+    placement,
+    sharding,
+    step,
+    tasks,
+)
 from lm import config as config_lib
 from lm.config import ConfigError, Duration
 from lm.data import corpus, pipeline, settings
@@ -163,7 +175,7 @@ def build(config: ConfigDict) -> Experiment:
     )
     config.model = ConfigDict(dataclasses.asdict(cfg["model"]))
     model = models.build(cfg["model"])
-    host_index, host_count = sharding.host_share(mesh)
+    host_index, host_count = placement.host_share(mesh)
     batches = pipeline.Batches(
         [member.train for member in text.members],
         task,
@@ -229,6 +241,12 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         average=made.cfg["optim"].ema_decay > 0,
         stateful=made.stateful,
     )
+    local_every = made.cfg["mesh"].local_steps
+    if local_every:
+        outer = local_steps.outer_optimizer(made.cfg["optim"])
+        replicas = sharding.ways(made.mesh, "replicas")
+        of_one, begin = init, functools.partial(local_steps.begin, outer=outer, replicas=replicas)
+        init = lambda: begin(of_one())  # noqa: E731
     abstract = jax.eval_shape(init)
     placed = step.state_shardings(made.mesh, abstract, made.axes)
     abstract = jax.tree.map(
@@ -247,6 +265,14 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
             accumulate=made.cfg["train"].accumulate_steps,
             ema_decay=made.cfg["optim"].ema_decay,
             schedule=made.schedule,
+        )
+    if local_every:
+        train_step = functools.partial(
+            local_steps.train_step,
+            inner=train_step,
+            outer=outer,
+            every=local_every,
+            num_steps=made.num_steps,
         )
     return (
         jax.jit(init, out_shardings=placed),
@@ -267,7 +293,8 @@ def environment(made: Experiment) -> dict[str, Any]:
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),
-        "mesh": dict(made.mesh.shape),
+        "mesh": sharding.shown(made.mesh),
+        "replicas": sharding.ways(made.mesh, "replicas") if made.cfg["mesh"].local_steps else 0,
         "dtype": str(hardware.compute_dtype(made.config.model.get("dtype", "float32"))),
         "jax": jax.__version__,
         "python": platform.python_version(),  # whose own text the embedded sources are
@@ -304,7 +331,7 @@ def describe(made: Experiment) -> str:
         [
             config_lib.to_json(made.config).rstrip(),
             table,
-            f"mesh: {dict(made.mesh.shape)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
+            f"mesh: {sharding.shown(made.mesh)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
             f"{flops:.3g} training FLOPs a position; the state takes {state / 2**30:.3f} GiB a device "
             "(gradients and activations come on top)",
             describe_batch(made),

@@ -44,6 +44,7 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
             f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
             "model's head go together; set both or neither"
         )
+    _check_local_steps(cfg)
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
     shards = sharding.batch_shards(mesh)
     sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
@@ -73,6 +74,20 @@ def _check_context(cfg: Any, accepts: frozenset[str], parts: int) -> None:
     if parts > 1 and getattr(cfg, "kernel", "") == "cudnn":
         raise ConfigError(
             f"model.kernel='cudnn' attends to whole rows, and mesh.context={parts} splits them; use ''"
+        )
+
+
+def _check_local_steps(cfg: Mapping[str, Any]) -> None:
+    """Refuse what does not go with groups that train apart."""
+    every = cfg["mesh"].local_steps
+    if every and models.family(cfg["model"].name).Model.learns == "counting":
+        raise ConfigError(
+            f"mesh.local_steps={every}: model.name={cfg['model'].name!r} learns by counting; use 0"
+        )
+    if every and cfg["optim"].ema_decay:
+        raise ConfigError(
+            f"mesh.local_steps={every}: the parameters where groups meet are an average already; use "
+            "optim.ema_decay=0"
         )
 
 

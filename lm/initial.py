@@ -1,12 +1,10 @@
 """What a run starts from: fresh parameters, another run's, or pretrained word vectors."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lm import checkpoint, experiment, sharding, step
 from lm.config import ConfigError
@@ -19,13 +17,9 @@ def fresh_state(
     """Return the state of step 0, with the parameters of `train.init_from` where that is given."""
     state = init()
     if source := made.cfg["train"].init_from:
-        params = checkpoint.init_from(source, state.params)
-        ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-        state = dataclasses.replace(state, params=params, ema=ema)
+        state = step.begin_with(state, checkpoint.init_from(source, state.params))
     if made.cfg["train"].vectors:
-        params = with_vectors(made, state.params)
-        ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-        state = dataclasses.replace(state, params=params, ema=ema)
+        state = step.begin_with(state, with_vectors(made, state.params))
     return state
 
 

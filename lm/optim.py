@@ -52,6 +52,10 @@ class Config:
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)  # (regex, factor of the learning rate)
     clip_norm: float = 1.0  # largest norm of the whole gradient; 0 = off
     ema_decay: float = 0.0  # of the moving average of the weights, a step; 0 = off
+    outer_lr: float = (
+        0.7  # where groups meet (mesh.local_steps): 1, without momentum, is their mean
+    )
+    outer_momentum: float = 0.9  # of Nesterov's kind, where groups meet; 0 = none
 
     ONLY_FOR: ClassVar = {
         "decay": ("schedule", ("wsd",)),
@@ -76,9 +80,9 @@ class Config:
         _check(
             self, "schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}"
         )
-        for field in ("peak_lr", "eps", "muon_steps", "muon_adam_lr_ratio"):
+        for field in ("peak_lr", "eps", "muon_steps", "muon_adam_lr_ratio", "outer_lr"):
             _check(self, field, getattr(self, field) > 0, "use a positive number")
-        for field in ("beta1", "beta2", "momentum", "muon_momentum", "ema_decay"):
+        for field in ("beta1", "beta2", "momentum", "muon_momentum", "ema_decay", "outer_momentum"):
             _check(self, field, 0 <= getattr(self, field) < 1, "use a number in [0, 1)")
         for field in ("weight_decay", "clip_norm"):
             _check(self, field, getattr(self, field) >= 0, "use a number >= 0")

@@ -3,6 +3,9 @@
 A model names what an axis *is* (`embed`, `heads`, ...); `RULES` says over which mesh axes it is
 split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
 
+    dcn     groups of devices with slow links between (slices of TPUs, nodes), each with a share of the
+            batch. Parameters are whole in each group, so with fsdp inside it is hybrid sharding; with
+            `local_steps` each group trains apart for a while (`lm.local_steps`)
     data    each device holds all parameters and a share of the batch
     fsdp    as data, and every parameter is split over it along `embed` (ZeRO-3, arXiv 1910.02054)
     tensor  heads, feed-forward, hidden and vocabulary are split (Megatron, arXiv 1909.08053); between
@@ -18,11 +21,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import ConfigError
@@ -36,20 +42,27 @@ class Config:
     expert: int = 1  # devices that split the batch and the experts; -1 = the rest
     context: int = 1  # devices that split the positions of a row; -1 = the rest
     stage: int = 1  # devices that split the layers, which needs model.scan; -1 = the rest
+    dcn: int = 1  # groups of devices with slow links between, which split the batch; -1 = the rest
+    local_steps: int = (
+        0  # updates of each such group alone, then they meet (DiLoCo); 0 = meet in each
+    )
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
+        for name in ORDER:
+            size = getattr(self, name)
             if size < 1 and size != -1:
-                raise ConfigError(
-                    f"mesh.{field.name}={size}: use a positive size, or -1 = the rest"
-                )
+                raise ConfigError(f"mesh.{name}={size}: use a positive size, or -1 = the rest")
+        if self.local_steps < 0:
+            raise ConfigError(
+                f"mesh.local_steps={self.local_steps}: use 0 = none, or a number of updates"
+            )
 
 
+REPLICAS = "replicas"
 RULES: dict[str, tuple[str, ...]] = {
     # Activations.
-    "act_batch": ("data", "fsdp", "expert"),
-    "act_groups": ("data", "fsdp"),  # rows of what is split over the experts already
+    "act_batch": ("dcn", "data", "fsdp", "expert"),
+    "act_groups": ("dcn", "data", "fsdp"),  # rows of what is split over the experts already
     "act_experts": ("expert",),
     "act_length": ("context",),
     "act_length_norm": ("context", "tensor"),  # between a Transformer's layers, which gather it
@@ -59,6 +72,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_hidden": ("tensor",),
     "act_vocab": ("tensor",),
     "act_stage": ("stage",),
+    REPLICAS: ("dcn",),  # what groups that train apart have each for themselves
     # Parameters.
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -82,7 +96,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 # The axes of a mesh, those that exchange most last: neighbours in it are near each other.
-ORDER = ("stage", "data", "fsdp", "context", "tensor", "expert")
+ORDER = ("dcn", "stage", "data", "fsdp", "context", "tensor", "expert")
+
+_outside: ContextVar[frozenset[str]] = ContextVar("outside", default=frozenset())
 
 # Leaving an array of fewer elements whole is never an error: it is not worth a collective.
 SMALL = 1024
@@ -95,7 +111,7 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the sizes' product is not the number of devices, or two sizes are -1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict(cfg)
+    sizes = {name: getattr(cfg, name) for name in ORDER}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one size may be -1")
@@ -103,16 +119,41 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if free:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        shown = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(cfg).items())
+        shown = " x ".join(f"{name}={getattr(cfg, name)}" for name in ORDER)
         raise ConfigError(
             f"mesh: {shown} does not fill {len(devices)} device(s); let the product be "
             f"{len(devices)}, or set mesh.data=-1"
         )
-    return Mesh(
-        np.asarray(devices).reshape([sizes[name] for name in ORDER]),
-        ORDER,
-        axis_types=(AxisType.Auto,) * len(sizes),
-    )
+    groups, shape = sizes["dcn"], [sizes[name] for name in ORDER]
+    near = [
+        mesh_utils.create_device_mesh(shape[1:], group, allow_split_physical_axes=True)
+        for group in _groups(devices, groups)
+    ]
+    return Mesh(np.stack(near), ORDER, axis_types=(AxisType.Auto,) * len(ORDER))
+
+
+def _groups(devices: list[Any], count: int) -> list[list[Any]]:
+    """Return `count` equal groups of devices, none across more slices or processes than it must be.
+
+    Raises:
+      ConfigError: slices of TPUs, between which links are slow, would be in one group.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if count > 1 and count % slices:
+        raise ConfigError(
+            f"mesh.dcn={count}: the devices are in {slices} slices, and a group must be inside one; use a "
+            f"multiple of {slices}"
+        )
+    if count > 1:
+        place = lambda device: (getattr(device, "slice_index", 0), device.process_index)  # noqa: E731
+        devices = sorted(devices, key=place)
+    size = len(devices) // count
+    return [devices[at : at + size] for at in range(0, len(devices), size)]
+
+
+def shown(mesh: Mesh) -> str:
+    """Return the axes of a mesh that split something, and how many devices they split it over."""
+    return " x ".join(f"{n} {size}" for n, size in mesh.shape.items() if size > 1) or "one device"
 
 
 def mesh_size() -> int:
@@ -122,7 +163,7 @@ def mesh_size() -> int:
 
 def ways(mesh: Any, axis: str | None) -> int:
     """Return over how many devices logical `axis` is split (None = 1)."""
-    return math.prod(mesh.shape[name] for name in RULES[axis]) if axis else 1
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis)) if axis else 1
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -144,13 +185,33 @@ def stages() -> int:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Return the mesh axes of a logical `axis`: what JAX wants to be told of an axis that it maps over."""
-    return RULES[axis]
+    """Return the mesh axes of a logical `axis`, but for those that the code being traced knows nothing of."""
+    return tuple(n for n in RULES[axis] if axis == REPLICAS or n not in _outside.get())
+
+
+@contextlib.contextmanager
+def inside_replica() -> Iterator[None]:
+    """Trace code of one of the groups that train apart, mapped over `REPLICAS`."""
+    token = _outside.set(frozenset(RULES[REPLICAS]))
+    try:
+        yield
+    finally:
+        _outside.reset(token)
+
+
+def replica() -> jax.Array | None:
+    """Return the number of the group that the code being traced is of; None where none trains apart."""
+    return jax.lax.axis_index(REPLICAS) if _outside.get() else None
+
+
+def in_every_replica(holds: jax.Array) -> jax.Array:
+    """Return whether `holds` is true in all groups that train apart; as it is where none does."""
+    return jax.lax.pmin(holds.astype(jnp.int32), REPLICAS) == 1 if _outside.get() else holds
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Return the mesh axes of logical `axes` (None = not split)."""
-    return PartitionSpec(*[RULES[axis] or None if axis else None for axis in axes])
+    return PartitionSpec(*[mesh_axes(axis) or None if axis else None for axis in axes])
 
 
 @contextlib.contextmanager
@@ -204,7 +265,7 @@ def constrain_first(x: jax.Array, axis: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES[axis] or None, *free))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh_axes(axis) or None, *free))
 
 
 def split_rows(tree: Any, parts: int) -> Any:
@@ -271,7 +332,7 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             if math.prod(leaf.shape) <= SMALL:
                 return replicated(mesh)
             raise ConfigError(
-                f"mesh.{'*'.join(RULES[axis])}={ways(mesh, axis)}: parameter {path_name(path)} has "
+                f"mesh.{'*'.join(mesh_axes(axis))}={ways(mesh, axis)}: parameter {path_name(path)} has "
                 f"{dim} `{axis}`, which does not divide; choose a mesh size that divides {dim}"
             )
         return named_sharding(mesh, names)
@@ -287,6 +348,11 @@ def path_name(path: Sequence[Any]) -> str:
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Return the sharding of every array of a batch: its rows, along `axis`, are split."""
     return named_sharding(mesh, (None,) * axis + ("act_batch",))
+
+
+def stacked(one: NamedSharding) -> NamedSharding:
+    """Return the sharding of arrays, each lying as `one`, one of each group that trains apart."""
+    return NamedSharding(one.mesh, PartitionSpec(RULES[REPLICAS], *one.spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -326,56 +392,3 @@ def check_length(mesh: Mesh, length: int, name: str) -> None:
             f"mesh.context={parts}: a row of {name} has {length} positions, which do not split into "
             f"{2 * parts} equal chunks, two for a device; use a length that is a multiple of {2 * parts}"
         )
-
-
-@functools.lru_cache
-def host_share(mesh: Mesh) -> tuple[int, int]:
-    """Return (which part of a batch this process reads, of how many equal parts).
-
-    Processes between which no axis of the batch runs read the same part.
-
-    Raises:
-      ConfigError: the devices of the processes do not make equal parts.
-    """
-    shards = batch_shards(mesh)
-    rows: dict[int, set[int]] = {}
-    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
-        rows.setdefault(device.process_index, set()).add(part.start or 0)
-    parts = sorted({tuple(sorted(numbers)) for numbers in rows.values()})
-    size = len(parts[0])
-    if parts != [tuple(range(at, at + size)) for at in range(0, shards, size)]:
-        raise ConfigError(
-            f"mesh: its {shards} parts of a batch do not divide over {jax.process_count()} processes in "
-            "equal parts; choose sizes that are multiples or divisors of the devices of a process"
-        )
-    # A process without a device of this mesh reads as the first does.
-    return parts.index(tuple(sorted(rows.get(jax.process_index(), parts[0])))), len(parts)
-
-
-def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put this host's rows of a batch on its devices, as global arrays; returns at once.
-
-    Where positions are split they lie in the order of `columns`, in every array [B, L] alike, and a model
-    under such a mesh takes them to. What is drawn for each place (dropout) so goes to other positions
-    than on one device.
-
-    Raises:
-      ConfigError: rows whose positions do not split, or that do not divide over the hosts.
-    """
-    parts, (number, count) = ways(mesh, "act_length"), host_share(mesh)
-
-    def one(name: str, array: np.ndarray) -> jax.Array:
-        if parts > 1 and array.ndim > 1:
-            check_length(mesh, array.shape[1], name)
-            array = array[:, columns(array.shape[1], parts)]
-        first = number * len(array)  # of the whole batch's rows
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            begin, end, _ = index[0].indices(count * len(array))
-            return array[(slice(begin - first, end - first), *index[1:])]
-
-        placed = named_sharding(mesh, ("act_batch", "act_length")[: array.ndim])
-        shape = (count * len(array), *array.shape[1:])
-        return jax.make_array_from_callback(shape, placed, part)
-
-    return {name: one(name, array) for name, array in batch.items()}

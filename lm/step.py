@@ -30,6 +30,8 @@ class TrainState:
       ema: moving average of the parameters; {} when there is none.
       carry: recurrent state of the batch's rows between steps; {} when there is none.
       counts: what a family that learns by counting has seen; {} for the others.
+      local: of groups that train apart, each one's parameters and optimizer (see `lm.local_steps`); then
+        `params` and `opt_state` are those of the steps in which they meet. {} where none does.
     """
 
     step: jax.Array
@@ -39,6 +41,7 @@ class TrainState:
     ema: Any
     carry: Any
     counts: Any
+    local: Any = dataclasses.field(default_factory=dict)
 
     def averaged(self) -> Any:
         """Return the parameters to evaluate with: the average, where one is kept."""
@@ -132,12 +135,28 @@ def make_init(
     return init
 
 
+def begin_with(state: TrainState, params: Any) -> TrainState:
+    """Return the state of step 0 with other parameters."""
+    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+    local = state.local
+    if local:
+        placed = jax.tree.map(lambda x: x.sharding, local["params"])
+        copies = jax.jit(_broadcast, out_shardings=placed)(params, local["params"])
+        local = {**local, "params": copies}
+    return dataclasses.replace(state, params=params, ema=ema, local=local)
+
+
+def _broadcast(params: Any, like: Any) -> Any:
+    return jax.tree.map(lambda x, copies: jnp.broadcast_to(x, copies.shape), params, like)
+
+
 def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
     """Return the sharding of every leaf of the abstract `state`, from the parameters' logical `axes`.
 
     A leaf of the optimizer that ends with a parameter's path and has its shape lies as the parameter
     does; the rest (counts, factored statistics) is whole on every device. The carry lies as the batch,
-    and so does each step's part of what a counting family has seen.
+    and so does each step's part of what a counting family has seen. What groups have each is split over
+    them, and then lies so.
 
     Raises:
       ConfigError: a parameter cannot be split as its axes say.
@@ -157,6 +176,10 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
                 return placed
         return sharding.replicated(mesh)
 
+    def of_replicas(path, leaf):
+        one = like_parameter(path, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+        return sharding.stacked(one)
+
     return TrainState(
         step=sharding.replicated(mesh),
         healthy=sharding.replicated(mesh),
@@ -165,6 +188,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
         ema=params if state.ema else {},
         carry=jax.tree.map(lambda _: sharding.batch_sharding(mesh), state.carry),
         counts=jax.tree.map(lambda _: sharding.batch_sharding(mesh, axis=1), state.counts),
+        local=jax.tree.map_with_path(of_replicas, state.local),
     )
 
 
@@ -188,10 +212,13 @@ def train_step(
     learning rate to report.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    if (replica := sharding.replica()) is not None:
+        rng = jax.random.fold_in(rng, replica)
     grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
     grad_norm = optax.tree.norm(grads)
     loss_sum, weight = sums["loss"]
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+    healthy = sharding.in_every_replica(healthy)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = (

@@ -55,10 +55,11 @@ def restore(
     sources = {name: sources_of(name, leaf, stored, depth) for name, leaf in wanted.items()}
     reading = {}
     for name, leaf in wanted.items():
-        if SCANNED in name.split(".") and len(sources[name]) not in (1, leaf.shape[0]):
+        layers, lead = len(sources[name]), _layer_axis(name)
+        if SCANNED in name.split(".") and layers not in (1, leaf.shape[lead]):
             raise ConfigError(
-                f"checkpoint {folder / str(step)}: it has {len(sources[name])} layers, but {name} of "
-                f"this config needs {leaf.shape[0]}; use the config it was trained with"
+                f"checkpoint {folder / str(step)}: it has {layers} layers, but {name} of "
+                f"this config needs {leaf.shape[lead]}; use the config it was trained with"
             )
         for source, shape, sharding in sources[name]:
             if stored.get(source) != shape:
@@ -100,22 +101,30 @@ def sources_of(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...
     """
     shape, sharding = tuple(leaf.shape), leaf.sharding
     parts = name.split(".")
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else None
+    lead = _layer_axis(name)
     if name not in stored and SCANNED in parts:
         at = parts.index(SCANNED)
         if spec is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+            spec = spec[:lead] + spec[lead + 1 :]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
         # As many as are stored: one that is not there, or one too many, is then refused by name.
-        count = max(shape[0], num_layers(stored))
+        count = max(shape[lead], num_layers(stored))
         layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(count)]
-        return [(".".join(layer), shape[1:], sharding) for layer in layers]
+        return [(".".join(layer), shape[:lead] + shape[lead + 1 :], sharding) for layer in layers]
     at, number = _layer_of(name)
     if name not in stored and number >= 0:
         source = ".".join([*parts[:at], SCANNED, *parts[at + 1 :]])
         if spec is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *spec))
-        return [(source, (depth, *shape), sharding)]
+            spec = (*spec[:lead], None, *spec[lead:])
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        return [(source, (*shape[:lead], depth, *shape[lead:]), sharding)]
     return [(name, shape, sharding)]
+
+
+def _layer_axis(name: str) -> int:
+    """Return which axis of a scanned array counts layers; the first counts groups that train apart."""
+    return 1 if name.startswith("local.") else 0
 
 
 def _assemble(name, leaf, sources, arrays) -> jax.Array:
@@ -123,9 +132,10 @@ def _assemble(name, leaf, sources, arrays) -> jax.Array:
     if sources[0][0] == name:
         return arrays[name]
     if SCANNED in name.split("."):
-        stacked = jnp.stack([arrays[source] for source, _, _ in sources])
+        stacked = jnp.stack([arrays[source] for source, _, _ in sources], axis=_layer_axis(name))
         return jax.device_put(stacked, leaf.sharding)
-    return jax.device_put(arrays[sources[0][0]][_layer_of(name)[1]], leaf.sharding)
+    layer = arrays[sources[0][0]].take(_layer_of(name)[1], axis=_layer_axis(name))
+    return jax.device_put(layer, leaf.sharding)
 
 
 def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

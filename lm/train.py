@@ -28,6 +28,7 @@ from lm import (
     metrics,
     models,
     peers,
+    placement,
     sharding,
     signals,
     step,
@@ -185,7 +186,7 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
     digests = shards.Check(unchecked)
     for _, batch in ahead:
         digests.raise_found()
-        yield sharding.place_batch(made.mesh, batch)
+        yield placement.place_batch(made.mesh, batch)
 
 
 def score(
@@ -230,7 +231,7 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
 
 def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
     """Raise Diverged rather than save parameters that are not finite: a finite gradient can make them."""
-    if not bool(step.all_finite(state.params)):
+    if not bool(step.all_finite((state.params, state.local))):
         raise Diverged(
             f"step {int(state.step)}: parameters are not finite, and are not saved; {_kept(saver)}"
         )
@@ -339,12 +340,14 @@ def announce(
 ) -> None:
     """Say what is about to be trained, on what, and one batch in words."""
     devices = jax.devices()
-    mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.shape.items())
     count = step.count_parameters(made.shapes)
     active = models.active_parameters(made.cfg["model"], made.axes, made.shapes)
     more = f", of which a token meets {active:,}" if active < count else ""
     say(f"model:   {made.cfg['model'].name}, {count:,} parameters{more}")
-    say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {mesh}")
+    say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {sharding.shown(made.mesh)}")
+    if every := made.cfg["mesh"].local_steps:
+        count = experiment.environment(made)["replicas"]
+        say(f"groups:  {count}, which meet every {every} steps; what is evaluated changes only then")
     say(f"data:    {made.corpus.summary()}")
     epochs = made.num_steps / made.batches.steps_per_epoch
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")

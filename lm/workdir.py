@@ -18,7 +18,15 @@ from lm.data import tokenizers
 
 # What a resumed run may not change; inside it, what only says how the same numbers are computed; and
 # what is listed when it changes.
-FIXED = ("seed", "task.", "model.", "data.batch_size", "data.order", "optim.name")
+FIXED = (
+    "seed",
+    "task.",
+    "model.",
+    "data.batch_size",
+    "data.order",
+    "optim.name",
+    "mesh.local_steps",
+)
 FREE = ("model.scan", "model.remat", "model.kernel")
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 
@@ -115,6 +123,9 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         for key, now in experiment.environment(made).items()
         if before.get(key, now) != now
     ]
+    groups = experiment.environment(made)["replicas"]
+    if before.get("replicas", groups) != groups:
+        refused.append(f"mesh.dcn, the groups that train apart, {before['replicas']} -> {groups}")
     data = read_json(workdir / "data.json")
     if data.get("fingerprint") != made.corpus.fingerprint:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]

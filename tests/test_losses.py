@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from lm import losses, sharding
+from lm import losses, placement, sharding
 from lm.nn import linear
 
 TOLERANCE = 1e-5
@@ -267,7 +267,7 @@ def test_positions_that_are_split_stay_where_they_are(data, tensor, max_scored):
     )
     with sharding.use(mesh):
         named = {"x": x, "targets": targets, "weights": weights}
-        placed = sharding.place_batch(mesh, {k: np.asarray(v) for k, v in named.items()})
+        placed = placement.place_batch(mesh, {k: np.asarray(v) for k, v in named.items()})
         compiled = function.lower(params, *placed.values()).compile()
         found = compiled(params, *placed.values())
     order = sharding.columns(L, parts)

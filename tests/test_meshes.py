@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import experiment, models, sharding, step
+from lm import experiment, models, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import gpt
 
@@ -57,7 +57,9 @@ def lowered(recipe):
             abstract,
             placed,
         )
-        batch = sharding.place_batch(mesh, batch | {"weights": np.ones((ROWS, LENGTH), np.float32)})
+        batch = placement.place_batch(
+            mesh, batch | {"weights": np.ones((ROWS, LENGTH), np.float32)}
+        )
         function = functools.partial(
             step.train_step, model=model, tx=tx, objective=objective, seed=0
         )
@@ -227,7 +229,7 @@ def five_steps(made, mesh):
         init, train_step, _, _ = experiment.jitted(made)
         state, losses = init(), []
         for number in range(made.num_steps):
-            state, sums = train_step(state, sharding.place_batch(mesh, made.batches[number]))
+            state, sums = train_step(state, placement.place_batch(mesh, made.batches[number]))
             losses.append(float(sums["loss"][0] / sums["loss"][1]))
         return losses, jax.device_get(state.params)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import models, sharding, step
+from lm import models, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import gpt
 
@@ -98,7 +98,7 @@ def test_constrain_splits_what_divides_and_leaves_the_rest():
 def test_place_batch_splits_rows_over_data_and_fsdp():
     mesh = sharding.make_mesh(sharding.Config(2, 2, 2))
     rows = np.arange(32, dtype=np.int32).reshape(8, 4)
-    placed = sharding.place_batch(mesh, {"inputs": rows})["inputs"]
+    placed = placement.place_batch(mesh, {"inputs": rows})["inputs"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.shard_shape(placed.shape) == (2, 4)
 
@@ -127,7 +127,7 @@ def test_which_rows_a_process_reads(monkeypatch, rows_of, share):
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Placed())
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     mesh = sharding.make_mesh(sharding.Config(data=4), jax.devices()[:4])
-    ask = sharding.host_share.__wrapped__  # it remembers meshes
+    ask = placement.host_share.__wrapped__  # it remembers meshes
     if share is not None:
         assert ask(mesh) == share
         return
@@ -136,4 +136,4 @@ def test_which_rows_a_process_reads(monkeypatch, rows_of, share):
 
 
 def test_one_process_reads_all_rows():
-    assert sharding.host_share(sharding.make_mesh(sharding.Config(data=4, tensor=2))) == (0, 1)
+    assert placement.host_share(sharding.make_mesh(sharding.Config(data=4, tensor=2))) == (0, 1)

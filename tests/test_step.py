@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import models, sharding, step
+from lm import models, placement, sharding, step
 from lm.models import gpt, rnn
 
 LENGTH, BATCH, VOCAB = 16, 16, 99
@@ -69,7 +69,7 @@ def train(model, mesh, *, num_steps=5, tx=None, **options):
         state, jitted = prepare(model, mesh, tx, **options)
         rows = []
         for index in range(num_steps):
-            state, sums = jitted(state, sharding.place_batch(mesh, make_batch(index)))
+            state, sums = jitted(state, placement.place_batch(mesh, make_batch(index)))
             rows.append([sums["loss"][0] / sums["loss"][1], sums["grad_norm"][0]])
         return np.array(rows), jax.device_get(state)
 
@@ -123,9 +123,9 @@ def test_a_loss_that_is_not_finite_changes_nothing_now_or_later():
         before = jax.device_get(state)
         bad = make_batch()
         bad["weights"][3, 2] = np.inf
-        state, sums = jitted(state, sharding.place_batch(mesh, bad))
+        state, sums = jitted(state, placement.place_batch(mesh, bad))
         assert not np.isfinite(sums["loss"][0])
-        state, _ = jitted(state, sharding.place_batch(mesh, make_batch()))
+        state, _ = jitted(state, placement.place_batch(mesh, make_batch()))
         after = jax.device_get(state)
     assert not after.healthy and after.step == before.step == 0
     for part in ("params", "opt_state", "ema"):
@@ -137,7 +137,7 @@ def test_the_average_follows_the_parameters():
     with sharding.use(mesh):
         state, jitted = prepare(model, mesh, optax.sgd(0.1), average=True)
         start = jax.device_get(state.params)
-        state, _ = jitted(state, sharding.place_batch(mesh, make_batch()))
+        state, _ = jitted(state, placement.place_batch(mesh, make_batch()))
         state = jax.device_get(state)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, state.params)
     jax.tree.map(
@@ -173,7 +173,7 @@ def test_sown_losses_are_added_and_logged(accumulate):
     with sharding.use(mesh):
         state, jitted = prepare(Sowing(), mesh, optax.sgd(rate), accumulate=accumulate)
         table = jax.device_get(state.params["table"])
-        state, sums = jitted(state, sharding.place_batch(mesh, batch))
+        state, sums = jitted(state, placement.place_batch(mesh, batch))
     np.testing.assert_allclose(state.params["table"], table * (1 - rate / table.size), rtol=1e-5)
     total, weight = sums["penalty"]
     np.testing.assert_allclose(total / weight, 0.5 * np.square(table).mean(), rtol=1e-5)
@@ -186,7 +186,7 @@ def test_dropout_differs_by_step_and_repeats_with_the_seed():
     np.testing.assert_array_equal(first, again)
     with sharding.use(one_device()) as mesh:
         state, jitted = prepare(model, mesh, optax.sgd(0.0))
-        batch = sharding.place_batch(mesh, make_batch())
+        batch = placement.place_batch(mesh, make_batch())
         state, one = jitted(state, batch)
         state, two = jitted(state, batch)
     assert one["loss"][0] != two["loss"][0]

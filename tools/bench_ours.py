@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 
 from lm import config as config_lib
-from lm import experiment, generate, hardware, models, sharding, step, train
+from lm import experiment, generate, hardware, models, placement, sharding, step, train
 from lm.data import corpus
 from lm.data.tokenizers import Tokenizer
 from tools import bench, bench_pipe
@@ -147,7 +147,7 @@ class Ours:
             init, train_step, _, _ = experiment.jitted(self.made)
             self.state = init()
             self.batches = [
-                sharding.place_batch(self.made.mesh, self.made.batches[i])
+                placement.place_batch(self.made.mesh, self.made.batches[i])
                 for i in range(NUM_BATCHES)
             ]
             start = time.perf_counter()

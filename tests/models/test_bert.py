@@ -11,7 +11,7 @@ from flax import linen as nn
 from safetensors import safe_open
 from safetensors.flax import load_file
 
-from lm import models, optim, sharding, step
+from lm import models, optim, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import bert
 from lm.nn.transformer import UNROLLED
@@ -392,7 +392,7 @@ def train(sizes, num_devices, **fields):
         )
         state = jax.jit(init, out_shardings=placed)()
         state, sums = jax.jit(update, out_shardings=(placed, None))(
-            state, sharding.place_batch(mesh, batch)
+            state, placement.place_batch(mesh, batch)
         )
         losses = [sums[name][0] / sums[name][1] for name in ("loss", "next_sentence")]
         return np.array(losses), jax.device_get(state.opt_state.trace)

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from lm import checkpoint, experiment, models, sharding, step, train
+from lm import checkpoint, experiment, models, placement, sharding, step, train
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.convert import exporter, importer
@@ -317,7 +317,7 @@ def steps(name, mesh, *, count, tx, rows=8, length=LENGTH, **fields):
         jitted = jax.jit(function, out_shardings=(placed, None), compiler_options=QUICKLY)
         init = jax.jit(init, out_shardings=placed, compiler_options=QUICKLY)
         state, states, losses = init(), [], []
-        placed_batch = sharding.place_batch(mesh, batch)
+        placed_batch = placement.place_batch(mesh, batch)
         for number in range(count):
             state, sums = jitted(state, placed_batch)
             if number in (0, count - 1):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm import models, sharding, step
+from lm import models, placement, sharding, step
 from lm.config import ConfigError
 from lm.generate import generate
 from lm.models import linear_rnn
@@ -234,7 +234,7 @@ def train_step_on(mesh, model, batch):
         )  # fmt: skip
         state = jax.jit(init, out_shardings=placed)()
         state, sums = jax.jit(function, out_shardings=(placed, None))(
-            state, sharding.place_batch(mesh, batch)
+            state, placement.place_batch(mesh, batch)
         )
         return jax.device_get(
             (sums["loss"][0], sums["grad_norm"][0], state.opt_state.trace, state.carry)

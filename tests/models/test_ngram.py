@@ -13,7 +13,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import models, sharding, step, tasks
+from lm import models, placement, sharding, step, tasks
 from lm.config import ConfigError
 from lm.data import corpus, pipeline
 from lm.data.settings import Config
@@ -345,11 +345,11 @@ def test_a_mesh_counts_and_scores_as_one_device(shape):
             out_shardings=places,
         )
         for index, batch in enumerate(batches):
-            counts = count(counts, sharding.place_batch(mesh, batch), index)
+            counts = count(counts, placement.place_batch(mesh, batch), index)
         shard = counts["inputs"].addressable_shards[0].data
         assert shard.size * sharding.batch_shards(mesh) == counts["inputs"].size
         placed = jax.device_put(params, sharding.replicated(mesh))
-        ours = log_probabilities(model, placed, sharding.place_batch(mesh, batches[0]))
+        ours = log_probabilities(model, placed, placement.place_batch(mesh, batches[0]))
     for name, leaf in alone.items():
         np.testing.assert_array_equal(counts[name], leaf)
     np.testing.assert_allclose(ours, expected, atol=1e-6)

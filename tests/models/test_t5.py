@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm import models, optim, sharding, step
+from lm import models, optim, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import t5
 from lm.nn.transformer import SCANNED
@@ -381,7 +381,7 @@ def on_mesh(mesh, **fields):
     objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
     update = functools.partial(step.train_step, model=model, tx=tx, objective=objective, seed=0)
     state = jax.jit(init, out_shardings=placed)()
-    batch = sharding.place_batch(mesh, random_batch(ROWS, LENGTH, SOURCE_LENGTH, VOCAB))
+    batch = placement.place_batch(mesh, random_batch(ROWS, LENGTH, SOURCE_LENGTH, VOCAB))
     return state, jax.jit(update, out_shardings=(placed, None)), batch
 
 

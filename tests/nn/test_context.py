@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import sharding
+from lm import placement, sharding
 from lm.config import ConfigError
 from lm.nn import attention, context
 from lm.nn.relative import RelativeBias
@@ -180,7 +180,7 @@ def test_every_device_has_an_early_and_a_late_chunk():
 def test_a_length_that_does_not_split_is_refused():
     batch = {"inputs": np.zeros((4, 16), np.int32)}
     with pytest.raises(ConfigError, match=r"mesh\.context=3.*16 positions.*multiple of 6"):
-        sharding.place_batch(mesh(), batch)
+        placement.place_batch(mesh(), batch)
 
 
 def test_a_bias_by_distance_is_that_of_all_pairs():

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from lm import config as config_lib
-from lm import experiment, models, optim, sharding, step
+from lm import experiment, models, optim, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import gpt, t5
 from lm.nn import moe
@@ -188,7 +188,7 @@ def train(model, mesh, *, num_steps=5, look=True, **options):
     """Return (metrics of each step, final parameters, each token's experts at the start)."""
     with sharding.use(mesh):
         state, one = jitted_step(model, mesh, **options)
-        batch, rows = sharding.place_batch(mesh, batch_of()), []
+        batch, rows = placement.place_batch(mesh, batch_of()), []
         apply = jax.jit(lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1])
         experts = jax.device_get(apply(state.params, batch)) if look else {}
         for _ in range(num_steps):

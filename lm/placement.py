@@ -1,0 +1,63 @@
+"""Which rows of a batch a host reads, and its rows onto its devices."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm import sharding
+from lm.config import ConfigError
+
+
+@functools.lru_cache
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (which part of a batch this process reads, of how many equal parts).
+
+    Processes between which no axis of the batch runs read the same part.
+
+    Raises:
+      ConfigError: the devices of the processes do not make equal parts.
+    """
+    shards = sharding.batch_shards(mesh)
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in sharding.batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(numbers)) for numbers in rows.values()})
+    size = len(parts[0])
+    if parts != [tuple(range(at, at + size)) for at in range(0, shards, size)]:
+        raise ConfigError(
+            f"mesh: its {shards} parts of a batch do not divide over {jax.process_count()} processes in "
+            "equal parts; choose sizes that are multiples or divisors of the devices of a process"
+        )
+    # A process without a device of this mesh reads as the first does.
+    return parts.index(tuple(sorted(rows.get(jax.process_index(), parts[0])))), len(parts)
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Put this host's rows of a batch on its devices, as global arrays; returns at once.
+
+    Where positions are split they lie in the order of `sharding.columns`, in every array [B, L] alike, and
+    a model under such a mesh takes them to. What is drawn for each place (dropout) so goes to other
+    positions than on one device.
+
+    Raises:
+      ConfigError: rows whose positions do not split, or that do not divide over the hosts.
+    """
+    parts, (number, count) = sharding.ways(mesh, "act_length"), host_share(mesh)
+
+    def one(name: str, array: np.ndarray) -> jax.Array:
+        if parts > 1 and array.ndim > 1:
+            sharding.check_length(mesh, array.shape[1], name)
+            array = array[:, sharding.columns(array.shape[1], parts)]
+        first = number * len(array)  # of the whole batch's rows
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(count * len(array))
+            return array[(slice(begin - first, end - first), *index[1:])]
+
+        placed = sharding.named_sharding(mesh, ("act_batch", "act_length")[: array.ndim])
+        shape = (count * len(array), *array.shape[1:])
+        return jax.make_array_from_callback(shape, placed, part)
+
+    return {name: one(name, array) for name, array in batch.items()}
