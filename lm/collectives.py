@@ -34,7 +34,7 @@ def on_shards(
             for axis in names
             if axis
             for name in sharding.mesh_axes(axis)
-        }
+        } | sharding.other_axes()  # which is mapped over around this
         # The check of what differs between devices does not know rules of gradients that are one's own.
         mapped = jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=sharding.partition_spec(out), check_vma=False,

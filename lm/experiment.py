@@ -18,6 +18,7 @@ from lm import (
     checkpoint,
     evaluate,
     fit,
+    flags,
     hardware,
     local_steps,
     models,
@@ -145,10 +146,10 @@ def freeze(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def train_section(config: ConfigDict) -> TrainConfig:
-    """Return the frozen section `train` of a config that need not be complete."""
-    section = config_lib.complete(config, SCHEMA).train
-    return config_lib.freeze(TrainConfig, section, where="train")
+def section(config: ConfigDict, name: str) -> Any:
+    """Return the frozen section `name` of a config that need not be complete."""
+    values = config_lib.complete(config, SCHEMA)[name]
+    return config_lib.freeze(SCHEMA[name](values), values, where=name)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -296,6 +297,7 @@ def environment(made: Experiment) -> dict[str, Any]:
         "mesh": sharding.shown(made.mesh),
         "replicas": sharding.ways(made.mesh, "replicas") if made.cfg["mesh"].local_steps else 0,
         "dtype": str(hardware.compute_dtype(made.config.model.get("dtype", "float32"))),
+        "flags": flags.in_use(),
         "jax": jax.__version__,
         "python": platform.python_version(),  # whose own text the embedded sources are
     }

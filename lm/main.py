@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lm import command, distributed, startup
+from lm import command, distributed, flags, startup
 from lm import config as config_lib
 
 
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         )
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
-    from lm import experiment, train
+    from lm import experiment, sharding, train
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)
@@ -60,19 +60,23 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         print(parser.format_help())
         print(command.help_text(train.SCHEMA, config))
         return 0
+    mesh = experiment.section(config, "mesh")
+    sizes = {axis: getattr(mesh, axis) for axis in sharding.ORDER}
+    said = flags.set_flags(startup.platform(), sizes, mesh.xla_flags)
     distributed.start(
         args.coordinator_address,
         args.num_processes,
         args.process_id,
-        timeout=experiment.train_section(config).peer_timeout_seconds,
+        timeout=experiment.section(config, "train").peer_timeout_seconds,
     )
+    print("\n".join(said), end="\n" if said else "")
     if args.dry_run:
         print(experiment.describe(experiment.build(config)))
         return 0
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
-    flags = [f"--config.{assignment}" for assignment in assignments]
-    words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *flags]
+    fields = [f"--config.{assignment}" for assignment in assignments]
+    words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]
     again = shlex.join(words)
     try:
         train.run(config, workdir)

@@ -43,9 +43,8 @@ class Config:
     context: int = 1  # devices that split the positions of a row; -1 = the rest
     stage: int = 1  # devices that split the layers, which needs model.scan; -1 = the rest
     dcn: int = 1  # groups of devices with slow links between, which split the batch; -1 = the rest
-    local_steps: int = (
-        0  # updates of each such group alone, then they meet (DiLoCo); 0 = meet in each
-    )
+    local_steps: int = 0  # updates of each such group alone until they meet (DiLoCo); 0 = none
+    xla_flags: str = "auto"  # of the compiler; auto = those of lm/flags.py for this mesh
 
     def __post_init__(self):
         for name in ORDER:
@@ -56,6 +55,10 @@ class Config:
             raise ConfigError(
                 f"mesh.local_steps={self.local_steps}: use 0 = none, or a number of updates"
             )
+        if self.xla_flags != "auto" and not all(
+            f.startswith("--xla") for f in self.xla_flags.split()
+        ):
+            raise ConfigError(f"mesh.xla_flags={self.xla_flags!r}: use auto, '' or '--xla_...=...'")
 
 
 REPLICAS = "replicas"
@@ -197,6 +200,11 @@ def inside_replica() -> Iterator[None]:
         yield
     finally:
         _outside.reset(token)
+
+
+def other_axes() -> frozenset[str]:
+    """Return the mesh axes that the code being traced knows nothing of: those of `inside_replica`."""
+    return _outside.get()
 
 
 def replica() -> jax.Array | None:

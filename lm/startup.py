@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 MADV_HUGEPAGE = 14  # of sys/mman.h
-ACCELERATOR_PLUGINS = ("jax_plugins", "libtpu")
+PLUGINS = {"libtpu": "tpu", "jax_plugins": "gpu"}
 
 
 def prepare() -> bool:
@@ -19,7 +19,7 @@ def prepare() -> bool:
     jax: a program that has imported jax or numpy first can set MALLOC_ARENA_MAX=1,
     MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=17179869184 and MALLOC_TOP_PAD_=67108864 in its environment.
     """
-    if sys.platform != "linux" or not _on_cpu():
+    if sys.platform != "linux" or platform() != "cpu":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is None:
@@ -50,7 +50,9 @@ def _reserve_huge_pages() -> None:
         libc.free(ctypes.c_void_p(start))
 
 
-def _on_cpu() -> bool:
-    """Guess without jax: asked for, or no plug-in of an accelerator is installed."""
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    return asked == "cpu" or not any(map(importlib.util.find_spec, ACCELERATOR_PLUGINS))
+def platform() -> str:
+    """Guess without jax: what is asked for, else of which accelerator a plug-in is installed, else "cpu"."""
+    asked = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if asked:
+        return {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)
+    return next((kind for name, kind in PLUGINS.items() if importlib.util.find_spec(name)), "cpu")

@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Interrupted: SIGINT or SIGTERM came.
     """
     workdir = Path(workdir)
-    timeout = experiment.train_section(config).peer_timeout_seconds
+    timeout = experiment.section(config, "train").peer_timeout_seconds
     with contextlib.ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
@@ -347,7 +347,9 @@ def announce(
     say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {sharding.shown(made.mesh)}")
     if every := made.cfg["mesh"].local_steps:
         count = experiment.environment(made)["replicas"]
-        say(f"groups:  {count}, which meet every {every} steps; what is evaluated changes only then")
+        say(
+            f"groups:  {count}, which meet every {every} steps; what is evaluated changes only then"
+        )
     say(f"data:    {made.corpus.summary()}")
     epochs = made.num_steps / made.batches.steps_per_epoch
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")

@@ -46,9 +46,11 @@ def test_a_step_reuses_the_memory_of_the_one_before():
 
 
 def test_an_installed_accelerator_is_left_alone(monkeypatch):
-    monkeypatch.setattr(startup, "ACCELERATOR_PLUGINS", ("json",))
+    monkeypatch.setattr(startup, "PLUGINS", {"json": "gpu"})
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert startup.prepare() is False
+    assert startup.platform() == "gpu" and startup.prepare() is False
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert startup.platform() == "gpu"
 
 
 HUGE = """
