@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import sharding
+from lm import moments, sharding
 from lm.config import ConfigError, Duration
 
 Rules = tuple[tuple[str, float], ...]
@@ -52,6 +52,7 @@ class Config:
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)  # (regex, factor of the learning rate)
     clip_norm: float = 1.0  # largest norm of the whole gradient; 0 = off
     ema_decay: float = 0.0  # of the moving average of the weights, a step; 0 = off
+    moments_dtype: str = ""  # that moments are stored in: bfloat16, which halves them; "" = float32
 
     ONLY_FOR: ClassVar = {
         "decay": ("schedule", ("wsd",)),
@@ -90,6 +91,7 @@ class Config:
             for pattern, factor in getattr(self, field):
                 _check(self, field, factor >= 0, f"the factor of {pattern!r} must be >= 0")
                 _check(self, field, _compiles(pattern), f"{pattern!r} is not a regular expression")
+        moments.check(self)
 
 
 def _check(cfg: Config, field: str, holds: bool, fix: str) -> None:
@@ -135,7 +137,7 @@ def build(
         rates = jax.tree.map(lambda r, m: r if _is_matrix(m) else r * ratio, rates, matrices)
     parts = [
         _clip(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        OPTIMIZERS[cfg.name](cfg, params, axes),
+        moments.stored_as(cfg.moments_dtype, OPTIMIZERS[cfg.name](cfg, params, axes), params),
         optax.identity() if cfg.name == "adam" else _add_decay(decays),
         _scale_leaves(rates),
         optax.scale_by_learning_rate(schedule),
