@@ -226,19 +226,26 @@ def join_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(kernel: jax.Array, axes: tuple[str | None, ...], dtype: Any = None) -> jax.Array:
     """Collect the fsdp shards of `kernel` for use; its gradient is summed, then split again.
+
+    Where `dtype` is another type than its own, it is rounded to that one before it is sent. What is returned,
+    and so the gradient that is summed, has the kernel's own type all the same.
 
     Said aloud, because the partitioner otherwise may split the product instead and move activations.
     """
     whole = [None if axis and "fsdp" in RULES[axis] else axis for axis in axes]
-    return constrain(kernel, *whole)
+    if dtype is None or dtype == kernel.dtype:
+        return constrain(kernel, *whole)
+    # The shards pinned too: else they are sent as they are, and rounded where they arrive.
+    shards = constrain(kernel.astype(dtype), *axes)
+    return constrain(shards, *whole).astype(kernel.dtype)
 
 
 gather.defvjp(
-    lambda kernel, axes: (gather(kernel, axes), None),
-    lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
+    lambda kernel, axes, dtype: (gather(kernel, axes, dtype), None),
+    lambda axes, dtype, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
 
 

@@ -1,4 +1,4 @@
-"""Moments in bfloat16: computed in float32, half the bytes, resumed exactly, refused where they stand still."""
+"""Moments in bfloat16: computed in float32, half the bytes, resumed, refused where they would not move."""
 
 import jax
 import jax.numpy as jnp
