@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm import models, sharding, tasks
+from lm import models, placement, sharding, tasks
 from lm.config import ConfigError
 from lm.data import corpus
 
@@ -114,8 +114,8 @@ def _check_stages(cfg: Mapping[str, Any], stages: int, parts: int) -> None:
 
 def check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:
     """Refuse what the corpus, or the task on it, cannot give, and rows that do not fit `mesh`."""
-    sharding.check_length(mesh, task.row_length, "the task")
-    sharding.check_length(mesh, task.source_length, "the task's source")
+    placement.check_length(mesh, task.row_length, "the task")
+    placement.check_length(mesh, task.source_length, "the task's source")
     if not text.validation.num_bytes:
         raise ConfigError(
             f"data.validation_fraction={cfg['data'].validation_fraction}: the validation split is empty, "

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import sharding
+from lm import moments, sharding
 from lm.config import ConfigError, Duration
 
 Rules = tuple[tuple[str, float], ...]
@@ -52,9 +52,8 @@ class Config:
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)  # (regex, factor of the learning rate)
     clip_norm: float = 1.0  # largest norm of the whole gradient; 0 = off
     ema_decay: float = 0.0  # of the moving average of the weights, a step; 0 = off
-    outer_lr: float = (
-        0.7  # where groups meet (mesh.local_steps): 1, without momentum, is their mean
-    )
+    moments_dtype: str = ""  # that moments are stored in: bfloat16, which halves them; "" = float32
+    outer_lr: float = 0.7  # where groups meet (mesh.local_steps): 1 without momentum is their mean
     outer_momentum: float = 0.9  # of Nesterov's kind, where groups meet; 0 = none
 
     ONLY_FOR: ClassVar = {
@@ -94,6 +93,7 @@ class Config:
             for pattern, factor in getattr(self, field):
                 _check(self, field, factor >= 0, f"the factor of {pattern!r} must be >= 0")
                 _check(self, field, _compiles(pattern), f"{pattern!r} is not a regular expression")
+        moments.check(self)
 
 
 def _check(cfg: Config, field: str, holds: bool, fix: str) -> None:
@@ -139,7 +139,7 @@ def build(
         rates = jax.tree.map(lambda r, m: r if _is_matrix(m) else r * ratio, rates, matrices)
     parts = [
         _clip(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        OPTIMIZERS[cfg.name](cfg, params, axes),
+        moments.stored_as(cfg.moments_dtype, OPTIMIZERS[cfg.name](cfg, params, axes), params),
         optax.identity() if cfg.name == "adam" else _add_decay(decays),
         _scale_leaves(rates),
         optax.scale_by_learning_rate(schedule),

@@ -1,4 +1,4 @@
-"""Which rows of a batch a host reads, and its rows onto its devices."""
+"""Which rows of a batch a host reads, its rows onto its devices, and where the positions of a row lie there."""
 
 import functools
 
@@ -37,7 +37,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Put this host's rows of a batch on its devices, as global arrays; returns at once.
 
-    Where positions are split they lie in the order of `sharding.columns`, in every array [B, L] alike, and
+    Where positions are split they lie in the order of `columns`, in every array [B, L] alike, and
     a model under such a mesh takes them to. What is drawn for each place (dropout) so goes to other
     positions than on one device.
 
@@ -48,8 +48,8 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 
     def one(name: str, array: np.ndarray) -> jax.Array:
         if parts > 1 and array.ndim > 1:
-            sharding.check_length(mesh, array.shape[1], name)
-            array = array[:, sharding.columns(array.shape[1], parts)]
+            check_length(mesh, array.shape[1], name)
+            array = array[:, columns(array.shape[1], parts)]
         first = number * len(array)  # of the whole batch's rows
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -61,3 +61,25 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         return jax.make_array_from_callback(shape, placed, part)
 
     return {name: one(name, array) for name, array in batch.items()}
+
+
+def columns(length: int, parts: int) -> np.ndarray:
+    """Return which position of a row [length] lies at each place of it, when `parts` devices split it.
+
+    Of 2 `parts` chunks device i holds chunks i and 2 parts - 1 - i: under a causal mask, an early one
+    that sees little and a late one that sees much (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
+
+
+def check_length(mesh: Mesh, length: int, name: str) -> None:
+    """Raise ConfigError where the positions of rows of `length` do not split over `mesh`."""
+    parts = sharding.ways(mesh, "act_length")
+    if parts > 1 and length % (2 * parts):
+        raise ConfigError(
+            f"mesh.context={parts}: a row of {name} has {length} positions, which do not split into "
+            f"{2 * parts} equal chunks, two for a device; use a length that is a multiple of {2 * parts}"
+        )

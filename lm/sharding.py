@@ -12,7 +12,7 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
             them a Transformer's positions are (Korthikanti et al. 2022, arXiv 2205.05198)
     expert  as data, and the experts of `lm.nn.moe` are split over it (GShard, arXiv 2006.16668)
     context positions are split, each device holding an early and a late part of every row, so that
-            under a causal mask all have the same work (`columns`; `lm.nn.context` attends across it)
+            under a causal mask all have the same work (`lm.placement.columns`; `lm.nn.context` attends across it)
     stage   scanned layers are split, and parts of the batch flow through them (see `lm.nn.pipeline`)
 """
 
@@ -295,19 +295,26 @@ def join_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(kernel: jax.Array, axes: tuple[str | None, ...], dtype: Any = None) -> jax.Array:
     """Collect the fsdp shards of `kernel` for use; its gradient is summed, then split again.
+
+    Where `dtype` is another type than its own, it is rounded to that one before it is sent. What is returned,
+    and so the gradient that is summed, has the kernel's own type all the same.
 
     Said aloud, because the partitioner otherwise may split the product instead and move activations.
     """
     whole = [None if axis and "fsdp" in RULES[axis] else axis for axis in axes]
-    return constrain(kernel, *whole)
+    if dtype is None or dtype == kernel.dtype:
+        return constrain(kernel, *whole)
+    # The shards pinned too: else they are sent as they are, and rounded where they arrive.
+    shards = constrain(kernel.astype(dtype), *axes)
+    return constrain(shards, *whole).astype(kernel.dtype)
 
 
 gather.defvjp(
-    lambda kernel, axes: (gather(kernel, axes), None),
-    lambda axes, _, gradient: (constrain(gather(gradient, axes), *axes),),
+    lambda kernel, axes, dtype: (gather(kernel, axes, dtype), None),
+    lambda axes, dtype, _, gradient: (constrain(gather(gradient, axes), *axes),),
 )
 
 
@@ -369,7 +376,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def splits_rows(length: int) -> bool:
-    """Return whether rows of `length` lie on the mesh in use split, in the order of `columns`."""
+    """Return whether rows of `length` lie on the mesh in use split, in the order of `lm.placement.columns`."""
     parts = length_parts()
     return parts > 1 and length % (2 * parts) == 0
 
@@ -378,25 +385,3 @@ def length_parts() -> int:
     """Return over how many devices of the mesh in use the positions of a row are split."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else ways(mesh, "act_length")
-
-
-def columns(length: int, parts: int) -> np.ndarray:
-    """Return which position of a row [length] lies at each place of it, when `parts` devices split it.
-
-    Of 2 `parts` chunks device i holds chunks i and 2 parts - 1 - i: under a causal mask, an early one
-    that sees little and a late one that sees much (Llama 3, arXiv 2407.21783, section 3.3.2).
-    """
-    if parts == 1:
-        return np.arange(length)
-    chunks = np.arange(length).reshape(2 * parts, -1)
-    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
-
-
-def check_length(mesh: Mesh, length: int, name: str) -> None:
-    """Raise ConfigError where the positions of rows of `length` do not split over `mesh`."""
-    parts = ways(mesh, "act_length")
-    if parts > 1 and length % (2 * parts):
-        raise ConfigError(
-            f"mesh.context={parts}: a row of {name} has {length} positions, which do not split into "
-            f"{2 * parts} equal chunks, two for a device; use a length that is a multiple of {2 * parts}"
-        )

@@ -270,7 +270,7 @@ def test_positions_that_are_split_stay_where_they_are(data, tensor, max_scored):
         placed = placement.place_batch(mesh, {k: np.asarray(v) for k, v in named.items()})
         compiled = function.lower(params, *placed.values()).compile()
         found = compiled(params, *placed.values())
-    order = sharding.columns(L, parts)
+    order = placement.columns(L, parts)
     assert_close(found, (expected, (d_params, dx[:, order])), 1e-6)
     sizes = [
         math.prod(int(size) for size in dims.split(","))

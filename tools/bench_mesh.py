@@ -39,7 +39,7 @@ def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> s
     from lm import sharding
     from lm.experiment import SCHEMA
 
-    known = list(sharding.Config.__dataclass_fields__)
+    known = sharding.ORDER
     asked = {"one device": dict[str, int](), **{text: parse(text, known) for text in meshes}}
     facts, turns = {}, {}
     with contextlib.ExitStack() as stack:

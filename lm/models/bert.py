@@ -173,9 +173,10 @@ class Model(nn.Module):
         table = sharding.gather(self.position_embedding, ("position", "embed"))
         x_BLD += jnp.take(table, batch["positions"], axis=0).astype(x_BLD.dtype)
         if cfg.num_types:
-            table = sharding.gather(self.type_embedding, ("types", "embed")).astype(x_BLD.dtype)
+            table = sharding.gather(self.type_embedding, ("types", "embed"))
             told = cfg.num_types > 1 and "types" in batch
-            x_BLD += jnp.take(table, batch["types"], axis=0) if told else table[None, :1]
+            types = jnp.take(table, batch["types"], axis=0) if told else table[None, :1]
+            x_BLD = (x_BLD + types).astype(x_BLD.dtype)  # in float32, and so is its gradient
         x_BLD = self.dropout(self.embed_norm(x_BLD), deterministic=not train)
         mask = segment_mask(batch["segments"], batch["segments"])
         x_BLD = self.layers(x_BLD, mask, batch["positions"], train=train, decode=False)

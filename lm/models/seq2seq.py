@@ -24,7 +24,7 @@ from lm.models import check_fields, check_option
 from lm.nn.attention import segment_mask
 from lm.nn.cells import CELLS
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
-from lm.nn.linear import Linear, wide
+from lm.nn.linear import Linear, einsum, wide
 from lm.nn.recurrent import Recurrent, States, hand_over
 
 UNSEEN = -1e30  # a score; finite, so that a source of padding alone gives numbers
@@ -77,9 +77,9 @@ class Attend(nn.Module):
             scale_D1 = self.param(
                 "score", nn.with_logical_partitioning(init, ("hidden_in", "kv")), (D, 1)
             )
-            scale_D1 = sharding.gather(scale_D1.astype(self.dtype), ("hidden_in", "kv"))
+            scale_D1 = sharding.gather(scale_D1, ("hidden_in", "kv"), self.dtype)
             hidden_BLSD = jnp.tanh(query[:, :, None] + keys_BSD[:, None])
-            scores_BLS = (hidden_BLSD @ scale_D1)[..., 0]
+            scores_BLS = einsum("blsd,dk->blsk", hidden_BLSD, scale_D1)[..., 0]
         else:
             scores_BLS = jnp.einsum("bld,bsd->bls", h_BLD, keys_BSD)
         seen_BLS = segment_mask(segments_BL, segments_BS)

@@ -6,7 +6,7 @@ softmax (running maximum, sum, sum of values). Gather: all keys and values are c
 Llama 3 Herd of Models" does, 2024 (arXiv 2407.21783, section 3.3.2).
 
 What differs: both run the same blocks, in the same order. A device holds an early and a late chunk of each
-row (`lm.sharding.columns`), so that under a causal mask the blocks that are left out are as many on each.
+row (`lm.placement.columns`), so that under a causal mask the blocks that are left out are as many on each.
 The gradient is by hand: of the forward pass queries, keys, values, output and one number a query are
 kept, all of them parts of a row; keys and values go round again, the sums of their gradients with
 them (ring), or are collected again and the gradients summed and split (gather).

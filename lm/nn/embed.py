@@ -35,14 +35,14 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         """Return the vectors [B, L, D] of `tokens_BL`."""
-        table_VD = sharding.gather(self.embedding, ("vocab", "embed"))
+        table_VD = sharding.gather(self.embedding, ("vocab", "embed"), self.dtype)
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(self.dtype)
         return sharding.constrain(x_BLD, "act_batch", "act_length", "act_embed")
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         """Return float32 logits [B, L, V] of features against the table itself, padding included."""
-        table_VD = sharding.gather(self.embedding.astype(self.dtype), ("vocab", "embed"))
-        return _float32_product(x_BLD, table_VD, transposed=True)
+        table_VD = sharding.gather(self.embedding, ("vocab", "embed"), self.dtype)
+        return _float32_product(x_BLD.astype(self.dtype), table_VD, transposed=True)
 
 
 class Head(nn.Module):
@@ -60,16 +60,15 @@ class Head(nn.Module):
             nn.with_logical_partitioning(self.kernel_init, ("embed", "vocab")),
             (self.model_dim, pad_vocab(self.vocab_size)),
         )
-        kernel_DV = sharding.gather(kernel_DV.astype(self.dtype), ("embed", "vocab"))
-        return _float32_product(x_BLD, kernel_DV)
+        kernel_DV = sharding.gather(kernel_DV, ("embed", "vocab"), self.dtype)
+        return _float32_product(x_BLD.astype(self.dtype), kernel_DV)
 
 
 def _float32_product(x_BLD: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
-    """Return x kernel, or x kernel^T, summed and given in float32 whatever the type of the kernel."""
-    x_BLD = x_BLD.astype(kernel.dtype)
-    if kernel.dtype == wide(kernel.dtype):
+    """Return x kernel, or x kernel^T, of x's type, summed and given in float32 whatever that is."""
+    if x_BLD.dtype == wide(x_BLD.dtype):
         return product(x_BLD, kernel, transposed)
-    axes = "vd" if transposed else "dv"
+    axes, kernel = "vd" if transposed else "dv", kernel.astype(x_BLD.dtype)
     return jnp.einsum(f"bld,{axes}->blv", x_BLD, kernel, preferred_element_type=jnp.float32)
 
 

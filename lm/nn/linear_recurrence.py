@@ -141,7 +141,7 @@ class Convolution(nn.Module):
             "kernel",
             nn.with_logical_partitioning(self._init, ("position", "heads", "kv")),
             (W, H, K),
-        ).astype(x_BLHK.dtype)
+        )
         zeros, axes = (
             jnp.zeros((B, W - 1, H, K), x_BLHK.dtype),
             ("act_batch", None, "act_heads", None),
@@ -155,7 +155,7 @@ class Convolution(nn.Module):
             seen = (positions_BL >= i)[:, :, None, None]
             x_i = jax.lax.slice_in_dim(x_BLHK, W - 1 - i, W - 1 - i + L, axis=1)
             parts.append(jnp.where(seen, x_i, 0) * kernel_WHK[i][None, None])
-        return sum(parts[1:], parts[0])
+        return sum(parts[1:], parts[0]).astype(x_BLHK.dtype)  # summed in float32, and its gradient
 
     def _init(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         limit = self.width**-0.5

@@ -39,7 +39,7 @@ from flax import linen as nn
 
 from lm import collectives, sharding
 from lm.nn.grouped import block_rows, grouped_product
-from lm.nn.linear import wide
+from lm.nn.linear import einsum, wide
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 
 
@@ -181,7 +181,10 @@ class MoE(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A kernel by itself, `fsdp` gathered, for a product that `lm.nn.linear.Linear` does not have."""
+    """A kernel by itself, `fsdp` gathered, for a product that `lm.nn.linear.Linear` does not have.
+
+    Of values that `dtype` has, in the parameter's own type: so wide is the sum of its gradient.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -192,7 +195,7 @@ class Kernel(nn.Module):
     def __call__(self) -> jax.Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape)
-        return sharding.gather(kernel.astype(self.dtype), self.axes)
+        return sharding.gather(kernel, self.axes, self.dtype)
 
 
 def capacity(length: int, experts_per_token: int, num_experts: int, factor: float) -> int:
@@ -300,9 +303,9 @@ def with_room(x_BLD, slot_BLK, gate_BLK, up, down, activation: str, room: int) -
     x_BECD = sharding.constrain(x_BMD.reshape(B, E, room, D), "act_batch", None, None, "act_embed")
     split = ("act_experts", "act_groups", None)
     x_EBCD = sharding.constrain(x_BECD.swapaxes(0, 1), *split, "act_embed")
-    h = jnp.einsum("ebcd,ed...->ebc...", x_EBCD, up)
+    h = einsum("ebcd,edgf->ebcgf" if up.ndim == 4 else "ebcd,edf->ebcf", x_EBCD, up)
     h = sharding.constrain(h, *split, *(None,) * (h.ndim - 4), "act_mlp")
-    y_EBCD = jnp.einsum("ebcf,efd->ebcd", activate(h, activation), down)
+    y_EBCD = einsum("ebcf,efd->ebcd", activate(h, activation), down)
     y_EBCD = sharding.constrain(y_EBCD, *split, "act_embed")
     y_BECD = sharding.constrain(y_EBCD.swapaxes(0, 1), "act_batch", None, None, "act_embed")
     return collect(y_BECD.reshape(B, E * room, D), slot_BLK, choice_BM, gate_BLK)
@@ -349,6 +352,9 @@ def _dropless(x_BLD, choice_BLK, gate_BLK, up, down, *, activation):
     slot_1NK = jnp.where(here_1NK, start_1NK + rank_1NK, num_slots)
     x_1MD, choice_1M = send(x_1ND, slot_1NK, num_slots)
     up_shape = up.shape[2:]
+    up, down = (
+        kernel.astype(x_BLD.dtype) for kernel in (up, down)
+    )  # here: devices sum what is wide
     h = grouped_product(x_1MD[0], up.reshape(E, D, -1), size_E, block)
     h_MF = activate(h.reshape(-1, *up_shape), activation)
     y_MD = grouped_product(h_MF, down, size_E, block)

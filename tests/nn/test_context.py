@@ -74,7 +74,7 @@ def case(*, causal=True, window=0, packed=False, bias=False, source=0, scale=0.0
         )
 
     def split(arrays, *, way):
-        order, order_of_keys = (sharding.columns(n, PARTS) for n in (L, source or L))
+        order, order_of_keys = (placement.columns(n, PARTS) for n in (L, source or L))
         pairs = mask()
         pairs = dataclasses.replace(
             pairs,
@@ -170,7 +170,7 @@ def test_small_keys_are_gathered_and_large_ones_go_round():
 
 
 def test_every_device_has_an_early_and_a_late_chunk():
-    order = sharding.columns(16, 4).reshape(4, 4)
+    order = placement.columns(16, 4).reshape(4, 4)
     np.testing.assert_array_equal(order[0], [0, 1, 14, 15])
     np.testing.assert_array_equal(order[3], [6, 7, 8, 9])
     pairs = np.tril(np.ones((16, 16)))[order]  # keys that the queries of each device see
