@@ -61,15 +61,16 @@ def all_gather(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
 
 
-def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
-    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of dimension 0."""
+def reduce_scatter(x: jax.Array, axis: str, dimension: int = 0) -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split `axis`; each keeps its part of `dimension`."""
     names = _split_here(axis)
-    return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True) if names else x
+    return jax.lax.psum_scatter(x, names, scatter_dimension=dimension, tiled=True) if names else x
 
 
-def all_reduce(x: jax.Array, axis: str) -> jax.Array:
-    """Sum `x`, within `on_shards`, over the devices that split logical `axis`."""
-    return jax.lax.psum(x, _split_here(axis))
+def all_reduce(x: jax.Array, *axes: str, but: str = "") -> jax.Array:
+    """Sum `x`, within `on_shards`, over the devices that split any of `axes`, but not over those of `but`."""
+    names = {name for axis in axes for name in _split_here(axis)}
+    return jax.lax.psum(x, tuple(sorted(names - {*(_split_here(but) if but else ())})))
 
 
 def pass_on(x: jax.Array, axis: str) -> jax.Array:

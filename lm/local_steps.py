@@ -57,7 +57,7 @@ def train_step(
     replicas = len(jax.tree.leaves(state.local)[0])
 
     def of_group(local, carry, batch):
-        with sharding.inside_replica():
+        with sharding.mapped_over(sharding.REPLICAS):
             before = TrainState(
                 state.step, state.healthy, local["params"], local["opt_state"], {}, carry, {}
             )
@@ -107,7 +107,7 @@ def _split(tree: Any, *, replicas: int) -> Any:
         axes = (sharding.REPLICAS, "act_batch", "act_length")[: 3 if x.ndim == 3 else 2]
         return sharding.constrain(x, *axes, *(None,) * (x.ndim - len(axes)))
 
-    with sharding.inside_replica():
+    with sharding.mapped_over(sharding.REPLICAS):
         return jax.tree.map(split, tree)
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a batch a host reads, its rows onto its devices, and where the positions of a row lie there."""
+"""Which rows of a batch a host reads, and where their positions lie on its devices."""
 
 import functools
 

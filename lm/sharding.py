@@ -12,7 +12,7 @@ split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
             them a Transformer's positions are (Korthikanti et al. 2022, arXiv 2205.05198)
     expert  as data, and the experts of `lm.nn.moe` are split over it (GShard, arXiv 2006.16668)
     context positions are split, each device holding an early and a late part of every row, so that
-            under a causal mask all have the same work (`lm.placement.columns`; `lm.nn.context` attends across it)
+            under a causal mask all have the same work (`lm.placement`; `lm.nn.context` attends across it)
     stage   scanned layers are split, and parts of the batch flow through them (see `lm.nn.pipeline`)
 """
 
@@ -188,14 +188,15 @@ def stages() -> int:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Return the mesh axes of a logical `axis`, but for those that the code being traced knows nothing of."""
-    return tuple(n for n in RULES[axis] if axis == REPLICAS or n not in _outside.get())
+    """Return the mesh axes of a logical `axis`, but for those that the code being traced is mapped over."""
+    mapped = axis in (REPLICAS, "act_stage")  # what is said of the code around it
+    return tuple(n for n in RULES[axis] if mapped or n not in _outside.get())
 
 
 @contextlib.contextmanager
-def inside_replica() -> Iterator[None]:
-    """Trace code of one of the groups that train apart, mapped over `REPLICAS`."""
-    token = _outside.set(frozenset(RULES[REPLICAS]))
+def mapped_over(axis: str) -> Iterator[None]:
+    """Trace code that is mapped over a split logical `axis`: it knows nothing of the other devices there."""
+    token = _outside.set(_outside.get() | {*RULES[axis]})
     try:
         yield
     finally:
@@ -203,18 +204,22 @@ def inside_replica() -> Iterator[None]:
 
 
 def other_axes() -> frozenset[str]:
-    """Return the mesh axes that the code being traced knows nothing of: those of `inside_replica`."""
+    """Return the mesh axes that the code being traced is mapped over."""
     return _outside.get()
 
 
 def replica() -> jax.Array | None:
     """Return the number of the group that the code being traced is of; None where none trains apart."""
-    return jax.lax.axis_index(REPLICAS) if _outside.get() else None
+    return jax.lax.axis_index(REPLICAS) if _apart() else None
 
 
 def in_every_replica(holds: jax.Array) -> jax.Array:
     """Return whether `holds` is true in all groups that train apart; as it is where none does."""
-    return jax.lax.pmin(holds.astype(jnp.int32), REPLICAS) == 1 if _outside.get() else holds
+    return jax.lax.pmin(holds.astype(jnp.int32), REPLICAS) == 1 if _apart() else holds
+
+
+def _apart() -> bool:
+    return not _outside.get().isdisjoint(RULES[REPLICAS])
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -312,6 +317,13 @@ def gather(kernel: jax.Array, axes: tuple[str | None, ...], dtype: Any = None) -
     return constrain(shards, *whole).astype(kernel.dtype)
 
 
+def fsdp_axis(axes: Sequence[str | None]) -> int | None:
+    """Return which of a parameter's `axes` the mesh in use splits over fsdp; None where it splits none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [i for i, axis in enumerate(axes) if axis and "fsdp" in RULES[axis]]
+    return split[0] if split and not mesh.empty and mesh.shape["fsdp"] > 1 else None
+
+
 gather.defvjp(
     lambda kernel, axes, dtype: (gather(kernel, axes, dtype), None),
     lambda axes, dtype, _, gradient: (constrain(gather(gradient, axes), *axes),),
@@ -376,7 +388,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def splits_rows(length: int) -> bool:
-    """Return whether rows of `length` lie on the mesh in use split, in the order of `lm.placement.columns`."""
+    """Return whether rows of `length` lie on the mesh in use split, in the order of `placement.columns`."""
     parts = length_parts()
     return parts > 1 and length % (2 * parts) == 0
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm import sharding
+from lm import collectives, sharding
 
 ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
@@ -39,19 +39,27 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape
         )
-        kernel = sharding.gather(kernel, self.axes, self.dtype)
-        inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
-        lead = x.shape[: x.ndim - self.num_inputs]
-        x = x.astype(self.dtype).reshape(*lead, math.prod(inputs))
-        y = product(x, kernel.reshape(math.prod(inputs), -1))
-        y = y.reshape(*lead, *outputs)
+        x = x.astype(self.dtype)
+        if sharding.fsdp_axis(self.axes) is not None and x.ndim - self.num_inputs <= 2:
+            y = _shared_product(x, kernel, self.axes, self.num_inputs)
+        else:
+            kernel = sharding.gather(kernel, self.axes, self.dtype)
+            y = _flat_product(x, kernel, self.num_inputs)
         if self.bias:
-            axes = self.axes[self.num_inputs :]
+            axes, outputs = self.axes[self.num_inputs :], self.shape[self.num_inputs :]
             bias = self.param(
                 "bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), outputs
             )
-            y = y + bias.reshape((1,) * len(lead) + outputs)  # in float32, and so is its gradient
+            y = y + bias  # in float32, and so is its gradient
         return y.astype(self.dtype)
+
+
+def _flat_product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Return the product over the last `num_inputs` axes of `x` and the first ones of `kernel`."""
+    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+    lead = x.shape[: x.ndim - num_inputs]
+    y = product(x.reshape(*lead, math.prod(inputs)), kernel.reshape(math.prod(inputs), -1))
+    return y.reshape(*lead, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -88,12 +96,58 @@ def _product_backward(transposed, operands, dy):
         leading = tuple(range(x.ndim - 1))
         dkernel = jnp.tensordot(x, dy, axes=(leading, leading), preferred_element_type=typed.dtype)
         return dx, dkernel.T if transposed else dkernel
+    left, right = (dy, x) if transposed else (x, dy)
+    return dx, _over_rows(left, right, typed.dtype)
+
+
+def _over_rows(x: jax.Array, dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the sum over all rows of x[..., K] dy[..., N], [K, N]."""
     x_MK, dy_MN = (array.reshape(-1, array.shape[-1]) for array in (x, dy))
-    left, right = (dy_MN, x_MK) if transposed else (x_MK, dy_MN)
-    return dx, jnp.matmul(left.T, right, preferred_element_type=typed.dtype)
+    return jnp.matmul(x_MK.T, dy_MN, preferred_element_type=dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shared_product(x, kernel, axes: tuple[str, ...], num_inputs: int):
+    """`_flat_product` of a kernel of `axes`, one of which fsdp splits: gathered for use, and again for its gradients.
+
+    Of the kernel's gradient each device sums its own part over fsdp (a reduce-scatter), then that part alone
+    over the devices with slower links. The partitioner by itself sums the whole over all devices.
+    """
+    return _flat_product(x, sharding.gather(kernel, axes, x.dtype), num_inputs)
+
+
+def _shared_backward(axes, num_inputs, operands, dy):
+    x, kernel = operands
+    at, num_rows = sharding.fsdp_axis(axes), x.ndim - num_inputs
+    assert at is not None
+
+    def flat(array):
+        return array.reshape(*array.shape[:num_rows], -1)
+
+    def local(x, dy):
+        whole = _over_rows(flat(x), flat(dy), kernel.dtype)
+        whole = whole.reshape(*x.shape[num_rows:], *dy.shape[num_rows:])
+        part = collectives.reduce_scatter(whole, axes[at], at)
+        return collectives.all_reduce(part, "act_batch", "act_length", but=axes[at])
+
+    rows = ("act_batch", "act_length")[:num_rows]
+    names = [None if place == at else name for place, name in enumerate(axes)]
+    operand_axes = [(*rows, *names[:num_inputs]), (*rows, *names[num_inputs:])]
+    dkernel = collectives.on_shards(local, operand_axes, axes)(x, dy)
+    kernel = sharding.gather(kernel, axes, x.dtype).astype(x.dtype)
+    dx = flat(dy) @ kernel.reshape(math.prod(kernel.shape[:num_inputs]), -1).T
+    return dx.reshape(x.shape), dkernel
+
+
+_shared_product.defvjp(
+    lambda x, kernel, axes, num_inputs: (
+        _shared_product(x, kernel, axes, num_inputs), (x, kernel),
+    ),
+    _shared_backward,
+)  # fmt: skip
 
 
 def einsum(formula: str, x: jax.Array, kernel: jax.Array) -> jax.Array:

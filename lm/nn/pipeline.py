@@ -79,7 +79,8 @@ def run(
         numbers = (repeat * stages + number) * thick + jnp.arange(thick)
 
         def body(x, inputs):
-            return layer(*inputs, part, x, *args), None
+            with sharding.mapped_over("act_stage"):
+                return layer(*inputs, part, x, *args), None
 
         return jax.lax.scan(body, x, (of_turn, numbers))[0]
 
