@@ -50,7 +50,8 @@ class Linear(nn.Module):
             bias = self.param(
                 "bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), outputs
             )
-            y = y + bias  # in float32, and so is its gradient
+            # In float32, and so is its gradient.
+            y = y + bias.reshape((1,) * (y.ndim - len(outputs)) + outputs)
         return y.astype(self.dtype)
 
 
@@ -111,7 +112,7 @@ product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _shared_product(x, kernel, axes: tuple[str, ...], num_inputs: int):
-    """`_flat_product` of a kernel of `axes`, one of which fsdp splits: gathered for use, and again for its gradients.
+    """`_flat_product` of a kernel of `axes` that fsdp splits: gathered for use, and again for its gradients.
 
     Of the kernel's gradient each device sums its own part over fsdp (a reduce-scatter), then that part alone
     over the devices with slower links. The partitioner by itself sums the whole over all devices.
