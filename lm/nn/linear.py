@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.nn import fp8
 
 ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
@@ -25,6 +26,7 @@ class Linear(nn.Module):
       shape: of the kernel, input axes first.
       axes: logical names of the kernel's axes.
       num_inputs: how many leading axes of the kernel are contracted with the last ones of `x`.
+      matmul_dtype: of the product; "" = `dtype`, "fp8" = see `lm.nn.fp8`.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +35,7 @@ class Linear(nn.Module):
     kernel_init: Callable
     num_inputs: int = 1
     bias: bool = False
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +46,8 @@ class Linear(nn.Module):
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         lead = x.shape[: x.ndim - self.num_inputs]
         x = x.astype(self.dtype).reshape(*lead, math.prod(inputs))
-        y = product(x, kernel.reshape(math.prod(inputs), -1))
+        multiply = fp8.product if fp8.check(self.matmul_dtype) else product
+        y = multiply(x, kernel.reshape(math.prod(inputs), -1))
         y = y.reshape(*lead, *outputs)
         if self.bias:
             axes = self.axes[self.num_inputs :]
