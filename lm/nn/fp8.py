@@ -2,10 +2,10 @@
 
 "FP8 Formats for Deep Learning", Micikevicius et al. 2022 (arXiv 2209.05433). The rounding is Flax's
 (`flax.linen.fp8_ops`). What differs from Flax's layers: a scale is made of the tensor that it scales, not of
-the largest numbers of steps before ("current", not "delayed" scaling). So there is no state, nothing to store,
+the largest numbers of steps before ("current", not "delayed" scaling). So there is no state: nothing to keep,
 to carry through scans and stages, or to agree on between parts of a batch; and a number that grows is never
-cut off. It costs a reading of each tensor before it is rounded. And scales are powers of two: scaling is exact
-in any type, and parts of a batch, each with a scale of its own, round alike.
+cut off. It costs a reading of each tensor before it is rounded. And scales are powers of two, so scaling is
+exact in any type, and parts of a batch, each with a scale of its own, round alike.
 
 A scale belongs to a whole tensor, of all rows: a row of very large numbers takes small ones of others to 0.
 """
