@@ -13,6 +13,7 @@ from flax import linen as nn
 from lm import checkpoint, experiment, hardware, models, sharding, step, train
 from lm.config import ConfigError
 from tests.models.test_conformance import LENGTH, TINY, VOCAB, build
+from tests.nn.test_fp8 import E4M3, E5M2
 from tests.test_precision import prepared
 from tests.test_train import StopAfter, assert_same_run, rows_of
 
@@ -108,7 +109,9 @@ def test_loss_and_gradients_are_near_those_of_float32(name):
         if re.search(KERNELS, sharding.path_name(path))
     ]
     assert len(errors) == PROJECTIONS[name]
-    assert np.median(errors) > 0.03 and max(errors) < 0.2
+    # What a kernel's gradient is made of went through each product of a layer once, forward or back.
+    through = np.hypot(E4M3, E4M3) ** 2 + np.hypot(E4M3, E5M2) ** 2
+    assert np.median(errors) > 0.03 and max(errors) < np.sqrt(through * PROJECTIONS[name])
 
 
 def tupled(**sizes):
