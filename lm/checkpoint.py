@@ -21,7 +21,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import distributed, manifests, models
+from lm import distributed, hardware, manifests, models
 from lm.config import ConfigError, Duration
 from lm.step import parameter_axes
 from lm.stored import flatten, handler, num_layers, restore, shapes_of, sources_of, unflatten
@@ -224,6 +224,13 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
         raise ConfigError(
             f"workdir={workdir}: config.json leaves model.vocab_size or model.max_length open; restore it"
         )
+    if getattr(cfg, "matmul_dtype", "") and not hardware.has_fp8():
+        print(
+            f"notice: {workdir}: model.matmul_dtype={cfg.matmul_dtype!r} is not for this device; its "
+            "products are of the computation's type",
+            file=sys.stderr,
+        )
+        cfg = dataclasses.replace(cfg, matmul_dtype="")
     model = models.build(cfg)
     placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if model.learns == "counting":

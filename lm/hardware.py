@@ -53,10 +53,22 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 def has_flash_attention() -> bool:
     """Return whether cuDNN's flash attention runs here: on NVIDIA GPUs from Ampere (8.0) on."""
+    return _compute_capability() >= 8.0
+
+
+def has_fp8() -> bool:
+    """Return whether products of 8-bit numbers run here: on NVIDIA GPUs from Ada (8.9) on."""
+    return _compute_capability() >= 8.9
+
+
+def _compute_capability() -> float:
+    """Return the compute capability of this process's first device; 0 where it is no GPU of NVIDIA's."""
     if jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    return float(capability) >= 8.0
+        return 0.0
+    try:  # AMD's is a name
+        return float(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
+    except ValueError:
+        return 0.0
 
 
 def data_sheet_flops() -> float | None:

@@ -25,6 +25,7 @@ import jax
 from flax import linen as nn
 
 from lm.config import ConfigError
+from lm.nn import fp8
 from lm.nn.mlp import GATED
 from lm.nn.transformer import REMAT_POLICIES
 
@@ -144,6 +145,8 @@ def check_fields(cfg: Any, *, positive: Sequence[str], derived: Sequence[str]) -
         check_option(cfg, "remat", ("none", *REMAT_POLICIES))
         positive, derived = (*positive, "stage_repeats"), (*derived, "microbatches")
     check_option(cfg, "dtype", ("", "float32", "bfloat16"))
+    if hasattr(cfg, "matmul_dtype"):
+        check_option(cfg, "matmul_dtype", fp8.DTYPES)
     for field, least in (dict.fromkeys(derived, 0) | dict.fromkeys(positive, 1)).items():
         if getattr(cfg, field) < least:
             raise ConfigError(f"model.{field}={getattr(cfg, field)}: use {least} or more")
@@ -158,6 +161,11 @@ def check_experts(cfg: Any) -> None:
     """Raise ConfigError for fields of the experts (`lm.nn.moe`) that do not fit together."""
     if not cfg.num_experts:
         return
+    if cfg.matmul_dtype:
+        raise ConfigError(
+            f"model.matmul_dtype={cfg.matmul_dtype!r}: products of experts, model.num_experts="
+            f"{cfg.num_experts}, have no such type; use ''"
+        )
     if cfg.experts_per_token > cfg.num_experts:
         raise ConfigError(
             f"model.experts_per_token={cfg.experts_per_token}: use at most the {cfg.num_experts} of "

@@ -54,6 +54,7 @@ class Config:
     microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
     stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+    matmul_dtype: str = ""  # of the blocks' projections: fp8 (NVIDIA from 8.9 on); "" = dtype
 
     ONLY_FOR: ClassVar = {"next_sentence": ("num_classes", (0,))}
 
@@ -100,13 +101,15 @@ class Block(nn.Module):
             bias=True,
             causal=False,
             context_parallel=cfg.context_parallel,
+            matmul_dtype=cfg.matmul_dtype,
             name="attention",
         )(x_BLD, mask=mask, positions_BL=positions_BL)
         norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon, name="attention_norm")
         x_BLD = norm(x_BLD + dropout(y))
-        y = MLP(cfg.sizes["mlp_dim"], cfg.activation, dtype, INIT, INIT, bias=True, name="mlp")(
-            x_BLD
-        )
+        y = MLP(
+            cfg.sizes["mlp_dim"], cfg.activation, dtype, INIT, INIT,
+            bias=True, matmul_dtype=cfg.matmul_dtype, name="mlp",
+        )(x_BLD)  # fmt: skip
         norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon, name="mlp_norm")
         return norm(x_BLD + dropout(y))
 

@@ -96,6 +96,7 @@ class Config:
         ""  # how keys cross mesh.context: ring or gather; "" = by size (lm/nn/context.py)
     )
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+    matmul_dtype: str = ""  # of the blocks' projections: fp8 (NVIDIA from 8.9 on); "" = dtype
 
     ONLY_FOR: ClassVar = {
         "rope_base": ("positions", ("rotary",)),
@@ -248,6 +249,7 @@ class Block(nn.Module):
             window=cfg.window,
             kernel=attention_kernel(cfg),
             context_parallel=cfg.context_parallel,
+            matmul_dtype=cfg.matmul_dtype,
             decode_length=self.decode_length,
             name="attention",
         )(y, mask=mask, positions_BL=positions_BL, decode=self.decode)

@@ -45,6 +45,7 @@ class Config:
     microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
     stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+    matmul_dtype: str = ""  # of the blocks' projections: fp8 (NVIDIA from 8.9 on); "" = dtype
 
     def __post_init__(self):
         check_option(self, "activation", ("gelu", "relu2", "swiglu"))
@@ -93,6 +94,7 @@ class Block(nn.Module):
             dtype=dtype,
             kernel_init=init,
             out_init=out_init,
+            matmul_dtype=cfg.matmul_dtype,
             name="recurrence",
         )(
             y,
@@ -103,7 +105,10 @@ class Block(nn.Module):
         )
         x_BLD = x_BLD + dropout(y)
         y = Norm(name="mlp_norm")(x_BLD)
-        y = MLP(cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init, name="mlp")(y)
+        y = MLP(
+            cfg.sizes["mlp_dim"], cfg.activation, dtype, init, out_init,
+            matmul_dtype=cfg.matmul_dtype, name="mlp",
+        )(y)  # fmt: skip
         return x_BLD + dropout(y)
 
 

@@ -74,6 +74,7 @@ class Config:
     microbatches: int = 0  # parts of a batch that flow through mesh.stage stages; 0 = 4 a stage
     stage_repeats: int = 1  # how often each part comes around, through thinner stages
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+    matmul_dtype: str = ""  # of the blocks' projections: fp8 (NVIDIA from 8.9 on); "" = dtype
 
     ONLY_FOR: ClassVar = EXPERTS_ONLY_FOR
 
@@ -125,6 +126,7 @@ def self_attention(cfg: Config, *, causal: bool, decode_length: int = 0) -> Atte
         causal=causal,
         scale=1.0,
         context_parallel=cfg.context_parallel,
+        matmul_dtype=cfg.matmul_dtype,
         decode_length=decode_length,
         name="attention",
     )
@@ -201,6 +203,7 @@ class DecoderBlock(nn.Module):
             out_init=init((cfg.num_heads * cfg.head_dim) ** -0.5),
             scale=1.0,
             context_parallel=cfg.context_parallel,
+            matmul_dtype=cfg.matmul_dtype,
             name="cross_attention",
         )(
             y, segments_BL=segments_BL, source_BSD=source_BSD,

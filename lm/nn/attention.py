@@ -235,6 +235,7 @@ class Attention(nn.Module):
     scale: float = 0.0
     kernel: str = "xla"
     context_parallel: str = ""
+    matmul_dtype: str = ""
     decode_length: int = 0
 
     @nn.compact
@@ -254,7 +255,7 @@ class Attention(nn.Module):
         R = self.num_heads // G
         qkv = Linear(
             (D, G, R + 2, K), ("embed", "heads", "qkv", "kv"), self.dtype, self.kernel_init,
-            bias=self.bias, name="qkv",
+            bias=self.bias, matmul_dtype=self.matmul_dtype, name="qkv",
         )(x_BLD)  # fmt: skip
         qkv = sharding.constrain(qkv, "act_batch", "act_length", "act_heads", None, None)
         # Heads before length: the batched products then need no transposed copies.
@@ -292,7 +293,7 @@ class Attention(nn.Module):
         out_BLHK = out_BLGRK.reshape(*x_BLD.shape[:2], G * R, K)
         y_BLD = Linear(
             (G * R, K, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
-            num_inputs=2, bias=self.bias, name="out",
+            num_inputs=2, bias=self.bias, matmul_dtype=self.matmul_dtype, name="out",
         )(out_BLHK)  # fmt: skip
         return sharding.spread(y_BLD)
 

@@ -34,6 +34,7 @@ class CrossAttention(nn.Module):
     bias: bool = False
     scale: float = 0.0
     context_parallel: str = ""
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(
@@ -49,7 +50,7 @@ class CrossAttention(nn.Module):
         H, K, D = self.num_heads, self.head_dim, x_BLD.shape[-1]
         query = Linear(
             (D, H, K), ("embed", "heads", "kv"), self.dtype, self.query_init,
-            bias=self.bias, name="query",
+            bias=self.bias, matmul_dtype=self.matmul_dtype, name="query",
         )(x_BLD)  # fmt: skip
         query = sharding.constrain(query, "act_batch", "act_length", "act_heads", None)
         if source_BSD is None:
@@ -70,7 +71,7 @@ class CrossAttention(nn.Module):
             out = attend(query, key, value, mask, scale=self.scale)
         y_BLD = Linear(
             (H, K, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
-            num_inputs=2, bias=self.bias, name="out",
+            num_inputs=2, bias=self.bias, matmul_dtype=self.matmul_dtype, name="out",
         )(out[:, :, 0].swapaxes(1, 2))  # fmt: skip
         return sharding.spread(y_BLD)
 
@@ -78,7 +79,10 @@ class CrossAttention(nn.Module):
         """Return the source's keys and values, [B, H, S, K]."""
         shape = (source_BSD.shape[-1], self.num_heads, 2, self.head_dim)
         axes = ("embed", "heads", "qkv", "kv")
-        linear = Linear(shape, axes, self.dtype, self.kernel_init, bias=self.bias, name="key_value")
+        linear = Linear(
+            shape, axes, self.dtype, self.kernel_init,
+            bias=self.bias, matmul_dtype=self.matmul_dtype, name="key_value",
+        )  # fmt: skip
         both = linear(source_BSD)
         both = sharding.constrain(both, "act_batch", "act_length", "act_heads", None, None)
         return both[:, :, :, 0].swapaxes(1, 2), both[:, :, :, 1].swapaxes(1, 2)

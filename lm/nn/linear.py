@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import collectives, sharding
+from lm.nn import fp8
 
 ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
@@ -25,6 +26,7 @@ class Linear(nn.Module):
       shape: of the kernel, input axes first.
       axes: logical names of the kernel's axes.
       num_inputs: how many leading axes of the kernel are contracted with the last ones of `x`.
+      matmul_dtype: of the product; "" = `dtype`, "fp8" = see `lm.nn.fp8`.
     """
 
     shape: tuple[int, ...]
@@ -33,18 +35,21 @@ class Linear(nn.Module):
     kernel_init: Callable
     num_inputs: int = 1
     bias: bool = False
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape
         )
-        x = x.astype(self.dtype)
-        if sharding.fsdp_axis(self.axes) is not None and x.ndim - self.num_inputs <= 2:
+        x, eight_bits = x.astype(self.dtype), fp8.check(self.matmul_dtype)
+        split = sharding.fsdp_axis(self.axes) is not None and x.ndim - self.num_inputs <= 2
+        if split and not eight_bits:
             y = _shared_product(x, kernel, self.axes, self.num_inputs)
         else:
             kernel = sharding.gather(kernel, self.axes, self.dtype)
-            y = _flat_product(x, kernel, self.num_inputs)
+            multiply = fp8.product if eight_bits else product
+            y = _flat_product(x, kernel, self.num_inputs, multiply)
         if self.bias:
             axes, outputs = self.axes[self.num_inputs :], self.shape[self.num_inputs :]
             bias = self.param(
@@ -53,14 +58,6 @@ class Linear(nn.Module):
             # In float32, and so is its gradient.
             y = y + bias.reshape((1,) * (y.ndim - len(outputs)) + outputs)
         return y.astype(self.dtype)
-
-
-def _flat_product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    """Return the product over the last `num_inputs` axes of `x` and the first ones of `kernel`."""
-    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
-    lead = x.shape[: x.ndim - num_inputs]
-    y = product(x.reshape(*lead, math.prod(inputs)), kernel.reshape(math.prod(inputs), -1))
-    return y.reshape(*lead, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -108,6 +105,16 @@ def _over_rows(x: jax.Array, dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def _flat_product(
+    x: jax.Array, kernel: jax.Array, num_inputs: int, multiply: Callable = product
+) -> jax.Array:
+    """Return the product over the last `num_inputs` axes of `x` and the first ones of `kernel`."""
+    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+    lead = x.shape[: x.ndim - num_inputs]
+    y = multiply(x.reshape(*lead, math.prod(inputs)), kernel.reshape(math.prod(inputs), -1))
+    return y.reshape(*lead, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -178,6 +178,7 @@ class LinearRecurrence(nn.Module):
     dtype: jnp.dtype
     kernel_init: Callable
     out_init: Callable
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(
@@ -223,14 +224,17 @@ class LinearRecurrence(nn.Module):
         y_BHLP = Norm(name="norm")(y_BHLP).astype(self.dtype)
         y_BLHP = y_BHLP.swapaxes(1, 2) * jax.nn.silu(gate_BLHP)
         y_BLD = Linear(
-            (H, P, D), ("heads", "kv", "embed"), self.dtype, self.out_init, num_inputs=2, name="out"
-        )(y_BLHP)
+            (H, P, D), ("heads", "kv", "embed"), self.dtype, self.out_init,
+            num_inputs=2, matmul_dtype=self.matmul_dtype, name="out",
+        )(y_BLHP)  # fmt: skip
         return sharding.spread(y_BLD)
 
     def _project(self, x_BLD: jax.Array, name: str, width: int) -> jax.Array:
         """Return two projections at once: [B, L, H, 2, width]."""
         shape, axes = (x_BLD.shape[-1], self.num_heads, 2, width), ("embed", "heads", "qkv", "kv")
-        y = Linear(shape, axes, self.dtype, self.kernel_init, name=name)(x_BLD)
+        y = Linear(
+            shape, axes, self.dtype, self.kernel_init, matmul_dtype=self.matmul_dtype, name=name
+        )(x_BLD)
         return sharding.constrain(y, "act_batch", "act_length", "act_heads", None, None)
 
     def _decay(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,6 +30,7 @@ class MLP(nn.Module):
     kernel_init: Callable
     out_init: Callable
     bias: bool = False
+    matmul_dtype: str = ""
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -44,16 +45,29 @@ class MLP(nn.Module):
                 self.dtype,
                 self.kernel_init,
                 bias=self.bias,
+                matmul_dtype=self.matmul_dtype,
                 name="up",
             )(x_BLD)
             h = sharding.constrain(h, "act_batch", "act_length", None, "act_mlp")
             h_BLF = act(h[:, :, 0]) * h[:, :, 1]
         else:
             h_BLF = Linear(
-                (D, F), ("embed", "mlp"), self.dtype, self.kernel_init, bias=self.bias, name="up"
+                (D, F),
+                ("embed", "mlp"),
+                self.dtype,
+                self.kernel_init,
+                bias=self.bias,
+                matmul_dtype=self.matmul_dtype,
+                name="up",
             )(x_BLD)
             h_BLF = act(sharding.constrain(h_BLF, "act_batch", "act_length", "act_mlp"))
         y_BLD = Linear(
-            (F, D), ("mlp", "embed"), self.dtype, self.out_init, bias=self.bias, name="down"
+            (F, D),
+            ("mlp", "embed"),
+            self.dtype,
+            self.out_init,
+            bias=self.bias,
+            matmul_dtype=self.matmul_dtype,
+            name="down",
         )(h_BLF)
         return sharding.spread(y_BLD)

@@ -63,6 +63,7 @@ def feed_forward(
             kernel_init,
             out_init,
             bias=bias,
+            matmul_dtype=cfg.matmul_dtype,
             name="mlp",
         )
         return dense(x_BLD)
