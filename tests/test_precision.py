@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from lm import sharding, step
+from lm import placement, sharding, step
 from tests.models.test_conformance import LEARNED, LENGTH, VOCAB, batch_of, build
 from tests.test_meshes import groups_of
 
@@ -47,7 +47,7 @@ def prepared(model, mesh, *, accumulate=1, tx=None):
         accumulate=accumulate,
     )
     jitted = jax.jit(function, out_shardings=(placed, None))
-    return abstract, sharding.place_batch(mesh, batch), jitted
+    return abstract, placement.place_batch(mesh, batch), jitted
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm import checkpoint, experiment, hardware, models, sharding, step, train
+from lm import checkpoint, experiment, hardware, models, placement, sharding, step, train
 from lm.config import ConfigError
 from tests.models.test_conformance import LENGTH, TINY, VOCAB, build
 from tests.nn.test_fp8 import E4M3, E5M2
@@ -199,7 +199,7 @@ def test_parts_of_a_batch_are_scaled_apart_and_add_up(tiny):
         made = dataclasses.replace(experiment.build(config), mesh=one_device())
         with sharding.use(made.mesh):
             init, train_step, _, _ = experiment.jitted(made)
-            _, sums = train_step(init(), sharding.place_batch(made.mesh, made.batches[0]))
+            _, sums = train_step(init(), placement.place_batch(made.mesh, made.batches[0]))
         seen.append([float(sums["loss"][0]), float(sums["grad_norm"][0])])
     np.testing.assert_allclose(*seen, rtol=0.01)
 

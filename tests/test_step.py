@@ -195,7 +195,8 @@ def test_dropout_differs_by_step_and_repeats_with_the_seed():
 def test_eval_step_counts_bytes():
     model, batch = make_model("gpt", num_layers=1), make_batch()
     token_bytes = np.arange(VOCAB, dtype=np.int32)
-    params = nn.unbox(step.init_variables(model, jax.random.key(0)))["params"]
+    init = jax.jit(functools.partial(step.init_variables, model))
+    params = nn.unbox(init(jax.random.key(0)))["params"]
     objective = step.Objective(max_scored=LENGTH, vocab_size=VOCAB)
     evaluate = jax.jit(functools.partial(step.eval_step, model=model, objective=objective))
     sums, carry = evaluate(params, {}, batch, token_bytes)

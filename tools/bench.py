@@ -4,6 +4,7 @@
     python -m tools.bench --config experiments/gpt2_small.py --peer transformers
     python -m tools.bench --config experiments/gpt2_small.py --decode --peer transformers
     python -m tools.bench --config experiments/lstm_small.py --config.optim.name=adamw --peer torch
+    python -m tools.bench --config experiments/gpt2_small.py --peer transformers --processes 2
     python -m tools.bench --config experiments/gpt_tiny.py --mesh data=8 fsdp=8 tensor=4,data=2
 
 The tokens are random, of a vocabulary as large as the config's. Machines are noisy: what is compared
@@ -28,6 +29,7 @@ from lm import command
 from lm import config as config_lib
 from lm.config import ConfigError
 from tools.bench_pipe import Side, SideError
+from tools.bench_processes import Sides
 
 
 class Peer(NamedTuple):
@@ -101,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="AXIS=N,...",
         help="take turns with one device: meshes such as data=8 fsdp=4,tensor=2",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each side, with a device or its share of the cores each; the peer's by DDP",
+    )
     parser.add_argument("--rounds", type=int, default=8, help="turns of each side (%(default)s)")
     parser.add_argument(
         "--steps",
@@ -115,10 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
-    for name, least in (("rounds", 1), ("steps", 0)):
+    for name, least in (("rounds", 1), ("steps", 0), ("processes", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}={getattr(args, name)}: use {least} or more")
     args.steps = args.steps or (DECODE_STEPS if args.decode else TRAIN_STEPS)
+    if args.processes > 1 and (args.mesh or args.decode or not args.peer):
+        raise ConfigError(
+            f"--processes={args.processes}: compares training with a peer's; give --peer, and neither --mesh "
+            "nor --decode"
+        )
     config = checked_config(args, assignments)
     if args.mesh:
         if args.peer or args.decode or args.json:
@@ -192,7 +206,7 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     # On a GPU shared with a peer, memory is taken as it is needed.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if args.peer else {}
     load, started = os.getloadavg()[0], time.time()
-    with Side("tools.bench_ours", **shared) as ours:
+    with _started("tools.bench_ours", args.processes, **shared) as ours:
         facts = _asked(
             ours, "prepare", config=config_lib.to_json(config), decode=args.decode, started=started
         )
@@ -203,8 +217,9 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
         turns = {"ours": partial(ours.call, turn, steps=args.steps)}
         with contextlib.ExitStack() as stack:
             if args.peer:
-                side = Side(PEERS[args.peer].module, python=args.peer_python, **shared)
-                peer = stack.enter_context(side)
+                module = PEERS[args.peer].module
+                peer = _started(module, args.processes, python=args.peer_python, **shared)
+                stack.enter_context(peer)
                 report["peer"] = {"name": args.peer, **_prepare_peer(peer, facts, args)}
                 for mode in report["peer"]["modes"]:
                     turns[mode] = partial(peer.call, "run", mode=mode, steps=args.steps)
@@ -219,6 +234,14 @@ def measure(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _started(
+    module: str, processes: int, python: str = sys.executable, **environment: str
+) -> Side | Sides:
+    if processes == 1:
+        return Side(module, python=python, cores=(), **environment)
+    return Sides(module, processes=processes, python=python, **environment)
+
+
 def _check_peer(args: argparse.Namespace) -> None:
     needs = PEERS[args.peer].needs
     imports = [args.peer_python, "-c", f"import {', '.join(needs)}"]
@@ -229,7 +252,7 @@ def _check_peer(args: argparse.Namespace) -> None:
         )
 
 
-def _asked(side: Side, method: str, **arguments: Any) -> Any:
+def _asked(side: Side | Sides, method: str, **arguments: Any) -> Any:
     """Return the answer to a call whose failure is a mistake in what was asked for."""
     try:
         return side.call(method, **arguments)
@@ -237,13 +260,18 @@ def _asked(side: Side, method: str, **arguments: Any) -> Any:
         raise ConfigError(f"{method}: {error}") from error
 
 
-def _prepare_peer(peer: Side, facts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def _prepare_peer(
+    peer: Side | Sides, facts: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
     """Return the peer's facts, and of each of its modes the seconds of a first turn, which compiles.
 
     A mode that does not run here is told and left out.
     """
-    if facts["devices"] > 1:
-        raise ConfigError(f"--peer: runs on one device, here are {facts['devices']}; show only one")
+    if facts["devices"] != args.processes:
+        raise ConfigError(
+            f"--peer: runs on one device a process, here are {facts['devices']} in {args.processes}; show as "
+            "many"
+        )
     shape = {**facts["shape"], **({"rows": 1} if args.decode else {})}
     device = "cpu" if facts["backend"] == "cpu" else "cuda"
     made = _asked(

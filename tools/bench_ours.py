@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 
 from lm import config as config_lib
-from lm import experiment, generate, hardware, models, placement, sharding, step, train
+from lm import distributed, experiment, generate, hardware, models, placement, sharding, step, train
 from lm.data import corpus
 from lm.data.tokenizers import Tokenizer
 from tools import bench, bench_pipe
@@ -88,6 +88,7 @@ class Ours:
 
         `started` is the time in seconds since the epoch that the time to the first step counts from.
         """
+        distributed.start()  # where there are several of this process
         self.config = config_lib.from_json(config)
         with self._data():
             self.made = made = experiment.build(self.config)

@@ -170,6 +170,8 @@ class Peer:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
         torch.manual_seed(0)
+        world = int(os.environ.get("JAX_NUM_PROCESSES", 1))
+        shape = {**shape, "rows": shape["rows"] // world}
         self.device, self.shape, self.optim = device, shape, optim
         self.family = FAMILIES[shape["family"]]
         self.model = self.family.model(shape).to(torch.device(device))
@@ -181,6 +183,7 @@ class Peer:
             }
         else:
             self.model.train()
+            self.trained = self.model if world == 1 else self._joined(world)
             self.adamw = torch.optim.AdamW(
                 self.model.parameters(),
                 lr=optim["peak_lr"],
@@ -188,9 +191,9 @@ class Peer:
                 weight_decay=optim["weight_decay"],
                 fused=True,
             )
-            compiled = torch.compile(self.model)
+            compiled = torch.compile(self.trained)
             self.modes = {
-                "eager": lambda steps: self._train(self.model, steps),
+                "eager": lambda steps: self._train(self.trained, steps),
                 "torch.compile": lambda steps: self._train(compiled, steps),
             }
         batches = [self.family.batch(shape) for _ in range(NUM_BATCHES)]
@@ -198,6 +201,16 @@ class Peer:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         library = f"torch {torch.__version__}"
         return {"parameters": parameters, "modes": list(self.modes), "library": library}
+
+    def _joined(self, world: int) -> Any:
+        """Return the model as one of several processes trains it: `BENCH_MEET` is a file where they meet."""
+        torch.distributed.init_process_group(
+            "gloo" if self.device == "cpu" else "nccl",
+            init_method=f"file://{os.environ['BENCH_MEET']}",
+            rank=int(os.environ["JAX_PROCESS_ID"]),
+            world_size=world,
+        )
+        return torch.nn.parallel.DistributedDataParallel(self.model)
 
     def run(self, *, mode: str, steps: int) -> float:
         """Return the seconds that `steps` updates, or new tokens, take."""
@@ -229,10 +242,15 @@ class Peer:
         parts = self.shape["accumulate_steps"]
         for step in range(steps):
             batch = self.batches[step % NUM_BATCHES]
-            for rows in zip(*(x.chunk(parts) for x in batch.values()), strict=True):
-                with self._precision():
-                    loss = self.family.loss(model, dict(zip(batch, rows, strict=True)))
-                (loss / parts).backward()
+            for part, rows in enumerate(
+                zip(*(x.chunk(parts) for x in batch.values()), strict=True)
+            ):
+                # Several processes exchange the gradient of the whole alone.
+                alone = part < parts - 1 and self.trained is not self.model
+                with self.trained.no_sync() if alone else contextlib.nullcontext():
+                    with self._precision():
+                        loss = self.family.loss(model, dict(zip(batch, rows, strict=True)))
+                    (loss / parts).backward()
             if self.optim["clip_norm"]:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim["clip_norm"])
             self.adamw.step()

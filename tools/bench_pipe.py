@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ class SideError(Exception):
 class Side:
     """A process that answers calls, to be used in a `with`."""
 
-    def __init__(self, module: str, *, python: str = sys.executable, **environment: str):
-        """Start `python -m module`, with `environment` added to this process's."""
+    def __init__(
+        self,
+        module: str,
+        *,
+        python: str = sys.executable,
+        cores: Sequence[int] = (),
+        **environment: str,
+    ):
+        """Start `python -m module` on `cores` (none = all), with `environment` added to this process's."""
         self._process = subprocess.Popen(
             [python, "-m", module],
             stdin=subprocess.PIPE,
@@ -34,6 +42,8 @@ class Side:
             cwd=ROOT,
             env={**os.environ, **environment},
         )
+        if cores:  # at once, before it starts threads
+            os.sched_setaffinity(self._process.pid, cores)
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Return what `method` of the object that the process serves returns.
@@ -41,12 +51,20 @@ class Side:
         Raises:
           SideError: it raised, or the process has ended.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin and stdout
+        self.ask(method, **arguments)
+        return self.answer(method)
+
+    def ask(self, method: str, **arguments: Any) -> None:
+        """Start a call, whose result `answer` returns."""
+        assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has ended: the read says so
-            stdin.write(json.dumps([method, arguments]) + "\n")
-            stdin.flush()
-        line = stdout.readline()
+            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self, method: str) -> Any:
+        """Return the result of the call that was started, or raise as `call` does."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
         if not line:
             raise SideError(f"{method}: the process ended with exit code {self._process.wait()}")
         answer = json.loads(line)
@@ -57,10 +75,14 @@ class Side:
     def __enter__(self) -> "Side":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def end(self) -> None:
+        """Close its input: the end of its work."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self._process.stdin.close()  # the end of its input is the end of its work
+            self._process.stdin.close()
+
+    def __exit__(self, *error: Any) -> None:
+        self.end()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

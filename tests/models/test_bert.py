@@ -152,11 +152,16 @@ def test_the_head_is_computed_where_something_is_scored_and_nowhere_else():
     assert B * 2 in rows and not {n for n in rows if n >= B * L} - {D}, rows
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def with_losses(model, params, batch):
+    return model.apply({"params": params}, batch, mutable=["losses"])
+
+
 @pytest.mark.parametrize("labels", [(1, 0), (-1, 1), (-1, -1)])
 def test_the_next_sentence_is_scored_at_the_first_position(labels):
     model = build(next_sentence=True)
     params, batch = params_of(model), with_labels(batch_of(), labels)
-    x, new = model.apply({"params": params}, batch, mutable=["losses"])
+    x, new = with_losses(model, params, batch)
     pooled = np.tanh(np.asarray(x)[:, 0] @ params["pooler"]["kernel"] + params["pooler"]["bias"])
     head = params["next_sentence_head"]
     log_p = np.asarray(jax.nn.log_softmax(pooled @ head["kernel"] + head["bias"]))
@@ -165,7 +170,7 @@ def test_the_next_sentence_is_scored_at_the_first_position(labels):
     np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(weight, sum(label >= 0 for label in labels), atol=1e-6)
     assert np.isfinite(total / weight)
-    without, new = model.apply({"params": params}, batch_of(), mutable=["losses"])
+    without, new = with_losses(model, params, batch_of())
     np.testing.assert_array_equal(without, x)
     assert "losses" not in new
 
@@ -521,6 +526,6 @@ def test_equals_transformers(name):
         log_p = jax.nn.log_softmax(tensors["output:next_sentence"])
         for label in (0, 1):
             labelled = with_labels(batch, (label,) * len(real))
-            _, new = model.apply({"params": params}, labelled, mutable=["losses"])
+            _, new = with_losses(model, params, labelled)
             total = new["losses"]["next_sentence"][0][0]
             np.testing.assert_allclose(total, -log_p[:, label].sum(), atol=2e-5)

@@ -363,7 +363,7 @@ def test_decoding_step_by_step_equals_the_full_forward(order, fields):
     tokens = np.random.default_rng(0).integers(0, 3, (B, L))
     batch = rows_of(tokens, L)
     apply = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
-    whole = np.asarray(model.apply({"params": params}, batch))
+    whole = np.asarray(jax.jit(model.apply)({"params": params}, batch))
     assert whole.shape == (B, L, order) and whole.dtype == np.int32
     lengths = np.array([1, 2, 6, 4])
     prompt = {name: x[:, :6].copy() for name, x in batch.items()}

@@ -139,16 +139,13 @@ def test_every_form_decodes_as_the_full_pass(form):
     source, inputs = [3, 9, 4, 1], [2, 5, 7, 10, 6]
     full = run(model, params, rows((source, inputs)))[0]
     prompt = rows((source, inputs[:2]))
-    x, new = model.apply({"params": params}, prompt, decode=True, mutable=["cache"])
+    decode = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
+    x, new = decode({"params": params}, prompt)
     np.testing.assert_allclose(x[0, :2], full[:2], atol=1e-5)
     for place in range(2, 5):
         one = {"inputs": [[inputs[place]]], "segments": [[1]], "positions": [[place]]}
-        x, new = model.apply(
-            {"params": params, "cache": new["cache"]},
-            jax.tree.map(jnp.asarray, one, is_leaf=lambda leaf: isinstance(leaf, list)),
-            decode=True,
-            mutable=["cache"],
-        )
+        one = jax.tree.map(jnp.asarray, one, is_leaf=lambda leaf: isinstance(leaf, list))
+        x, new = decode({"params": params, "cache": new["cache"]}, one)
         np.testing.assert_allclose(x[0, 0], full[place], atol=1e-5)
 
 

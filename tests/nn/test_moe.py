@@ -181,7 +181,8 @@ def jitted_step(model, mesh, accumulate=1, tx=None):
     function = functools.partial(
         step.train_step, model=model, tx=tx, objective=objective, seed=0, accumulate=accumulate
     )
-    return jax.jit(init, out_shardings=placed)(), jax.jit(function, out_shardings=(placed, None))
+    quick = functools.partial(jax.jit, compiler_options=QUICKLY)
+    return quick(init, out_shardings=placed)(), quick(function, out_shardings=(placed, None))
 
 
 def train(model, mesh, *, num_steps=5, look=True, **options):
@@ -189,7 +190,10 @@ def train(model, mesh, *, num_steps=5, look=True, **options):
     with sharding.use(mesh):
         state, one = jitted_step(model, mesh, **options)
         batch, rows = placement.place_batch(mesh, batch_of()), []
-        apply = jax.jit(lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1])
+        apply = jax.jit(
+            lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1],
+            compiler_options=QUICKLY,
+        )
         experts = jax.device_get(apply(state.params, batch)) if look else {}
         for _ in range(num_steps):
             state, sums = one(state, batch)
@@ -224,8 +228,16 @@ def test_accumulation_is_one_batch(factor):
     assert_alike(parts, whole)
 
 
-MESHES = [{"data": 1, "expert": 8}, {"data": 2, "expert": 4}]
-ALL = {"data": 1, "expert": 2, "fsdp": 2, "tensor": 2}
+MESHES = [{"expert": 8}, {"data": 2, "expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}]
+MIXED = [
+    {"data": 4, "expert": 2}, {"fsdp": 2, "expert": 4}, {"fsdp": 4, "expert": 2},
+    {"tensor": 2, "expert": 4}, {"tensor": 4, "expert": 2}, {"data": 2, "fsdp": 2, "expert": 2},
+    {"data": 2, "tensor": 2, "expert": 2}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]  # fmt: skip
+CASES = [(*kind, sizes) for kind in ((gpt, 0.0), (gpt, 1.0), (t5, 0.0)) for sizes in MESHES]
+CASES += [(gpt, 0.0, sizes) for sizes in MIXED]
+QUICKLY = {"xla_backend_optimization_level": 0}  # compiled: what runs is small
 
 
 @functools.cache
@@ -234,14 +246,13 @@ def reference(family, factor, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [*MESHES, ALL], ids=str)
-@pytest.mark.parametrize(("family", "factor"), [(gpt, 0.0), (gpt, 1.0), (t5, 0.0)])
-def test_every_mesh_is_one_device(family, factor, mesh):
+@pytest.mark.parametrize(
+    ("family", "factor", "sizes"), CASES, ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_every_mesh_is_one_device(family, factor, sizes):
     """Five steps of 16 ragged rows of 12 tokens."""
-    found = train(
-        tiny(family, capacity_factor=factor),
-        sharding.make_mesh(sharding.Config(**mesh)),
-    )
+    mesh = sharding.make_mesh(sharding.Config(**{"data": 1, **sizes}))
+    found = train(tiny(family, capacity_factor=factor), mesh)
     assert_alike(found, reference(family, factor))
 
 

@@ -1,6 +1,7 @@
 """Turns are taken in order, ratios are of rounds, and mistakes end with one line and exit code 2."""
 
 import json
+import os
 import shutil
 import types
 
@@ -11,7 +12,7 @@ from lm import config as config_lib
 from lm import models, tasks
 from lm.data import pipeline
 from lm.tasks import causal_lm
-from tools import bench, bench_ours, bench_pipe
+from tools import bench, bench_ours, bench_pipe, bench_processes
 
 EXPERIMENT = "experiments/gpt2_small.py"
 TINY = {
@@ -155,10 +156,35 @@ def test_calls_cross_the_pipe(side):
         side.call("give", value=1)
 
 
+def test_processes_answer_together(tmp_path):
+    """Each on its share of the cores; the slowest's seconds count, and bytes add up."""
+    (tmp_path / "part.py").write_text(
+        "import os\n"
+        "from tools import bench_pipe\n"
+        "number = int(os.environ['JAX_PROCESS_ID'])\n"
+        "class Part:\n"
+        "    def run(self): return 1.0 + number\n"
+        "    def peak_bytes(self): return 10 + number\n"
+        "    def prepare(self):\n"
+        "        return [number, os.environ['JAX_NUM_PROCESSES'], len(os.sched_getaffinity(0))]\n"
+        "bench_pipe.serve(Part())\n"
+    )
+    cores = len(os.sched_getaffinity(0))
+    with bench_processes.Sides("part", processes=2, PYTHONPATH=str(tmp_path)) as sides:
+        assert sides.call("run") == 2.0
+        assert sides.call("peak_bytes") == 21
+        assert sides.call("prepare") == [0, "2", cores // 2 or cores]
+        assert (
+            not set.intersection(*(os.sched_getaffinity(side._process.pid) for side in sides.sides))
+            or cores == 1
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--rounds", "0"], ["--rounds=0", "use 1 or more"]),
+        (["--processes", "2"], ["--processes=2", "give --peer"]),
         (["--decode", "--steps", "17"], ["--steps=17", "32 positions"]),
         (["--peer", "transformers", *flags(**{"optim.name": "lion"})], ["optim.name=adamw"]),
         (
