@@ -286,7 +286,7 @@ def test_what_is_found_is_written_as_an_experiment(tmp_path, capsys):
     assert str(path) in caught.value.__notes__[0]
     assert config_lib.load(path).to_dict() == smallest()
     assert main.main(["--config", str(path), "--dry_run"]) == 0
-    assert "'data': 8" in capsys.readouterr().out
+    assert "mesh: data 8;" in capsys.readouterr().out
 
 
 def test_every_axis_is_drawn():

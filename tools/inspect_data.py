@@ -222,10 +222,8 @@ def _show_step(config: ConfigDict, step: int, trained_on: str) -> None:
     from lm import experiment
 
     # Which rows a batch has does not depend on devices: a pod's run can be looked at anywhere.
-    complete = config_lib.complete(config, experiment.SCHEMA)
-    for axis in complete.mesh:
-        complete.mesh[axis] = -1 if axis == "data" else 1
-    made = experiment.build(complete)
+    here = ConfigDict({name: part for name, part in config.items() if name != "mesh"})
+    made = experiment.build(config_lib.complete(here, experiment.SCHEMA))
     if step >= made.num_steps:
         raise ConfigError(f"--step={step}: the run has {made.num_steps} steps, counted from 0")
     if trained_on and trained_on != made.corpus.fingerprint:
