@@ -333,6 +333,15 @@ def from_json(text: str, *, where: str = "config.json") -> ConfigDict:
         raise ConfigError(f"{where}: not a JSON object ({error}); restore the file") from None
 
 
+def with_defaults(config: Mapping[str, Any], schema: Schema) -> ConfigDict:
+    """Return the config of an earlier version's run with the fields that have been added since.
+
+    A field is added with a default under which nothing changes; one that is no longer known stays.
+    """
+    flat = flatten(config)
+    return _nest({name: field.default for name, field in catalogue(schema, flat).items()} | flat)
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, old value, new value) where two configs differ; None is no value."""
     before, after = flatten(old), flatten(new)

@@ -109,7 +109,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     """
     if not manifests.good_steps(workdir / "checkpoints"):
         return
-    old = checkpoint.read_config(workdir)
+    old = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
     changes = config_lib.difference(old, made.config)
     refused = [
         f"{key} {before!r} -> {after!r}"

@@ -204,6 +204,20 @@ def test_a_finished_run_repeats_nothing(tiny, tmp_path):
     assert again["eval/loss"] == final["eval/loss"]
 
 
+def test_an_earlier_versions_run_resumes(tiny, tmp_path):
+    """Its config lacks the fields added since; those have defaults under which nothing changes."""
+    final = train.run(tiny(), tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["model"]["matmul_dtype"], old["optim"]["moments_dtype"], old["mesh"]["local_steps"]
+    path.write_text(json.dumps(old))
+    assert train.run(tiny(), tmp_path)["eval/loss"] == final["eval/loss"]
+    del old["model"]["model_dim"]  # whose default is not this run's value
+    path.write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match="holds a run of another config: model.model_dim"):
+        train.run(tiny(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
