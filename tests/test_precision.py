@@ -93,7 +93,7 @@ def of_type(found, *dtypes):
 CASES = [
     *((name, {}, 1) for name in LEARNED if name != "t5-experts"),
     ("gpt", MORE, 2),
-    ("gpt-experts", {"capacity_factor": 1.0}, 1),
+    *(("gpt-experts", {"capacity_factor": factor}, 1) for factor in (0.0, 1.0)),
     ("t5-experts", {"capacity_factor": 1.0}, 1),
 ]
 

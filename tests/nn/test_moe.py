@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections import Counter
 
@@ -285,6 +286,33 @@ def test_tokens_reach_experts_by_all_to_all_with_capacity_and_by_gathering_witho
     found = collectives(layer(**wide), mesh)
     # Tokens, choices and gates, and the gradient; sums, and the gradients of tokens and gates.
     assert found == {"all-gather": 4, "reduce-scatter": 3}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "expert": 2}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_in_bfloat16_a_mesh_rounds_as_one_device_does(factor, sizes):
+    """What several devices have alike or each a part of is summed in float32."""
+    module = layer(capacity_factor=factor, dtype=jnp.bfloat16, expert_dim=4)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tokens(), SEGMENTS))["params"]
+    x, segments = (np.concatenate([array] * 8) for array in (tokens(), SEGMENTS))
+    x = x.astype(jnp.bfloat16)
+
+    def gradients(mesh):
+        boxed = jax.eval_shape(module.init, jax.random.key(0), x, segments)["params"]
+        placed = sharding.shardings(mesh, sharding.logical_axes(boxed), nn.unbox(boxed))
+
+        def total(params, x):
+            return jnp.square(module.apply({"params": params}, x, segments)).sum(dtype=jnp.float32)
+
+        with sharding.use(mesh):
+            inputs = (placed, sharding.batch_sharding(mesh))
+            found, dx = jax.jit(jax.grad(total, (0, 1)), in_shardings=inputs)(params, x)
+        return jax.device_get([dx, *(found[name]["kernel"] for name in ("up", "down"))])
+
+    mesh = sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
+    for found, expected in zip(gradients(mesh), gradients(one_device()), strict=True):
+        difference = np.float32(found) - np.float32(expected)
+        assert np.linalg.norm(difference) < 2**-7 * np.linalg.norm(np.float32(expected))
 
 
 def test_rows_too_few_for_the_mesh_are_computed_all_the_same():
