@@ -12,12 +12,18 @@ if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
         " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
     )
 OPTIMIZATION = "--xla_backend_optimization_level"  # XLA's default is 3
+QUICKLY = (
+    f" {OPTIMIZATION}=0"
+    " --xla_cpu_use_fusion_emitters=false"  # half of what compiling took
+    " --xla_cpu_parallel_codegen_split_count=1"  # each part of a program has a price
+)
 os.environ.setdefault("LM_CACHE_DIR", tempfile.mkdtemp(prefix="lm-test-cache-"))
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import gc
 import json
 import types
 from pathlib import Path
@@ -56,9 +62,16 @@ def pytest_configure(config):
     from lm import hardware
 
     if "not slow" in config.option.markexpr and OPTIMIZATION not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" {OPTIMIZATION}=0"
+        os.environ["XLA_FLAGS"] += QUICKLY
     hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_finish(session):
+    """Search what tracing leaves behind less often: modules and tests stay, and of the rest little is garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 10)
 
 
 @pytest.fixture(scope="session")
