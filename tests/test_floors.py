@@ -41,6 +41,7 @@ FLOORS = {
     "lm.signals": 0,
     "lm.hardware": 0,
     "lm.startup": 0,
+    "lm.fingerprint": 0,
     "lm.flags": 0,
     "lm.manifests": 0,
     "lm.augment": 0,

@@ -30,10 +30,12 @@ VERSION = ".".join(jax.__version__.split(".")[:2])
 
 
 @functools.cache
-def lowered(recipe):
+def lowered(recipe, **fields):
     """Return (mesh, abstract state, lowered step, lowered gradients alone) of a small gpt."""
-    mesh = sharding.make_mesh(sharding.Config(**{"data": 1, **RECIPES[recipe]}))
-    cfg = gpt.Config(num_layers=1, model_dim=64, num_heads=8, mlp_dim=512, qk_norm=False)
+    sizes = {"data": 1, **RECIPES[recipe]}
+    mesh = sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
+    fields = {"num_layers": 1, "model_dim": 64, "num_heads": 8, "mlp_dim": 512, **fields}
+    cfg = gpt.Config(qk_norm=False, **fields)
     model = models.build(models.resolve(cfg, vocab_size=VOCAB, max_length=LENGTH, packed=True))
     tx = optax.adam(1e-3)
     init = step.make_init(model, tx, seed=0, shape=(1, ROWS, LENGTH), average=False, stateful=False)
@@ -163,6 +165,27 @@ def test_memory_is_what_the_scheme_says(recipe):
     memory = gradients.compile().memory_analysis()
     assert memory.argument_size_in_bytes == pytest.approx(params + batch, rel=0.05)
     assert memory.output_size_in_bytes == pytest.approx(params, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_activations_are_what_the_scheme_says(recipe, remat):
+    """A layer more keeps its input, with "dots" what its products give too, of a device's part of the batch.
+
+    What is whole between products (queries, keys and values, the MLP's width F) tensor splits by heads and F,
+    and what is of the model's width D by positions.
+    """
+    temporary = []
+    for num_layers in (4, 8):
+        gradients = lowered(recipe, num_layers=num_layers, scan=True, remat=remat)[3]
+        temporary.append(gradients.compile().memory_analysis().temp_size_in_bytes)
+    D, F = 64, 512
+    widths = D if remat == "full" else D + 3 * D + D + F
+    expected = 4 * ROWS * LENGTH * widths / 8
+    if (fsdp := RECIPES[recipe].get("fsdp", 1)) > 1:  # XLA lays its kernels out for gathering, once
+        expected += 4 * (4 * D * D + 2 * D * F) / (fsdp * RECIPES[recipe].get("tensor", 1))
+    assert (temporary[1] - temporary[0]) / 4 == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.slow

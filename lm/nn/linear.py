@@ -7,10 +7,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lm import collectives, sharding
 from lm.nn import fp8
 
+KEPT = "product"  # the name of what remat="dots" keeps
 ROW_PARTS = 16  # products that the product of one row is split into on a CPU
 
 
@@ -50,6 +52,7 @@ class Linear(nn.Module):
             kernel = sharding.gather(kernel, self.axes, self.dtype)
             multiply = fp8.product if eight_bits else product
             y = _flat_product(x, kernel, self.num_inputs, multiply)
+        y = checkpoint_name(y, KEPT)
         if self.bias:
             axes, outputs = self.axes[self.num_inputs :], self.shape[self.num_inputs :]
             bias = self.param(

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from lm import sharding
 from lm.nn import pipeline
+from lm.nn.linear import KEPT
 
 # Names in parameter paths: one stack [num_layers, ...], or a tree for each layer.
 SCANNED, UNROLLED = "blocks", "block_{}"
@@ -16,7 +17,7 @@ SCANNED, UNROLLED = "blocks", "block_{}"
 SOWN = {"losses": 0, "reports": 0, "intermediates": 0}
 
 REMAT_POLICIES: dict[str, Callable | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),  # keep products with kernels
     "full": jax.checkpoint_policies.nothing_saveable,  # keep only each block's input
 }
 
