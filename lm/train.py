@@ -76,8 +76,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
-        saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
-        stack.callback(saver.close)
+        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
         state = saver.restore_latest(abstract)
         resumed = state is not None
         if state is None:
@@ -104,7 +103,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
-            saving = fresh and (last or (now % save_every == 0 and now > 0))
+            saving = fresh and (saver.owed() or last or (now % save_every == 0 and now > 0))
             stopping = stop.agreed()
             if evaluating or saving or stopping:
                 others.at("evaluating and saving", now)
@@ -119,7 +118,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if saving or (stopping and fresh):
                 check_finite(state, saver)
                 writers.sync()
-                saver.save(now, state, scores if evaluating else {})
+                told = scores if evaluating else {}
+                saver.save(now, state, told, wait=last or stopping, verify=last)
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -238,7 +238,7 @@ def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None
 
 
 def _kept(saver: checkpoint.Checkpointer) -> str:
-    saver.wait()
+    saver.settle()
     good = manifests.good_steps(saver.folder)
     kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"

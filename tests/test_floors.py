@@ -20,6 +20,8 @@ FLOORS = {
     "lm.generate": 3,
     "lm.checkpoint": 3,
     "lm.stored": 2,
+    "lm.saving": 3,
+    "lm.retention": 1,
     "lm.step": 2,
     "lm.local_steps": 2,
     "lm.models": 2,
@@ -49,6 +51,7 @@ FLOORS = {
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
+    ("lm.checkpoint", "lm.saving"),
     ("lm.train", "lm.workdir"),
     ("lm.train", "lm.initial"),
     ("lm.initial", "lm.experiment"),
