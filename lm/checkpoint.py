@@ -22,7 +22,7 @@ from lm import config as config_lib
 from lm import distributed, hardware, manifests, models, retention, saving, stored
 from lm.config import ConfigError, Duration
 from lm.step import parameter_axes
-from lm.stored import flatten, num_layers, restore, shapes_of, sources_of, unflatten
+from lm.stored import averaged, flatten, num_layers, restore, shapes_of, sources_of, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +322,6 @@ def restore_params(folder: Path, step: int, abstract: Any) -> Any:
     part = averaged((manifests.read(folder, step) or {})["arrays"])
     wanted = flatten({part: abstract})
     return unflatten({part: abstract}, restore(folder, step, wanted))[part]
-
-
-def averaged(arrays: Mapping[str, Any]) -> str:
-    """Return which part of a checkpoint is its model: "ema", where an average was kept, or "params"."""
-    return "ema" if any(name.startswith("ema.") for name in arrays) else "params"
 
 
 def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:

@@ -88,26 +88,34 @@ def _read(target: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
 
 
 def read_all(
-    folder: Path, step: int, places: Mapping[str, Sharding] | None = None
+    folder: Path,
+    step: int,
+    places: Mapping[str, Sharding] | None = None,
+    names: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Yield (name, array) of all that a checkpoint stores, as it was stored, some at a time.
+    """Yield (name, array) of what a checkpoint stores, as it was stored; some are read at a time.
 
-    Nothing but the folder is needed: no config, no model. `places` says where each array is put; without,
-    on this process's first CPU.
+    Nothing but the folder is needed: no config, no model.
+
+    Args:
+      places: where each array is put; None = on this process's first CPU.
+      names: which, in this order; None = all.
     """
-    manifest = manifests.read(folder, step) or {"arrays": {}}
+    arrays = (manifests.read(folder, step) or {"arrays": {}})["arrays"]
     cpu = None if places else SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    group: dict[str, jax.ShapeDtypeStruct] = {}
+    groups: list[dict[str, jax.ShapeDtypeStruct]] = [{}]
     size = 0
-    for name, (shape, dtype, *_) in manifest["arrays"].items():
-        sharding = places[name] if places else cpu
-        group[name] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-        size += math.prod(shape) * group[name].dtype.itemsize
-        if size >= GROUP:
-            yield from _read(folder / str(step), group).items()
-            group, size = {}, 0
-    if group:
-        yield from _read(folder / str(step), group).items()
+    for name in arrays if names is None else names:
+        shape, dtype, *_ = arrays[name]
+        leaf = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=places[name] if places else cpu)
+        size += math.prod(shape) * leaf.dtype.itemsize
+        if size > GROUP and groups[-1]:
+            groups.append({})
+            size = 0
+        groups[-1][name] = leaf
+    for group in groups:
+        found = _read(folder / str(step), group) if group else {}
+        yield from ((name, found[name]) for name in group)
 
 
 def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = None) -> str:
@@ -189,3 +197,8 @@ def _assemble(name, leaf, sources, arrays) -> jax.Array:
 def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array that a manifest describes."""
     return {name: tuple(shape) for name, (shape, *_) in stored.items()}
+
+
+def averaged(arrays: Mapping[str, Any]) -> str:
+    """Return which part of a checkpoint is its model: "ema", where an average was kept, or "params"."""
+    return "ema" if any(name.startswith("ema.") for name in arrays) else "params"

@@ -1,4 +1,4 @@
-"""Every kind of file of a checkpoint, damaged in every way: found, named, never loaded, the one before used."""
+"""Every kind of file of a checkpoint, damaged in every way: found, named, never loaded."""
 
 import os
 import re
