@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ class Log:
         hardware.peak_flops()  # before the devices are busy
         self._waiting: tuple[int, Any] | None = None
         self.healthy = True  # whether the last step that was read was
+        self.bad: dict[str, float] = {}  # the metrics of the last one that was not
+        # How many steps were left out, in each row; None = none, ever: rows say nothing of it.
+        self.count_skipped: Callable[[int], int] | None = None
         self._since: tuple[int, float] | None = None  # step and time that rates are counted from
 
     def one_late(self, now: int, sums: Any) -> None:
@@ -35,15 +39,32 @@ class Log:
             return
         (now, sums), self._waiting = self._waiting, None
         self.healthy = bool(sums.pop("healthy"))  # waits for the step
+        if not self.healthy:
+            self.bad = metrics.summarize(jax.device_get(sums))
+            if self.count_skipped:
+                return  # its row is one of a step that is left out, or none
         if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}
             # A corpus of which the batch has no row has no loss.
             row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
+            if self.count_skipped:
+                row["train/skipped"] = self.count_skipped(now)
             self.latest = {**row, **self._rates(now)}
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed
             self._since = (now, time.perf_counter())
+
+    def forget(self, why: str) -> None:
+        """Say `why` a step was bad, and take what comes as after a good one."""
+        self._writers.say(why)
+        self.healthy, self._waiting = True, None
+
+    def left_out(self, now: int) -> None:
+        """Write the row of a step without an update."""
+        if self.count_skipped:
+            self._writers.write(now, {"train/skipped": self.count_skipped(now)})
+        self.pause(now)
 
     def pause(self, now: int) -> None:
         """Count rates from here: what came before was not training."""

@@ -34,6 +34,7 @@ from lm import config as config_lib
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
+from lm.guard import Diverged, Guard, RolledBack, again_when_rolled_back
 from lm.log import Log, Profile
 
 SCHEMA = experiment.SCHEMA
@@ -47,16 +48,13 @@ class _Stopped(Exception):
     """An evaluation was cut short."""
 
 
-class Diverged(Exception):
-    """A loss or gradient was not finite; no parameter was changed by it."""
-
-
+@again_when_rolled_back
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Train as `config` says in `workdir`, resuming what is there; return the final metrics.
 
     Raises:
       ConfigError: a mistake in the config, the data or the workdir.
-      Diverged: a loss or gradient is not finite.
+      Diverged: a loss or gradient is not finite, or a spike (see `lm.guard`).
       Interrupted: SIGINT or SIGTERM came.
     """
     workdir = Path(workdir)
@@ -64,7 +62,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
-        others = stack.enter_context(peers.watch(timeout, together=(Interrupted, Diverged)))
+        others = stack.enter_context(
+            peers.watch(timeout, together=(Interrupted, Diverged, RolledBack))
+        )
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
@@ -91,6 +91,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         stack.callback(writers.close)
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
+        guard = Guard(made, workdir, saver, log, train_step, first)
         profile = Profile(workdir, first, cfg["train"].profile_steps)
         stack.callback(profile.close)
         stop.vote_on(made.mesh)
@@ -106,8 +107,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             stopping = stop.agreed()
             if evaluating or saving or stopping:
                 others.at("evaluating and saving", now)
-                log.catch_up()
-                check_health(log, state, saver)
+                state = guard.settle(now, state)
             if evaluating:
                 scores = score(made, eval_step, state, stop)
                 stopping = stop.agreed()  # a signal may have come meanwhile
@@ -115,9 +115,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
-                check_finite(state, saver)
+                guard.check_finite(now, state)
                 writers.sync()
-                saver.save(now, state, scores if evaluating else {})
+                saver.save(now, state, scores if evaluating else {}, guard.listed(now))
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -131,10 +131,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             others.at(peers.TRAINING if now > first else "compiling", now)
             batch = next(batches)
             profile.before(now)
-            state, sums = train_step(state, batch)
+            state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
-            log.one_late(now + 1, sums)
-            check_health(log, state, saver)
         others.at("ending", num_steps)
         saver.wait()
         say_sample(writers.say, made, state)
@@ -225,30 +223,6 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     """Return the scores that were saved with the checkpoint of step `at`."""
     manifest = manifests.read(workdir / "checkpoints", at) or {}
     return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
-
-
-def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-    """Raise Diverged rather than save parameters that are not finite: a finite gradient can make them."""
-    if not bool(step.all_finite((state.params, state.local))):
-        raise Diverged(
-            f"step {int(state.step)}: parameters are not finite, and are not saved; {_kept(saver)}"
-        )
-
-
-def check_health(log: Log, state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-    """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
-    if not log.healthy:
-        raise Diverged(
-            f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, "
-            f"and {_kept(saver)}"
-        )
-
-
-def _kept(saver: checkpoint.Checkpointer) -> str:
-    saver.wait()
-    good = manifests.good_steps(saver.folder)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
 
 
 def announce(
