@@ -57,6 +57,7 @@ class TrainConfig:
     on_bad_step: str = "stop"  # or skip, or rollback: go back to the last checkpoint, leave it out
     max_skips: int = 10  # steps that a run leaves out, after which it stops
     rollback_batches: int = 1  # batches that a rollback leaves out, the bad step's the last
+    recordings: int = 2  # bad steps that are kept whole, for tools.replay; 0 = none
     spike_zscore: float = 0.0  # deviations above the running mean that are bad; 0 = none
     spike_metric: str = "loss"  # or grad_norm: what spikes are looked for in
     spike_steps: int = 100  # steps that mean and deviation remember; none is a spike before
@@ -83,7 +84,8 @@ class TrainConfig:
                 f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
             )
         for field in (
-            "z_loss", "loss_chunk", "profile_steps", "sample_tokens", "max_skips", "spike_zscore"
+            "z_loss", "loss_chunk", "profile_steps", "sample_tokens", "max_skips", "recordings",
+            "spike_zscore",
         ):  # fmt: skip
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")

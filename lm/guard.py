@@ -11,6 +11,7 @@ and with each checkpoint; a run that resumes before one of them leaves it out ag
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import checkpoint, distributed, experiment, manifests, step
+from lm import checkpoint, distributed, experiment, manifests, recorder, step
 from lm import workdir as workdirs
 from lm.log import Log
 
@@ -110,6 +111,7 @@ class Guard:
         why, finite = self._why(), _finite(state)
         if not finite:
             why += ", nor are the parameters before it"
+        self._record(state, bad, why)
         if self._cfg.on_bad_step == "rollback":
             self._go_back(bad if finite else self._last_taken(bad), why)
         if self._cfg.on_bad_step == "skip" and finite:
@@ -129,15 +131,23 @@ class Guard:
             "running mean"
         )
 
+    def _record(self, state: step.TrainState, bad: int, why: str) -> None:
+        """Keep step `bad` for `tools.replay`; where that fails it is said, and the run goes on."""
+        try:
+            folder = recorder.write(
+                self._workdir, self._made, bad, _at(state, bad), self._before,
+                why=why, metrics=self._log.bad,
+            )  # fmt: skip
+        except OSError as error:
+            print(f"notice: step {bad + 1} could not be recorded: {error}", file=sys.stderr)
+        else:
+            if folder:
+                self._log.say(f"recorded: {folder}; look into it: python -m tools.replay {folder}")
+
     def _leave_out(self, state: step.TrainState, number: int) -> step.TrainState:
         """Return the state after step `number` without its update."""
         self._log.left_out(number + 1)
-        advance = jax.jit(
-            lambda number: (number + 1, jnp.ones((), bool)),
-            out_shardings=(state.step.sharding, state.healthy.sharding),
-        )
-        following, healthy = advance(state.step)
-        return dataclasses.replace(state, step=following, healthy=healthy)
+        return _at(state, number + 1)
 
     def _go_back(self, bad: int, why: str) -> None:
         """List step `bad`, with those before it that are asked for, and raise RolledBack."""
@@ -173,6 +183,14 @@ class Guard:
         good = manifests.good_steps(self._saver.folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         return f"{kept}. {ADVICE}"
+
+
+def _at(state: step.TrainState, number: int) -> step.TrainState:
+    """Return `state` as the healthy one before step `number`."""
+    places = (state.step.sharding, state.healthy.sharding)
+    make = jax.jit(lambda: (jnp.int32(number), jnp.ones((), bool)), out_shardings=places)
+    now, healthy = make()
+    return dataclasses.replace(state, step=now, healthy=healthy)
 
 
 def _finite(state: step.TrainState) -> bool:

@@ -16,7 +16,7 @@ class Log:
 
     def __init__(self, made: experiment.Experiment, writers: metrics.Writers):
         self.latest: dict[str, float] = {}
-        self._made, self._writers = made, writers
+        self._made, self._writers, self.say = made, writers, writers.say
         self._every = made.cfg["train"].log_every_steps
         flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
         self._flops_per_step = flops * made.positions_per_step

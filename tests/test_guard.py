@@ -18,25 +18,6 @@ class Killed(Exception):
     """What a kill is to a run: nothing is saved on the way out."""
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Return a function that makes the batches of `steps` bad for as long as the test runs."""
-
-    def make(*steps, row=3, change=lambda weights: weights * np.nan):
-        original = pipeline.Batches.__getitem__
-
-        def batch(self, number):
-            found = original(self, number)
-            if number in steps:
-                found["weights"] = found["weights"].copy()
-                found["weights"][row] = change(found["weights"][row])
-            return found
-
-        monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
-
-    return make
-
-
 def killed_at(number, config, workdir):
     """Run until the batch of step `number` is asked for, and no further."""
     original = train.place_ahead
