@@ -62,8 +62,13 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
-        """Start to save `state`; returns when its arrays are copied. Raises what the last save raised."""
+    def save(
+        self, step: int, state: Any, metrics: Mapping[str, float], skipped: Mapping[int, str] = {}
+    ) -> None:
+        """Start to save `state`; returns when its arrays are copied. Raises what the last save raised.
+
+        `skipped` are the steps before `step` that were left out, and why (see `lm.guard`).
+        """
         self.wait()
         target = self.folder / str(step)
         if jax.process_index() == 0:
@@ -82,6 +87,8 @@ class Checkpointer:
             "metrics": dict(metrics),
             "arrays": described,
         }
+        if skipped:
+            manifest["skipped"] = {str(number): why for number, why in skipped.items()}
         self._thread = threading.Thread(target=self._finish, args=(target, manifest), daemon=True)
         self._thread.start()
 
