@@ -25,9 +25,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 from lm.config import ConfigError
-from lm.distributed import FOREVER, LOST
+from lm.distributed import FOREVER
+from lm.exits import LOST, STOPPED
 
-STOPPED = 130  # exit code, instead of LOST, where another one was stopped before training began
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
 _SHOWN = 8  # processes of which a message says what they do

@@ -37,20 +37,13 @@ from lm import config as config_lib
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
+from lm.exits import DataEnded, Diverged, Ended, Interrupted
 
 SCHEMA = experiment.SCHEMA
 
 
-class Interrupted(Exception):
-    """Training was asked to stop, and its state is saved."""
-
-
 class _Stopped(Exception):
     """An evaluation was cut short."""
-
-
-class Diverged(Exception):
-    """A loss or gradient was not finite; no parameter was changed by it."""
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -60,13 +53,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       ConfigError: a mistake in the config, the data or the workdir.
       Diverged: a loss or gradient is not finite.
       Interrupted: SIGINT or SIGTERM came.
+      DataEnded: there is no batch for a step.
     """
     workdir = Path(workdir)
     timeout = experiment.section(config, "train").peer_timeout_seconds
     with contextlib.ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
-        others = stack.enter_context(peers.watch(timeout, together=(Interrupted, Diverged)))
+        others = stack.enter_context(peers.watch(timeout, together=(Ended,)))
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
@@ -78,15 +72,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         init, train_step, eval_step, abstract = experiment.jitted(made)
         saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
         stack.callback(saver.close)
-        state = saver.restore_latest(abstract)
-        resumed = state is not None
-        if state is None:
-            state = initial.fresh_state(made, init)
+        state, resumed = begin(made, saver, init, abstract)
         first = int(state.step)
-        if first > num_steps:
-            raise ConfigError(
-                f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
-            )
         others.barrier("restored")
         workdirs.write_files(workdir, made, first)
         writers = open_writers(workdir, made, first if resumed else None)
@@ -117,9 +104,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
-                check_finite(state, saver)
-                writers.sync()
-                saver.save(now, state, scores if evaluating else {})
+                save(saver, writers, now, state, scores if evaluating else {})
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -131,7 +116,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if last:
                 break
             others.at(peers.TRAINING if now > first else "compiling", now)
-            batch = next(batches)
+            if (batch := next(batches, None)) is None:
+                log.catch_up()
+                log.check_health(state, saver)
+                if fresh and not saving:
+                    save(saver, writers, now, state, {})
+                saver.wait()
+                raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
             profile.before(now)
             state, sums = train_step(state, batch)
             profile.after(now, sums)
@@ -141,6 +132,21 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
+
+
+def begin(
+    made: experiment.Experiment, saver: checkpoint.Checkpointer, init: Callable, abstract: Any
+) -> tuple[step.TrainState, bool]:
+    """Return the state that training goes on from, and whether it is a checkpoint's."""
+    state = saver.restore_latest(abstract)
+    if state is None:
+        return initial.fresh_state(made, init), False
+    if state.step > made.num_steps:
+        raise ConfigError(
+            f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
+            "already; use more"
+        )
+    return state, True
 
 
 def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:
@@ -227,6 +233,19 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     """Return the scores that were saved with the checkpoint of step `at`."""
     manifest = manifests.read(workdir / "checkpoints", at) or {}
     return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
+
+
+def save(
+    saver: checkpoint.Checkpointer,
+    writers: metrics.Writers,
+    now: int,
+    state: step.TrainState,
+    scores: dict[str, float],
+) -> None:
+    """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
+    check_finite(state, saver)
+    writers.sync()
+    saver.save(now, state, scores)
 
 
 def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:

@@ -30,6 +30,7 @@ FLOORS = {
     "lm.tasks": 1,
     "lm.data": 1,
     "lm.command": 0,
+    "lm.exits": 0,
     "lm.config": 0,
     "lm.sweep": 0,
     "lm.metrics": 0,
@@ -67,6 +68,9 @@ NEIGHBOURS = {
     ("lm.peers", "lm.distributed"),
     ("lm.metrics", "lm.config"),
     ("lm.command", "lm.config"),
+    ("lm.command", "lm.exits"),
+    ("lm.distributed", "lm.exits"),
+    ("lm.peers", "lm.exits"),
     ("lm.augment", "lm.config"),
 }
 NO_DEVICE = {"jax", "flax", "optax", "orbax"}

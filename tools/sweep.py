@@ -18,14 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import command, metrics
+from lm import command, exits, metrics
 from lm import config as config_lib
 from lm import sweep as sweep_lib
 from lm.config import ConfigError
 from lm.sweep import Point
 
 MAIN = (sys.executable, "-m", "lm.main")
-INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 _MARKER = "sweep_point.json"  # in a point's folder once it has finished
 
 
@@ -60,7 +59,7 @@ def run(
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
         rows.sort(key=lambda row: math.inf if row.get(metric) is None else row[metric])
         _save(Path(workdir), rows)
-        if codes[name] == INTERRUPTED:
+        if codes[name] == exits.STOPPED:
             print(f"interrupted; the same command goes on with {name}")
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
@@ -117,7 +116,7 @@ def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: It
         except KeyboardInterrupt:  # the point has it too, and saves before it ends
             interrupted = True
     if interrupted:
-        return INTERRUPTED
+        return exits.STOPPED
     return code if code >= 0 else 128 - code
 
 
@@ -155,10 +154,7 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Return aligned columns: name, how it ended, step, `metric`, the training loss."""
     cells = [["point", "ended", "step", metric, "train/loss"]]
     for row in rows:
-        code = row["exit_code"]
-        ended = {0: "finished", 75: "interrupted", 130: "interrupted"}.get(
-            code, f"exit code {code}"
-        )
+        ended = exits.words(row["exit_code"])
         losses = [row.get(key) for key in (metric, "train/loss")]
         numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         cells.append([row["name"], ended, str(row.get("step", "-")), *numbers])
