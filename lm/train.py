@@ -7,11 +7,8 @@ that resumes at s repeats neither the evaluation nor the save of s.
 
 import contextlib
 import json
-import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -38,6 +35,7 @@ from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
 from lm.exits import DataEnded, Diverged, Ended, Interrupted
+from lm.log import Log, Profile
 
 SCHEMA = experiment.SCHEMA
 
@@ -96,7 +94,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if evaluating or saving or stopping:
                 others.at("evaluating and saving", now)
                 log.catch_up()
-                log.check_health(state, saver)
+                check_health(log, state, saver)
             if evaluating:
                 scores = score(made, eval_step, state, stop)
                 stopping = stop.agreed()  # a signal may have come meanwhile
@@ -127,7 +125,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             state, sums = train_step(state, batch)
             profile.after(now, sums)
             log.one_late(now + 1, sums)
-            log.check_health(state, saver)
+            check_health(log, state, saver)
         others.at("ending", num_steps)
         saver.wait()
         say_sample(writers.say, made, state)
@@ -256,102 +254,20 @@ def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None
         )
 
 
-def _kept(saver: checkpoint.Checkpointer) -> str:
-    saver.wait()
-    good = manifests.good_steps(saver.folder)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
-
-
-class Log:
-    """Rows of training metrics, each read one step late, so that the device never waits for the host."""
-
-    def __init__(self, made: experiment.Experiment, writers: metrics.Writers):
-        self.latest: dict[str, float] = {}
-        self._made, self._writers = made, writers
-        self._every = made.cfg["train"].log_every_steps
-        flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
-        self._flops_per_step = flops * made.positions_per_step
-        hardware.peak_flops()  # before the devices are busy
-        self._waiting: tuple[int, Any] | None = None
-        self._healthy = True
-        self._since: tuple[int, float] | None = None  # step and time that rates are counted from
-
-    def one_late(self, now: int, sums: Any) -> None:
-        """Take the metrics of step `now`; write the row before it, if one is due."""
-        self.catch_up()
-        self._waiting = (now, sums)
-
-    def catch_up(self) -> None:
-        """Write the row that waits, if one is due, and see whether its step was healthy."""
-        if self._waiting is None:
-            return
-        (now, sums), self._waiting = self._waiting, None
-        self._healthy = bool(sums.pop("healthy"))  # waits for the step
-        if now % self._every == 0 or now in (1, self._made.num_steps):
-            means = metrics.summarize(jax.device_get(sums))
-            row = {f"train/{name}": value for name, value in means.items()}
-            # A corpus of which the batch has no row has no loss.
-            row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
-            self.latest = {**row, **self._rates(now)}
-            self._writers.write(now, self.latest)
-        if self._since is None:  # the first step compiles: it is no measure of speed
-            self._since = (now, time.perf_counter())
-
-    def check_health(self, state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-        """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
-        if self._healthy:
-            return
+def check_health(log: Log, state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
+    """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
+    if not log.healthy:
         raise Diverged(
             f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, "
             f"and {_kept(saver)}"
         )
 
-    def pause(self, now: int) -> None:
-        """Count rates from here: what came before was not training."""
-        hardware.measure_again()
-        if self._since is not None:
-            self._since = (now, time.perf_counter())
 
-    def _rates(self, now: int) -> dict[str, float]:
-        if self._since is None or self._since[0] >= now:
-            return {}
-        (then, start), self._since = self._since, (now, time.perf_counter())
-        seconds = self._since[1] - start
-        rate = (now - then) / seconds
-        flops = self._flops_per_step / self._made.mesh.size
-        # One step may have run before: its metrics are read when the next is on its way.
-        mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
-        return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
-
-
-class Profile:
-    """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
-
-    def __init__(self, workdir: Path, first: int, count: int):
-        count = (
-            count if jax.process_index() == 0 else 0
-        )  # the processes of a host would share a file
-        self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
-        self._on = False
-
-    def before(self, now: int) -> None:
-        """Begin the trace, if step `now` is its first."""
-        if self._steps and now == self._steps.start:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-
-    def after(self, now: int, sums: Any) -> None:
-        """End the trace, if step `now`, whose results are `sums`, is its last."""
-        if self._on and now == self._steps.stop - 1:
-            jax.block_until_ready(sums)
-            self.close()
-
-    def close(self) -> None:
-        """End the trace, if there is one."""
-        if self._on:
-            self._on = False
-            jax.profiler.stop_trace()
+def _kept(saver: checkpoint.Checkpointer) -> str:
+    saver.wait()
+    good = manifests.good_steps(saver.folder)
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
 
 
 def announce(

@@ -10,6 +10,7 @@ FLOORS = {
     "lm.main": 5,
     "tools": 5,
     "lm.train": 4,
+    "lm.log": 4,
     "lm.workdir": 4,
     "lm.experiment": 4,
     "lm.initial": 4,
@@ -51,6 +52,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
     ("lm.train", "lm.workdir"),
+    ("lm.train", "lm.log"),
+    ("lm.log", "lm.experiment"),
     ("lm.train", "lm.initial"),
     ("lm.initial", "lm.experiment"),
     ("lm.train", "lm.complete"),
