@@ -49,6 +49,7 @@ class TrainConfig:
     sample_prompt: str = ""  # text that the sample continues
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
     compilation_cache: bool = True  # keep compiled programs between runs
+    fingerprint_every_steps: int = 1000  # between rows of fingerprints.jsonl; 0 = none
     peer_timeout_seconds: float = (
         300.0  # of silence of one of several processes, after which all end
     )
@@ -61,7 +62,13 @@ class TrainConfig:
             raise ConfigError(
                 f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
             )
-        for field in ("z_loss", "loss_chunk", "profile_steps", "sample_tokens"):
+        for field in (
+            "z_loss",
+            "loss_chunk",
+            "profile_steps",
+            "sample_tokens",
+            "fingerprint_every_steps",
+        ):
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")
         if self.freeze_vectors and not self.vectors:

@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--num_processes", type=int, metavar="N", help="1 = alone in any cluster")
     parser.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
+    parser.add_argument(
+        "--swept", default="", metavar="FIELDS", help="which fields a sweep sets, for the receipt"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show this, and every field of the config"
@@ -75,7 +78,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]
     again = shlex.join(words)
     try:
-        train.run(config, workdir)
+        train.run(config, workdir, _origins(assignments, args.swept))
     except exits.Ended as end:
         if end.error:
             print(f"error: {end}", file=sys.stderr)
@@ -93,6 +96,12 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
     print(f"         python -m tools.plot --workdir {workdir}")
     return exits.FINISHED
+
+
+def _origins(assignments: list[str], swept: str) -> dict[str, str]:
+    """Return where the value of each field that is assigned comes from."""
+    names = [assignment.partition("=")[0] for assignment in assignments]
+    return {name: "sweep" if name in swept.split(",") else "command line" for name in names}
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     if (replica := sharding.replica()) is not None:
         rng = jax.random.fold_in(rng, replica)
-    grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
+    grads, carry, sums = gradients(state, batch, model, objective, rng, accumulate)
     grad_norm = optax.tree.norm(grads)
     loss_sum, weight = sums["loss"]
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
@@ -248,7 +248,7 @@ def count_step(state: TrainState, batch: Batch, *, model: nn.Module) -> tuple[Tr
     return state, {"tokens": tokens, "healthy": state.healthy}
 
 
-def _gradients(state, batch, model, objective, rng, accumulate):
+def gradients(state, batch, model, objective, rng, accumulate):
     """Return (gradients of the mean objective, new carry, metric sums) over the parts of a batch."""
     whole = jnp.maximum(batch["weights"].sum(), 1e-9)
 

@@ -5,10 +5,11 @@ s is the state before batch s; rows up to s are on the disk before that checkpoi
 that resumes at s repeats neither the evaluation nor the save of s.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,9 +27,11 @@ from lm import (
     models,
     peers,
     placement,
+    receipt,
     sharding,
     signals,
     step,
+    trail,
 )
 from lm import config as config_lib
 from lm import workdir as workdirs
@@ -44,8 +47,12 @@ class _Stopped(Exception):
     """An evaluation was cut short."""
 
 
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def run(
+    config: ConfigDict, workdir: str | Path, origins: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Train as `config` says in `workdir`, resuming what is there; return the final metrics.
+
+    `origins` says of fields where their values are from, for the receipt (see `lm.receipt`).
 
     Raises:
       ConfigError: a mistake in the config, the data or the workdir.
@@ -55,7 +62,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """
     workdir = Path(workdir)
     timeout = experiment.section(config, "train").peer_timeout_seconds
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
         others = stack.enter_context(peers.watch(timeout, together=(Ended,)))
@@ -68,18 +75,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
-        saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
-        stack.callback(saver.close)
-        state, resumed = begin(made, saver, init, abstract)
-        first = int(state.step)
+        saver = stack.enter_context(closing(checkpoint.Checkpointer(workdir, cfg["checkpoint"])))
+        state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
-        workdirs.write_files(workdir, made, first)
-        writers = open_writers(workdir, made, first if resumed else None)
-        stack.callback(writers.close)
+        workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
+        writers = stack.enter_context(
+            closing(open_writers(workdir, made, first if resumed else None))
+        )
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
-        profile = Profile(workdir, first, cfg["train"].profile_steps)
-        stack.callback(profile.close)
+        profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
+        marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.vote_on(made.mesh)
         stop.waits = True
         scores = saved_scores(workdir, first) if resumed else {}
@@ -116,11 +122,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             others.at(peers.TRAINING if now > first else "compiling", now)
             if (batch := next(batches, None)) is None:
                 log.catch_up()
-                log.check_health(state, saver)
+                check_health(log, state, saver)
                 if fresh and not saving:
                     save(saver, writers, now, state, {})
                 saver.wait()
                 raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
+            marks.at(now, state, batch)
             profile.before(now)
             state, sums = train_step(state, batch)
             profile.after(now, sums)
@@ -134,17 +141,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 def begin(
     made: experiment.Experiment, saver: checkpoint.Checkpointer, init: Callable, abstract: Any
-) -> tuple[step.TrainState, bool]:
-    """Return the state that training goes on from, and whether it is a checkpoint's."""
+) -> tuple[step.TrainState, int, bool]:
+    """Return the state that training goes on from, its step, and whether it is a checkpoint's."""
     state = saver.restore_latest(abstract)
     if state is None:
-        return initial.fresh_state(made, init), False
+        return initial.fresh_state(made, init), 0, False
     if state.step > made.num_steps:
         raise ConfigError(
             f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
             "already; use more"
         )
-    return state, True
+    return state, int(state.step), True
 
 
 def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:

@@ -37,8 +37,17 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     startup.prepare()
     import jax
 
-    from lm import checkpoint, evaluate, experiment, fit, hardware, manifests, sharding, step
-    from lm import workdir as workdirs
+    from lm import (
+        checkpoint,
+        evaluate,
+        experiment,
+        fit,
+        hardware,
+        manifests,
+        receipt,
+        sharding,
+        step,
+    )
     from lm.data import corpus, tokenizers
 
     given = [assignment.partition("=")[0] for assignment in assignments]
@@ -65,7 +74,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     kind = fit.check_sections(cfg, mesh)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
-    described = workdirs.read_json(Path(args.workdir) / "data.json")
+    described = receipt.read_json(Path(args.workdir) / "data.json")
     labels = described.get("labels", ())
     if unknown := sorted(set(text.labels) - set(labels)):
         raise config_lib.ConfigError(

@@ -50,10 +50,14 @@ def run(
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
         given = [*sweep_lib.assignments(point), *fixed]
+        keys = {assignment.partition("=")[0] for assignment in fixed}
+        swept = [key for key in point if key not in {"name", *keys}]
         identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
         done = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
         print(f"[{number}/{len(points)}] {name}{': finished' if done else ''}", flush=True)
-        codes[name] = 0 if done else _run_point(command, path, Path(workdir) / name, given)
+        codes[name] = (
+            0 if done else _run_point(command, path, Path(workdir) / name, given, swept=swept)
+        )
         if codes[name] == 0:
             _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
@@ -105,8 +109,16 @@ def _check_apart(points: Mapping[str, Point], fixed: Sequence[str]) -> None:
         seen[rest] = name
 
 
-def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: Iterable[str]) -> int:
+def _run_point(
+    command: Sequence[str],
+    path: str | Path,
+    folder: Path,
+    given: Iterable[str],
+    *,
+    swept: Iterable[str],
+) -> int:
     flags = [f"--config.{assignment}" for assignment in given]
+    flags += [f"--swept={','.join(swept)}"]
     child = subprocess.Popen([*command, "--config", str(path), "--workdir", str(folder), *flags])
     interrupted = False
     while True:
