@@ -2,41 +2,43 @@
 
 A checkpoint is the folder `<workdir>/checkpoints/<step>/`: `state/`, written by Orbax, asynchronous, as
 one flat dictionary from parameter path to array, and `manifest.json`, written last: size and SHA-256 of
-every file, shape and type of every array, the metrics. Without a manifest that matches, a checkpoint is
-not good: it is moved aside with a word, never deleted, and the newest good one before it is used.
+every file, shape, type and fingerprint of every array, the metrics. Without a manifest that matches, a
+checkpoint is not good: it is moved aside with a word, never deleted, and the newest good one before it is
+used.
 """
 
 import dataclasses
 import re
-import shutil
 import sys
-import threading
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import distributed, hardware, manifests, models
+from lm import distributed, hardware, manifests, models, retention, saving, stored
 from lm.config import ConfigError, Duration
 from lm.step import parameter_axes
-from lm.stored import flatten, handler, num_layers, restore, shapes_of, sources_of, unflatten
+from lm.stored import flatten, num_layers, restore, shapes_of, sources_of, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     every_steps: Duration = 1000  # between checkpoints; the last step is always saved
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; pinned ones are kept too (tools.checkpoint pin)
+    keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
 
     def __post_init__(self):
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: keep at least 1")
+        if self.keep_every < 0:
+            raise ConfigError(f"checkpoint.keep_every={self.keep_every}: use 0 or more steps")
         if not re.fullmatch(r"eval(_raw)?/(loss|perplexity|bits_per_byte)", self.best_metric):
             raise ConfigError(
                 f"checkpoint.best_metric={self.best_metric}: use eval/loss, eval/perplexity, "
@@ -52,96 +54,162 @@ class Loaded(NamedTuple):
     params: Any
 
 
-class Checkpointer:
-    """Writes a run's checkpoints and reads them back. One save is in flight at a time."""
+TRIES = 3  # of one save: when it is due, again at once, again at the next step
+SAVES = 2  # that fail with all their tries, one after the other, before that is an error
 
-    def __init__(self, workdir: str | Path, cfg: Config):
+
+def warn(text: str) -> None:
+    """Say a line that is not of the run's results."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Checkpointer:
+    """Writes a run's checkpoints and reads them back. One save is in flight at a time.
+
+    A save that fails is said and tried again, at once and at the next step; when the save that is due after
+    it fails with all its tries too, that is an error. Whatever fails, earlier checkpoints stay whole.
+    """
+
+    def __init__(self, workdir: str | Path, cfg: Config, say: Callable[[str], None] = warn):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.cfg = cfg
-        self._orbax = ocp.AsyncCheckpointer(handler())
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.say = say
+        self._writer = saving.Writer(self.folder)
+        self._failures = 0  # tries that failed, one after the other
+        self._unsaved: OSError | None = None  # what the last save failed with
+        self._owed = False  # it is to be tried at the next step
 
     def save(
-        self, step: int, state: Any, metrics: Mapping[str, float], skipped: Mapping[int, str] = {}
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float],
+        skipped: Mapping[int, str] = types.MappingProxyType({}),
+        *,
+        wait: bool = False,
+        verify: bool = False,
     ) -> None:
-        """Start to save `state`; returns when its arrays are copied. Raises what the last save raised.
+        """Start to save `state`; return when its arrays are copied.
 
-        `skipped` are the steps before `step` that were left out, and why (see `lm.guard`).
+        Args:
+          skipped: the steps before `step` that were left out, and why (see `lm.guard`).
+          wait: return when the checkpoint is good; all tries are made here.
+          verify: of a save that is waited for, read the arrays back and compare them.
+
+        Raises:
+          OSError: the last of all tries failed.
         """
-        self.wait()
-        target = self.folder / str(step)
-        if jax.process_index() == 0:
-            manifests.move_aside(target)
-            target.mkdir(parents=True)
-        distributed.from_first("the folder is there")
-        arrays = flatten(state)
-        try:
-            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
-        except Exception as error:
-            raise _failed(target, error) from error
-        described = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
-        manifest = {
-            "format": manifests.FORMAT,
-            "step": step,
-            "metrics": dict(metrics),
-            "arrays": described,
-        }
+        self.settle()
+        more: dict[str, Any] = {"metrics": dict(metrics)}
         if skipped:
-            manifest["skipped"] = {str(number): why for number, why in skipped.items()}
-        self._thread = threading.Thread(target=self._finish, args=(target, manifest), daemon=True)
-        self._thread.start()
+            more["skipped"] = {str(number): why for number, why in skipped.items()}
+        alone = jax.process_count() == 1
+        tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
+        for left in reversed(range(tries)):
+            try:
+                self._writer.start(step, state, more, self._good)
+                if not wait:
+                    return
+                self._finish(step, state, verify)
+                return
+            except OSError as error:
+                self._failed(error, at_once=left > 0, last=wait and not left)
 
-    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` with the checkpoint of `step`, which was saved without."""
-        self.wait()
-        if jax.process_index() == 0:
-            manifests.add_metrics(self.folder, step, metrics)
+    def _finish(self, step: int, state: Any, verify: bool) -> None:
+        """Wait for the save in flight. Raises OSError where it, or what is read back, is not good."""
+        if problem := distributed.from_first(str(self._writer.join() or "")):
+            raise OSError(problem)
+        if verify:
+            places = {name: leaf.sharding for name, leaf in flatten(state).items()}
+            if problem := stored.problem(self.folder, step, places):
+                aside = None
+                if jax.process_index() == 0:
+                    aside = manifests.move_aside(self.folder / str(step))
+                raise OSError(f"checkpoint {step}: {problem}; moved to {aside}")
+        self._succeeded()
 
-    def _finish(self, target: Path, manifest: dict[str, Any]) -> None:
-        try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                manifests.write(target, manifest)
-                self._retire()
-        except Exception as error:  # handed to the training loop by `wait`
-            self._error = _failed(target, error)
+    def _succeeded(self) -> None:
+        self._failures, self._unsaved, self._owed = 0, None, False
+
+    def _failed(self, error: OSError, *, at_once: bool = False, last: bool = False) -> None:
+        """Count a try that failed and say what follows; raise `error` where nothing does."""
+        # Only the first of several processes may know of it: their next try is the save that is due next.
+        tries = TRIES if jax.process_count() == 1 else 1
+        self._failures += 1
+        if last or (not at_once and self._failures >= SAVES * tries):
+            raise OSError(f"{error}, {self._failures} times one after the other") from error
+        self._unsaved, self._owed = error, not at_once and self._failures % tries > 0
+        then = "the next step" if self._owed else "the next that is due"
+        self.say(f"{error}; not saved, {'trying again' if at_once else f'saving {then} instead'}")
+
+    def settle(self) -> None:
+        """Wait for the save in flight and say what it failed with. Raises what `save` raises."""
+        if self._writer.started:
+            error = self._writer.join()
+            self._succeeded() if error is None else self._failed(error)
+
+    def owed(self) -> bool:
+        """Return whether this step is to be saved because a save failed; that is said here.
+
+        Asked before each step. Waits for nothing. Raises what `save` raises.
+        """
+        if not self._writer.busy:
+            self.settle()
+        return self._owed
 
     def wait(self) -> None:
-        """Wait until the save in flight is good. Raises what went wrong with it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
+        """Wait until the last save is good. Raises OSError where it is not."""
+        self.settle()
+        error, self._unsaved = self._unsaved, None
         if error is not None:
             raise error
 
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record `metrics` with the checkpoint of `step`, which was saved without."""
+        self.settle()
+        if jax.process_index() == 0:
+            try:
+                manifests.add_metrics(self.folder, step, metrics)
+            except OSError as error:
+                self.say(f"checkpoint {step}: its metrics are not kept: {error}")
+
     def close(self) -> None:
-        """Wait for the save in flight and release Orbax's threads."""
+        """Wait until the last save is good and release Orbax's threads. Raises what `wait` raises."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            self._writer.close()
 
-    def _retire(self) -> None:
-        """Delete all but the newest `keep` and the best checkpoint."""
-        steps = manifests.good_steps(self.folder)
-        kept = set(steps[-self.cfg.keep :])
-        if (
-            self.cfg.keep_best
-            and (best := manifests.best_step(self.folder, self.cfg.best_metric)) is not None
-        ):
-            kept.add(best)
-        for step in set(steps) - kept:
-            # Without its manifest it is no checkpoint, so a kill on the way leaves nothing that looks good.
-            (self.folder / str(step) / manifests.MANIFEST).unlink()
-            shutil.rmtree(self.folder / str(step))
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Close; what ends the block is never hidden by a save that failed."""
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            self.say(f"{error}; not saved")
+
+    def _good(self, step: int) -> None:
+        """Delete what is not kept, now that the checkpoint of `step` is good."""
+        cfg = self.cfg
+        best = cfg.best_metric if cfg.keep_best else ""
+        try:
+            kept = retention.kept(self.folder, cfg.keep, cfg.keep_every, best) | {step}
+            old = set(manifests.good_steps(self.folder)) - kept
+            for problem in retention.delete(self.folder, old):
+                self.say(problem)
+        except OSError as error:
+            self.say(f"checkpoints that are not kept stay for now: {error}")
 
     def restore_latest(self, abstract: Any, say: Callable[[str], None] = print) -> Any | None:
         """Return the newest good state with the shapes and shardings of `abstract`; None when there is none.
 
         What is damaged or unfinished is moved aside and said.
         """
+        self.settle()
         found = self._newest_good(say) if jax.process_index() == 0 else None
         if not (step := distributed.from_first("" if found is None else str(found))):
             return None
@@ -151,18 +219,12 @@ class Checkpointer:
         for step in reversed(manifests.all_steps(self.folder)):
             if not (problem := manifests.problem(self.folder, step)):
                 return step
-            aside = manifests.move_aside(self.folder / str(step))
-            say(f"checkpoint {step} is not used: {problem}; moved to {aside}")
+            try:
+                then = f"moved to {manifests.move_aside(self.folder / str(step))}"
+            except OSError as error:
+                then = f"it stays where it is: {error}"
+            say(f"checkpoint {step} is not used: {problem}; {then}")
         return None
-
-
-def _failed(target: Path, error: Exception) -> OSError:
-    """Return the error of a save, in a line, and free the room that its part took, unless it is good."""
-    if jax.process_index() == 0 and not (target / manifests.MANIFEST).exists():
-        shutil.rmtree(target, ignore_errors=True)
-    why = (str(error).splitlines() or [type(error).__name__])[0]
-    full = "No space left on device" in str(error) and "No space left" not in why
-    return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:
@@ -251,22 +313,26 @@ def load(workdir: str | Path, step: int | str = "last") -> Loaded:
 
 def restore_counts(folder: Path, step: int, placed: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """Return what a family that learns by counting has seen, as large as it was stored."""
-    stored = (manifests.read(folder, step) or {})["arrays"]
+    arrays = (manifests.read(folder, step) or {})["arrays"]
     wanted = {
         name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=placed)
-        for name, (shape, dtype) in stored.items()
+        for name, (shape, dtype, *_) in arrays.items()
         if name.startswith("counts.")
     }
-    arrays = restore(folder, step, wanted)
-    return {name.removeprefix("counts."): array for name, array in arrays.items()}
+    found = restore(folder, step, wanted)
+    return {name.removeprefix("counts."): array for name, array in found.items()}
 
 
 def restore_params(folder: Path, step: int, abstract: Any) -> Any:
     """Return the parameters of a checkpoint (averaged, where that was kept) like `abstract`."""
-    stored = (manifests.read(folder, step) or {})["arrays"]
-    part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
+    part = averaged((manifests.read(folder, step) or {})["arrays"])
     wanted = flatten({part: abstract})
     return unflatten({part: abstract}, restore(folder, step, wanted))[part]
+
+
+def averaged(arrays: Mapping[str, Any]) -> str:
+    """Return which part of a checkpoint is its model: "ema", where an average was kept, or "params"."""
+    return "ema" if any(name.startswith("ema.") for name in arrays) else "params"
 
 
 def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:
@@ -286,20 +352,20 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
         folder, step = path / "checkpoints", find_step(path)
     if bad := manifests.problem(folder, step):
         raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
-    stored = (manifests.read(folder, step) or {})["arrays"]
-    part = "ema" if any(name.startswith("ema.") for name in stored) else "params"
+    arrays = (manifests.read(folder, step) or {})["arrays"]
+    part = averaged(arrays)
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in flatten({part: params}).items()
     }
-    depth, shapes = num_layers(wanted), shapes_of(stored)
+    depth, shapes = num_layers(wanted), shapes_of(arrays)
     names = {
         name: [source for source, _, _ in sources_of(name, leaf, shapes, depth)]
         for name, leaf in wanted.items()
     }
-    missing = sorted(name for name in wanted if not set(names[name]) <= set(stored))
+    missing = sorted(name for name in wanted if not set(names[name]) <= set(arrays))
     used = {source for name in wanted if name not in missing for source in names[name]}
-    extra = sorted(name for name in stored if name.startswith(f"{part}.") and name not in used)
+    extra = sorted(name for name in arrays if name.startswith(f"{part}.") and name not in used)
     if len(missing) == len(wanted):
         raise ConfigError(
             f"train.init_from={source}: no parameter of that model has a name of this one's"

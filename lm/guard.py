@@ -150,7 +150,7 @@ class Guard:
 
     def _go_back(self, bad: int, why: str) -> None:
         """List step `bad`, with those before it that are asked for, and raise RolledBack."""
-        self._saver.wait()
+        self._saver.settle()
         good = manifests.good_steps(self._saver.folder)
         back = int(distributed.from_first(str(good[-1] if good else 0)))
         first = max(back, bad + 1 - self._cfg.rollback_batches)
@@ -178,7 +178,7 @@ class Guard:
             manifests.write_whole(self._workdir / FILE, text + "\n")
 
     def _kept(self) -> str:
-        self._saver.wait()
+        self._saver.settle()
         good = manifests.good_steps(self._saver.folder)
         kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
         return f"{kept}. {ADVICE}"

@@ -1,19 +1,21 @@
 """The part of a checkpoint that says it is whole: its manifest. Files and folders only, no arrays.
 
 A checkpoint is the folder `<workdir>/checkpoints/<step>/`. Its `manifest.json` is written last: size and
-SHA-256 of every file, shape and type of every array, the metrics. Without one that matches, it is not
-good. Nothing here deletes: what is not good is moved aside.
+SHA-256 of every file, shape, type and fingerprint of every array, the metrics. Without one that matches,
+it is not good. Nothing here deletes: what is not good is moved aside.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+READ = (2, 3)  # formats that are read: 2 has no fingerprints
 
 
 def write(target: Path, manifest: dict[str, Any]) -> None:
@@ -102,22 +104,27 @@ def best_step(folder: Path, metric: str) -> int | None:
     values = {
         step: value
         for step in good_steps(folder)
-        if (value := (read(folder, step) or {})["metrics"].get(metric)) is not None
+        if (value := (read(folder, step) or {"metrics": {}})["metrics"].get(metric)) is not None
+        and math.isfinite(value)
     }
     return min(values, key=values.__getitem__) if values else None
 
 
 def problem(folder: Path, step: int) -> str:
-    """Return what is wrong with a checkpoint, naming the file; "" for nothing."""
+    """Return what is wrong with the files of a checkpoint, naming one; "" for nothing."""
     manifest = read(folder, step)
     if manifest is None:
         return f"it has no whole {MANIFEST}: its saving never finished, or the file is damaged"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, and this version reads {FORMAT}"
+    if manifest.get("format") not in READ:
+        known = ", ".join(map(str, READ))
+        return f"its format is {manifest.get('format')}, and this version reads {known}"
     for name, (size, digest) in manifest["files"].items():
         path = folder / str(step) / name
-        if not path.is_file():
-            return f"file {name} is missing"
-        if path.stat().st_size != size or hash_file(path) != digest:
-            return f"file {name} is not what was written"
+        try:
+            if not path.is_file():
+                return f"file {name} is missing"
+            if path.stat().st_size != size or hash_file(path) != digest:
+                return f"file {name} is not what was written"
+        except OSError as error:
+            return f"file {name} cannot be read: {error.strerror}"
     return ""

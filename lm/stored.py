@@ -3,18 +3,21 @@
 Layers that were stored scanned are read into unrolled ones, and back.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from lm import manifests
+from lm import fingerprint, manifests
 from lm.config import ConfigError
 from lm.nn.transformer import SCANNED, UNROLLED
+
+GROUP = 256 << 20  # bytes of arrays that are read at a time where all are
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -71,19 +74,64 @@ def restore(
                     f"but {name} of this config needs {shape}; use the config it was trained with"
                 )
             reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-    with ocp.Checkpointer(handler()) as orbax:
-        arrays = orbax.restore(
-            folder.absolute() / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                item=reading,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(reading),
-                partial_restore=True,
-            ),
-        )
+    arrays = _read(folder / str(step), reading)
     found = {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
     for name, leaf in anew.items():
         found[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
     return found
+
+
+def _read(target: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    with ocp.Checkpointer(handler()) as orbax:
+        return orbax.restore(
+            target.absolute() / "state",
+            args=ocp.args.PyTreeRestore(
+                item=dict(wanted),
+                restore_args=ocp.checkpoint_utils.construct_restore_args(dict(wanted)),
+                partial_restore=True,
+            ),
+        )
+
+
+def read_all(
+    folder: Path, step: int, places: Mapping[str, Sharding] | None = None
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yield (name, array) of all that a checkpoint stores, as it was stored, some at a time.
+
+    Nothing but the folder is needed: no config, no model. `places` says where each array is put; without,
+    on this process's first CPU.
+    """
+    manifest = manifests.read(folder, step) or {"arrays": {}}
+    cpu = None if places else SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    group: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
+    for name, (shape, dtype, *_) in manifest["arrays"].items():
+        sharding = places[name] if places else cpu
+        group[name] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+        size += math.prod(shape) * group[name].dtype.itemsize
+        if size >= GROUP:
+            yield from _read(folder / str(step), group).items()
+            group, size = {}, 0
+    if group:
+        yield from _read(folder / str(step), group).items()
+
+
+def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = None) -> str:
+    """Read every array back and return what is wrong with one, by name; "" for nothing.
+
+    A checkpoint of format 2 has no fingerprints: of it every array must be readable.
+    """
+    stored = (manifests.read(folder, step) or {"arrays": {}})["arrays"]
+    try:
+        for name, array in read_all(folder, step, places):
+            expected = stored[name][2] if len(stored[name]) > 2 else ""
+            if expected and fingerprint.each({name: array})[name] != expected:
+                return f"array {name} is not what was saved"
+    except Exception as error:  # whatever a reader of damaged files raises
+        return (
+            f"its arrays cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        )
+    return ""
 
 
 def num_layers(names: Iterable[str]) -> int:
@@ -146,4 +194,4 @@ def _assemble(name, leaf, sources, arrays) -> jax.Array:
 
 def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array that a manifest describes."""
-    return {name: tuple(shape) for name, (shape, _) in stored.items()}
+    return {name: tuple(shape) for name, (shape, *_) in stored.items()}

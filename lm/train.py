@@ -77,7 +77,7 @@ def run(
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
-        saver = stack.enter_context(closing(checkpoint.Checkpointer(workdir, cfg["checkpoint"])))
+        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
         state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
         workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
@@ -98,7 +98,7 @@ def run(
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
-            saving = fresh and (last or (now % save_every == 0 and now > 0))
+            saving = fresh and (saver.owed() or last or (now % save_every == 0 and now > 0))
             stopping = stop.agreed()
             if evaluating or saving or stopping:
                 others.at("evaluating and saving", now)
@@ -110,7 +110,8 @@ def run(
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
-                save(saver, guard, writers, now, state, scores if evaluating else {})
+                told = scores if evaluating else {}
+                save(saver, guard, writers, now, state, told, wait=last or stopping, verify=last)
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -125,7 +126,7 @@ def run(
             if (batch := next(batches, None)) is None:
                 state = guard.settle(now, state)
                 if fresh and not saving:
-                    save(saver, guard, writers, now, state, {})
+                    save(saver, guard, writers, now, state, {}, wait=True)
                 saver.wait()
                 raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
             marks.at(now, state, batch)
@@ -246,11 +247,12 @@ def save(
     now: int,
     state: step.TrainState,
     scores: dict[str, float],
+    **how: bool,
 ) -> None:
     """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
     guard.check_finite(now, state)
     writers.sync()
-    saver.save(now, state, scores, guard.listed(now))
+    saver.save(now, state, scores, guard.listed(now), **how)
 
 
 def announce(

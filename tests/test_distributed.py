@@ -125,7 +125,7 @@ def parameters(workdir, step=60):
     stored = manifests.read(workdir / "checkpoints", step)["arrays"]
     wanted = {
         name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device)
-        for name, (shape, dtype) in stored.items()
+        for name, (shape, dtype, *_) in stored.items()
     }
     return jax.device_get(checkpoint.restore(workdir / "checkpoints", step, wanted))
 

@@ -26,6 +26,8 @@ FLOORS = {
     "lm.generate": 3,
     "lm.checkpoint": 3,
     "lm.stored": 2,
+    "lm.saving": 3,
+    "lm.retention": 1,
     "lm.step": 2,
     "lm.local_steps": 2,
     "lm.models": 2,
@@ -57,6 +59,7 @@ FLOORS = {
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
+    ("lm.checkpoint", "lm.saving"),
     ("lm.train", "lm.workdir"),
     ("lm.train", "lm.receipt"),
     ("lm.train", "lm.trail"),

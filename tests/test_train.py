@@ -40,7 +40,7 @@ def arrays_of(workdir, step):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device)
-        for name, (shape, dtype) in manifest["arrays"].items()
+        for name, (shape, dtype, *_) in manifest["arrays"].items()
     }
     return jax.device_get(checkpoint.restore(folder.absolute(), step, wanted))
 

@@ -56,11 +56,9 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
     with placed(workdir, "--to") as unfinished:
         params = _read_parameters(folder, parts, renamed)
         _check_rest(folder, architecture, cfg, renamed)
-        saver = checkpoint.Checkpointer(unfinished, checkpoint.Config())
-        try:
-            saver.save(0, {"params": traverse_util.unflatten_dict(params, sep=".")}, {})
-        finally:
-            saver.close()
+        with checkpoint.Checkpointer(unfinished, checkpoint.Config()) as saver:
+            state = {"params": traverse_util.unflatten_dict(params, sep=".")}
+            saver.save(0, state, {}, wait=True)
         _write_run_files(unfinished, workdir, architecture, cfg, tokenizer)
         left_out = _keep(unfinished / KEPT, folder, architecture, cfg, renamed)
     dtypes = sorted({entry.dtype for entry in folder.entries.values()})

@@ -1,0 +1,134 @@
+"""Writing one checkpoint: Orbax writes the arrays, a thread hashes what it wrote and makes it good.
+
+What fails leaves nothing that looks like a checkpoint, and frees the room that it took.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lm import distributed, fingerprint, manifests
+from lm.stored import flatten, handler
+
+
+class Writer:
+    """Writes checkpoints into `folder`, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._orbax = ocp.AsyncCheckpointer(handler())
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def start(
+        self, step: int, state: Any, more: Mapping[str, Any], good: Callable[[int], None]
+    ) -> None:
+        """Start to write `state`; return when its arrays are copied. No other save is in flight.
+
+        `more` goes into the manifest: the metrics.
+
+        `good` is called, in the first process, when the checkpoint is good: on the thread that made it so.
+
+        Raises:
+          OSError: it cannot be started, in a line.
+        """
+        target = self.folder / str(step)
+        if problem := distributed.from_first(_make_room(target)):
+            raise OSError(problem)
+        arrays = flatten(state)
+        try:
+            # On their way before the copy, so that what is stored is held against the devices' own bits.
+            found = fingerprint.of_all(arrays)
+            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            self._renew()
+            raise failed(target, error) from error
+        manifest = {
+            "format": manifests.FORMAT,
+            "step": step,
+            **more,
+            "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
+        }
+        arguments = (target, manifest, found, good)
+        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
+        self._thread.start()
+
+    def _finish(
+        self,
+        target: Path,
+        manifest: dict[str, Any],
+        found: Mapping[str, jax.Array],
+        good: Callable[[int], None],
+    ) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() > 0:
+                return
+            for name, described in manifest["arrays"].items():
+                described.append(fingerprint.shown(found[name]))
+            try:
+                manifests.write(target, manifest)
+            except OSError:  # the arrays are there: what is left is tried again at once
+                manifests.write(target, manifest)
+        except Exception as error:  # handed on by `join`
+            self._error = failed(target, error)
+            return
+        good(manifest["step"])
+
+    @property
+    def started(self) -> bool:
+        """Whether a save was started that `join` has not told of."""
+        return self._thread is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> OSError | None:
+        """Wait for the save in flight; return what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            self._renew()
+        return error
+
+    def _renew(self) -> None:
+        """Take a new writer of Orbax's: the one that failed may still hold what went wrong."""
+        old, self._orbax = self._orbax, ocp.AsyncCheckpointer(handler())
+        with contextlib.suppress(Exception):  # the error that is told already
+            old.close()
+
+    def close(self) -> None:
+        """Release Orbax's threads; nothing is in flight."""
+        self._orbax.close()
+
+
+def _make_room(target: Path) -> str:
+    """Make the empty folder `target`, in the first process; return what went wrong, in words."""
+    if jax.process_index() > 0:
+        return ""
+    try:
+        manifests.move_aside(target)
+        target.mkdir(parents=True)
+    except OSError as error:
+        return f"checkpoint {target.name}: {error}"
+    return ""
+
+
+def failed(target: Path, error: Exception) -> OSError:
+    """Return the error of a save, in a line, and free the room that its part took."""
+    if jax.process_index() == 0:
+        (target / manifests.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    full = "No space left on device" in str(error) and "No space left" not in why
+    return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")

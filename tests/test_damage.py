@@ -1,0 +1,219 @@
+"""Each kind of file of a checkpoint, damaged in each way: found, named, never loaded, the one before used."""
+
+import os
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import checkpoint, manifests, stored
+
+# Files of a checkpoint, but for what differs from save to save in their names.
+KINDS = [
+    r"manifest\.json",
+    r"state/_CHECKPOINT_METADATA",
+    r"state/_METADATA",
+    r"state/_sharding",
+    r"state/commit_success\.txt",
+    r"state/manifest\.ocdbt",
+    r"state/d/\w+",
+    r"state/ocdbt\.process_0/manifest\.ocdbt",
+    r"state/ocdbt\.process_0/d/\w+",
+]
+
+
+def state(seed):
+    values = np.random.default_rng(seed).normal(size=(64, 200))
+    return {"params": {"a": jnp.asarray(values, jnp.float32), "b": jnp.arange(3.0) + seed}}
+
+
+def abstract():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of two runs, `ours` and `other`, each with checkpoints of the steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    for first, name in ((1, "ours"), (3, "other")):
+        with checkpoint.Checkpointer(folder / name, checkpoint.Config()) as saver:
+            for step in (1, 2):
+                saver.save(step, state(first + step), {}, wait=True)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved / "ours", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files_of(target, kind=".*"):
+    names = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    return [name for name in names if re.fullmatch(kind, name)]
+
+
+def same_kind(name, target):
+    """The file of another checkpoint that has the place of this one: data by order."""
+    kind = next(kind for kind in KINDS if re.fullmatch(kind, name))
+    found = sorted(
+        files_of(target, kind), key=lambda other: (target / other).stat().st_size, reverse=True
+    )
+    return target / found[0]
+
+
+def flip(at):
+    def damage(path, saved):
+        data = bytearray(path.read_bytes())
+        data[int(at * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def truncate(path, saved):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def halve(path, saved):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path, saved):
+    path.write_bytes(b"")
+
+
+def delete(path, saved):
+    path.unlink()
+
+
+def grow(path, saved):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def zeros(path, saved):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def swap(path, saved):
+    """Two files of the checkpoint change places."""
+    target = next(parent for parent in path.parents if parent.name == "2")
+    other = next(
+        target / name
+        for name in files_of(target)
+        if (target / name).read_bytes() != path.read_bytes()
+    )
+    ours, theirs = path.read_bytes(), other.read_bytes()
+    path.write_bytes(theirs)
+    other.write_bytes(ours)
+
+
+def of_another_step(path, saved):
+    replace(path, saved / "ours" / "checkpoints" / "1")
+
+
+def of_another_run(path, saved):
+    replace(path, saved / "other" / "checkpoints" / "2")
+
+
+def replace(path, theirs):
+    target = next(parent for parent in path.parents if parent.name == "2")
+    path.write_bytes(same_kind(str(path.relative_to(target)), theirs).read_bytes())
+
+
+def folder_instead(path, saved):
+    path.unlink()
+    path.mkdir()
+
+
+def forbid(path, saved):
+    if os.geteuid() == 0:
+        pytest.skip("root reads all")
+    path.chmod(0)
+
+
+DAMAGES = {
+    "flip first bit": flip(0.0), "flip middle bit": flip(0.5), "flip last bit": flip(1.0),
+    "truncate": truncate, "halve": halve, "empty": empty, "delete": delete, "grow": grow,
+    "zeros": zeros, "swap": swap, "of another step": of_another_step,
+    "of another run": of_another_run, "folder instead": folder_instead, "forbid": forbid,
+}  # fmt: skip
+
+
+def test_there_are_no_other_kinds_of_files(saved):
+    target = saved / "ours" / "checkpoints" / "2"
+    for name in files_of(target):
+        assert any(re.fullmatch(kind, name) for kind in KINDS), name
+    for kind in KINDS:
+        assert files_of(target, kind), kind
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_found_and_named_and_the_step_before_used(saved, run, kind, damage):
+    for number, name in enumerate(files_of(run / "checkpoints" / "2", kind)):
+        copy = run if number == 0 else shutil.copytree(saved / "ours", run.with_name(f"{number}"))
+        target = copy / "checkpoints" / "2"
+        before = (target / name).read_bytes()
+        DAMAGES[damage](target / name, saved)
+        if (target / name).is_file() and (target / name).read_bytes() == before:
+            continue  # the other one has the same bytes, as of a file that every checkpoint has
+        said: list = []
+        with checkpoint.Checkpointer(copy, checkpoint.Config()) as saver:
+            assert saver._newest_good(said.append) == 1
+            if number == 0:
+                restored = saver.restore_latest(abstract())
+                jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+        assert len(said) == 1 and said[0].startswith("checkpoint 2 is not used: ")
+        # Of two that changed places either; with another run's manifest no file is what it says.
+        either = damage == "swap" or (name, damage) == ("manifest.json", "of another run")
+        named = files_of(target.with_name("2.aside0")) if either else [name]
+        assert any(f" {file} " in f"{said[0]};".replace(":", " ") for file in named), said
+        assert manifests.all_steps(copy / "checkpoints") == [1], "moved aside, not deleted"
+
+
+def test_all_damaged_is_none(saved, run):
+    for step in (1, 2):
+        target = run / "checkpoints" / str(step)
+        flip(0.5)(same_kind("state/d/0", target), saved)
+    with checkpoint.Checkpointer(run, checkpoint.Config()) as saver:
+        assert saver.restore_latest(abstract(), [].append) is None
+    assert {path.name for path in saver.folder.iterdir()} == {"1.aside0", "2.aside0"}
+
+
+def test_what_orbax_restores_silently_wrong_is_found_in_the_files_and_in_the_arrays(run):
+    """A flipped bit among an array's bytes; then a manifest that was made of the damaged files."""
+    folder = run / "checkpoints"
+    target, place = folder / "2", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    path = same_kind("state/ocdbt.process_0/d/0", target)
+    flip(0.5)(path, None)
+    wanted = {"params.a": jax.ShapeDtypeStruct((64, 200), jnp.float32, sharding=place)}
+    array = stored._read(target, wanted)["params.a"]
+    assert (np.asarray(array) != state(3)["params"]["a"]).any(), "Orbax says nothing"
+    name = str(path.relative_to(target))
+    assert manifests.problem(folder, 2) == f"file {name} is not what was written"
+    manifest = manifests.read(folder, 2)
+    (target / "manifest.json").unlink()
+    manifests.write(target, {key: manifest[key] for key in ("format", "step", "metrics", "arrays")})
+    assert manifests.problem(folder, 2) == ""
+    assert stored.problem(folder, 2) == "array params.a is not what was saved"
+    assert stored.problem(folder, 1) == ""
+
+
+def test_a_folder_that_cannot_be_moved_is_said_and_passed_over(saved, run, monkeypatch):
+    truncate(same_kind("state/d/0", run / "checkpoints" / "2"), saved)
+
+    def fails(folder):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(manifests, "move_aside", fails)
+    said: list = []
+    with checkpoint.Checkpointer(run, checkpoint.Config()) as saver:
+        jax.tree.map(
+            np.testing.assert_array_equal, saver.restore_latest(abstract(), said.append), state(2)
+        )
+    assert len(said) == 1 and "it stays where it is: [Errno 30] Read-only" in said[0]

@@ -1,0 +1,250 @@
+"""Saves that fail: said, tried again, never counted; and what is saved is what the devices had."""
+
+import json
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lm import checkpoint, fingerprint, manifests, retention, saving, stored, train
+from lm.metrics import read_rows
+
+
+def state(value=0.0):
+    return {"params": {"a": jnp.full((4, 2), float(value))}, "count": jnp.int32(7)}
+
+
+def abstract():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state())
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path, said):
+    with checkpoint.Checkpointer(tmp_path, checkpoint.Config(keep=2), said.append) as saver:
+        yield saver
+        saver._unsaved = None  # the tests' own
+
+
+class Failing:
+    """Stands in for a function: fails in the calls that are numbered, from 0, else does what it did.
+
+    `late`: of those on the writer's thread, and when it is done.
+    """
+
+    def __init__(self, monkeypatch, owner, name, calls, *, late=False):
+        self.count, error = 0, OSError(28, "No space left on device")
+        original = getattr(owner, name)
+
+        def function(*args, **kwargs):
+            if late and threading.current_thread() is threading.main_thread():
+                return original(*args, **kwargs)
+            self.count += 1
+            failing = self.count - 1 in calls
+            found = original(*args, **kwargs) if late or not failing else None
+            if failing:
+                raise error
+            return found
+
+        monkeypatch.setattr(owner, name, function)
+
+
+def run_steps(saver, first, last, every):
+    """What the loop does: asks before each step, saves what is due; returns the steps it saved."""
+    saved = []
+    for step in range(first, last + 1):
+        for thread in [saver._writer._thread] if saver._writer.started else []:
+            thread.join()  # so that a failure is there when it is asked for
+        if saver.owed() or step % every == 0:
+            saver.save(step, state(step), {})
+            saved.append(step)
+    saver.settle()
+    return saved
+
+
+def test_a_save_that_cannot_start_is_tried_again_at_once(saver, said, monkeypatch):
+    Failing(monkeypatch, ocp.AsyncCheckpointer, "save", {0})
+    assert run_steps(saver, 4, 6, every=4) == [4]
+    assert manifests.good_steps(saver.folder) == [4]
+    assert len(said) == 1 and "checkpoint 4" in said[0] and "trying again" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("fails", "saved"), [({0}, [4, 5]), ({0, 1}, [4, 5, 6]), ({0, 1, 2}, [4, 5, 6, 8])]
+)
+def test_a_save_that_fails_later_is_said_within_a_step_and_tried_at_the_next(
+    saver, said, monkeypatch, fails, saved
+):
+    Failing(monkeypatch, ocp.AsyncCheckpointer, "wait_until_finished", fails, late=True)
+    assert run_steps(saver, 4, 8, every=4)[: len(saved)] == saved
+    good = manifests.good_steps(saver.folder)
+    assert good and not set(good) & set(saved[: len(fails)])
+    assert manifests.all_steps(saver.folder) == good, "of what failed nothing is left"
+    assert len(said) == len(fails)
+    assert f"checkpoint {saved[0]}: [Errno 28] No space left on device" in said[0]
+
+
+@pytest.mark.parametrize("name", ["save", "wait_until_finished"])
+def test_when_the_next_save_fails_with_all_its_tries_that_is_an_error(
+    saver, said, monkeypatch, name
+):
+    saver.save(2, state(2), {})
+    saver.wait()
+    late = name != "save"
+    Failing(monkeypatch, ocp.AsyncCheckpointer, name, range(99), late=late)
+    with pytest.raises(
+        OSError, match=r"^checkpoint \d+: .*No space.*, 6 times one after the other"
+    ):
+        run_steps(saver, 4, 20, every=4)
+    assert len(said) == 5 and "the next that is due" in said[2]
+    assert manifests.good_steps(saver.folder) == [2] and not manifests.problem(saver.folder, 2)
+
+
+def test_the_last_save_is_tried_where_it_is_and_then_an_error(saver, said, monkeypatch):
+    Failing(monkeypatch, manifests, "write", {0, 1, 2, 3})  # the writer's thread tries twice
+    saver.save(1, state(1), {}, wait=True)
+    assert manifests.good_steps(saver.folder) == [1] and len(said) == 2
+    Failing(monkeypatch, manifests, "write", range(99))
+    with pytest.raises(OSError, match=r"checkpoint 2: .*3 times"):
+        saver.save(2, state(2), {}, wait=True)
+    assert manifests.all_steps(saver.folder) == [1]
+
+
+def test_the_last_save_is_read_back(saver, said, monkeypatch):
+    original, broken = manifests.write, []
+
+    def hashes_damage(target, manifest):
+        """Damage before the hashes, as of memory: files are what the manifest says, arrays are not."""
+        if not broken:
+            broken.append(other_arrays(target, manifest["step"]))
+        original(target, manifest)
+
+    monkeypatch.setattr(manifests, "write", hashes_damage)
+    saver.save(1, state(1), {}, wait=True, verify=True)
+    assert len(said) == 1 and "checkpoint 1: array params.a is not what was saved" in said[0]
+    assert (saver.folder / "1.aside0").is_dir()
+    assert not stored.problem(saver.folder, 1)
+    np.testing.assert_array_equal(
+        saver.restore_latest(abstract())["params"]["a"], state(1)["params"]["a"]
+    )
+
+
+def other_arrays(target, step):
+    """Put into `target` arrays of other values, as Orbax itself writes them."""
+    shutil.rmtree(target / "state")
+    with ocp.Checkpointer(stored.handler()) as orbax:
+        orbax.save(target / "state", args=ocp.args.PyTreeSave(stored.flatten(state(step + 1))))
+
+
+def test_fingerprints_are_of_what_the_devices_had(saver):
+    saver.save(1, state(1), {}, wait=True)
+    arrays = manifests.read(saver.folder, 1)["arrays"]
+    for name, array in stored.flatten(state(1)).items():
+        assert arrays[name] == [
+            list(array.shape),
+            str(array.dtype),
+            fingerprint.each({"": array})[""],
+        ]
+    assert stored.problem(saver.folder, 1) == ""
+
+
+def test_what_ends_a_run_is_not_hidden_by_a_save_that_failed(tmp_path, said, monkeypatch):
+    Failing(monkeypatch, manifests, "write", range(99))
+    with (
+        pytest.raises(ValueError, match="the reason"),
+        checkpoint.Checkpointer(tmp_path, checkpoint.Config(), said.append) as saver,
+    ):
+        saver.save(1, state(1), {})
+        raise ValueError("the reason")
+    assert "No space left" in said[0]
+    with (
+        pytest.raises(OSError, match="No space left"),
+        checkpoint.Checkpointer(tmp_path, checkpoint.Config(), said.append) as saver,
+    ):
+        saver.save(1, state(1), {})
+
+
+@pytest.mark.parametrize("fails", [{0, 1}, {1, 2}])  # of a save that is due both, then it goes well
+def test_a_run_whose_saves_fail_now_and_then_is_the_same_run(tiny, tmp_path, monkeypatch, fails):
+    """Its rows, its last arrays, and those of a run that goes on from the step saved instead."""
+
+    def rows(workdir):
+        timed = ("tokens_per_second", "mfu")
+        found = read_rows(workdir / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+    train.run(tiny(), tmp_path / "whole")
+    Failing(monkeypatch, manifests, "write", fails)
+    asked = checkpoint.Checkpointer.owed
+
+    def asked_late(saver):
+        """Whatever the step's speed, a failure is there when it is asked for."""
+        saver.settle()
+        return asked(saver)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "owed", asked_late)
+    train.run(tiny(checkpoint__keep=9), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert set(manifests.good_steps(folder)) - {2, 4, 6}, "a step that was not due"
+    for step in (6, 4, 2):
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+    train.run(tiny(), tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    last = [
+        json.loads((tmp_path / name / "checkpoints" / "6" / "manifest.json").read_text())
+        for name in ("run", "whole")
+    ]
+    assert last[0]["arrays"] == last[1]["arrays"] and last[0]["metrics"] == last[1]["metrics"]
+
+
+def test_what_is_kept(saver, monkeypatch):
+    """The newest, every fifth, the best, the pinned, and the one just written, whatever its number."""
+    for step in range(1, 13):
+        if step == 4:
+            retention.pin(saver.folder, 3)
+        saver.save(step, state(step), {"eval/loss": abs(step - 7.0)})
+        saver.settle()
+    object.__setattr__(saver.cfg, "keep_every", 5)
+    assert manifests.good_steps(saver.folder) == [3, 7, 11, 12]
+    retention.unpin(saver.folder, 3)
+    saver.save(5, state(5), {})
+    saver.save(6, state(6), {})
+    saver.save(2, state(2), {})
+    saver.settle()
+    assert manifests.good_steps(saver.folder) == [2, 5, 7, 11, 12]
+
+
+def test_a_metric_that_is_no_number_is_not_the_best(saver):
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, float("-inf")), (4, 5.0), (5, 4.0)):
+        saver.save(step, state(step), {"eval/loss": loss})
+    saver.settle()
+    assert manifests.best_step(saver.folder, "eval/loss") == 2
+    assert manifests.good_steps(saver.folder) == [2, 4, 5]
+
+
+def test_the_clock_decides_nothing(saver):
+    import os
+
+    for step in (1, 2, 3):
+        saver.save(step, state(step), {}, wait=True)
+        for path in [saver.folder / str(step), *(saver.folder / str(step)).rglob("*")]:
+            os.utime(path, (1e9 - step * 1e6,) * 2)  # the newer, the older
+    assert manifests.good_steps(saver.folder) == [2, 3]
+    restored = saver.restore_latest(abstract())
+    assert float(restored["params"]["a"][0, 0]) == 3.0
+
+
+def test_a_failure_is_a_line_that_names_step_and_cause(tmp_path):
+    target = tmp_path / "7"
+    target.mkdir()
+    assert str(saving.failed(target, ValueError("first\nsecond"))) == "checkpoint 7: first"
+    assert not target.exists()
