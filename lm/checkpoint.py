@@ -10,6 +10,7 @@ used.
 import dataclasses
 import re
 import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class Checkpointer:
         step: int,
         state: Any,
         metrics: Mapping[str, float],
+        skipped: Mapping[int, str] = types.MappingProxyType({}),
         *,
         wait: bool = False,
         verify: bool = False,
@@ -90,6 +92,7 @@ class Checkpointer:
         """Start to save `state`; return when its arrays are copied.
 
         Args:
+          skipped: the steps before `step` that were left out, and why (see `lm.guard`).
           wait: return when the checkpoint is good; all tries are made here.
           verify: of a save that is waited for, read the arrays back and compare them.
 
@@ -97,11 +100,14 @@ class Checkpointer:
           OSError: the last of all tries failed.
         """
         self.settle()
+        more: dict[str, Any] = {"metrics": dict(metrics)}
+        if skipped:
+            more["skipped"] = {str(number): why for number, why in skipped.items()}
         alone = jax.process_count() == 1
         tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
         for left in reversed(range(tries)):
             try:
-                self._writer.start(step, state, metrics, self._good)
+                self._writer.start(step, state, more, self._good)
                 if not wait:
                     return
                 self._finish(step, state, verify)

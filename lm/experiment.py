@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import platform
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lm import (
     optim,
     placement,
     sharding,
+    spikes,
     step,
     tasks,
 )
@@ -49,19 +51,43 @@ class TrainConfig:
     sample_prompt: str = ""  # text that the sample continues
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
     compilation_cache: bool = True  # keep compiled programs between runs
+    fingerprint_every_steps: int = 1000  # between rows of fingerprints.jsonl; 0 = none
     peer_timeout_seconds: float = (
         300.0  # of silence of one of several processes, after which all end
     )
+    on_bad_step: str = "stop"  # or skip, or rollback: go back to the last checkpoint, leave it out
+    max_skips: int = 10  # steps that a run leaves out, after which it stops
+    rollback_batches: int = 1  # batches that a rollback leaves out, the bad step's the last
+    recordings: int = 2  # bad steps that are kept whole, for tools.replay; 0 = none
+    spike_zscore: float = 0.0  # deviations above the running mean that are bad; 0 = none
+    spike_metric: str = "loss"  # or grad_norm: what spikes are looked for in
+    spike_steps: int = 100  # steps that mean and deviation remember; none is a spike before
+    # What makes no difference unless another field has one of these values.
+    ONLY_FOR: typing.ClassVar = {
+        "max_skips": ("on_bad_step", ("skip", "rollback")),
+        "rollback_batches": ("on_bad_step", ("rollback",)),
+    }
 
     def __post_init__(self):
-        for field in ("accumulate_steps", "log_every_steps"):
+        for field in ("accumulate_steps", "log_every_steps", "rollback_batches", "spike_steps"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use a positive number")
+        for field, known in (
+            ("on_bad_step", ("stop", "skip", "rollback")),
+            ("spike_metric", spikes.METRICS),
+        ):
+            if getattr(self, field) not in known:
+                raise ConfigError(
+                    f"train.{field}={getattr(self, field)}: choose one of {', '.join(known)}"
+                )
         if self.peer_timeout_seconds < 1:
             raise ConfigError(
                 f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
             )
-        for field in ("z_loss", "loss_chunk", "profile_steps", "sample_tokens"):
+        for field in (
+            "z_loss", "loss_chunk", "profile_steps", "sample_tokens", "max_skips", "recordings",
+            "spike_zscore", "fingerprint_every_steps",
+        ):  # fmt: skip
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")
         if self.freeze_vectors and not self.vectors:
@@ -110,6 +136,14 @@ class Experiment:
     def stateful(self) -> bool:
         """Whether recurrent state runs on from batch to batch."""
         return self.cfg["data"].order == "stream"
+
+    @property
+    def spike_limit(self) -> spikes.Limit | None:
+        """From when on a step is a spike; None where none is looked for."""
+        cfg = self.cfg["train"]
+        if not cfg.spike_zscore or self.model.learns != "gradient":
+            return None
+        return spikes.Limit(cfg.spike_zscore, cfg.spike_metric, cfg.spike_steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -241,6 +275,7 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         shape=(made.num_steps, made.cfg["data"].batch_size, made.task.row_length),
         average=made.cfg["optim"].ema_decay > 0,
         stateful=made.stateful,
+        watched=made.spike_limit is not None,
     )
     local_every = made.cfg["mesh"].local_steps
     if local_every:
@@ -266,6 +301,7 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
             accumulate=made.cfg["train"].accumulate_steps,
             ema_decay=made.cfg["optim"].ema_decay,
             schedule=made.schedule,
+            limit=made.spike_limit,
         )
     if local_every:
         train_step = functools.partial(

@@ -59,7 +59,14 @@ def train_step(
     def of_group(local, carry, batch):
         with sharding.mapped_over(sharding.REPLICAS):
             before = TrainState(
-                state.step, state.healthy, local["params"], local["opt_state"], {}, carry, {}
+                state.step,
+                state.healthy,
+                local["params"],
+                local["opt_state"],
+                {},
+                carry,
+                {},
+                spikes=state.spikes,
             )
             after, sums = inner(before, batch)
             healthy = sums.pop("healthy")  # the same in all
@@ -68,16 +75,17 @@ def train_step(
                 after.carry,
                 sums,
                 healthy,
+                after.spikes,
             )
 
     each = jax.vmap(
         of_group,
-        out_axes=(0, 0, 0, None),
+        out_axes=(0, 0, 0, None, None),
         axis_name=sharding.REPLICAS,
         spmd_axis_name=sharding.mesh_axes(sharding.REPLICAS),
     )
     split = functools.partial(_split, replicas=replicas)
-    local, carry, sums, healthy = each(state.local, split(state.carry), split(batch))
+    local, carry, sums, healthy, running = each(state.local, split(state.carry), split(batch))
     step = state.step + healthy
     meeting = ((step % every == 0) | (step == num_steps)) & healthy
     params, opt_state, own = jax.lax.cond(
@@ -94,6 +102,7 @@ def train_step(
         opt_state=opt_state,
         carry=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry),
         local={**local, "params": own},
+        spikes=running,
     )
     met = (meeting.astype(jnp.float32), jnp.ones(()))
     return new, {**_joined(sums), "met": met, "healthy": healthy}

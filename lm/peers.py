@@ -25,11 +25,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 from lm.config import ConfigError
-from lm.distributed import FOREVER, LOST
+from lm.distributed import FOREVER
+from lm.exits import FAILED, LOST, STOPPED, USER_ERROR
 
-# Exit codes, instead of LOST, where another process was stopped before training began, and where it ended by
-# what the same command would meet again: a mistake, an error in the code.
-STOPPED, MISTAKE, FAILED = 130, 2, 1
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
 _SHOWN = 8  # processes of which a message says what they do
@@ -274,7 +272,7 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
     if isinstance(error, ConfigError):
-        return MISTAKE
+        return USER_ERROR
     return LOST if isinstance(error, jax.errors.JaxRuntimeError | OSError) else FAILED
 
 

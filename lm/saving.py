@@ -27,9 +27,11 @@ class Writer:
         self._error: OSError | None = None
 
     def start(
-        self, step: int, state: Any, metrics: Mapping[str, float], good: Callable[[int], None]
+        self, step: int, state: Any, more: Mapping[str, Any], good: Callable[[int], None]
     ) -> None:
         """Start to write `state`; return when its arrays are copied. No other save is in flight.
+
+        `more` goes into the manifest: the metrics.
 
         `good` is called, in the first process, when the checkpoint is good: on the thread that made it so.
 
@@ -50,7 +52,7 @@ class Writer:
         manifest = {
             "format": manifests.FORMAT,
             "step": step,
-            "metrics": dict(metrics),
+            **more,
             "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
         }
         arguments = (target, manifest, found, good)

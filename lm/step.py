@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lm import losses, sharding
+from lm import losses, sharding, spikes
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
@@ -32,6 +32,7 @@ class TrainState:
       counts: what a family that learns by counting has seen; {} for the others.
       local: of groups that train apart, each one's parameters and optimizer (see `lm.local_steps`); then
         `params` and `opt_state` are those of the steps in which they meet. {} where none does.
+      spikes: the running statistics that a spike is told by (see `lm.spikes`); {} where none is looked for.
     """
 
     step: jax.Array
@@ -42,6 +43,7 @@ class TrainState:
     carry: Any
     counts: Any
     local: Any = dataclasses.field(default_factory=dict)
+    spikes: Any = dataclasses.field(default_factory=dict)
 
     def averaged(self) -> Any:
         """Return the parameters to evaluate with: the average, where one is kept."""
@@ -113,10 +115,12 @@ def make_init(
     shape: tuple[int, int, int],
     average: bool,
     stateful: bool,
+    watched: bool = False,
 ) -> Callable[[], TrainState]:
     """Return the pure function that makes the state of step 0.
 
-    `shape` is (steps, B, L) of all the batches that are to come: what a counting family records.
+    `shape` is (steps, B, L) of all the batches that are to come: what a counting family records. `watched`
+    for spikes, the state has what they are told by.
     """
     counting = model.learns == "counting"
 
@@ -130,6 +134,7 @@ def make_init(
             ema=jax.tree.map(jnp.copy, params) if average else {},
             carry={"carry": nn.unbox(model.init_carry(shape[1]))} if stateful else {},
             counts=nn.unbox(model.init_counts(*shape)) if counting else {},
+            spikes=spikes.begin() if watched else {},
         )
 
     return init
@@ -189,6 +194,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
         carry=jax.tree.map(lambda _: sharding.batch_sharding(mesh), state.carry),
         counts=jax.tree.map(lambda _: sharding.batch_sharding(mesh, axis=1), state.counts),
         local=jax.tree.map_with_path(of_replicas, state.local),
+        spikes=jax.tree.map(lambda _: sharding.replicated(mesh), state.spikes),
     )
 
 
@@ -203,21 +209,28 @@ def train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     schedule: Callable[[jax.Array], Any] | None = None,
+    limit: spikes.Limit | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Do one update on a global batch (arrays [B, L]) and return the new state and its metrics.
 
     The batch is taken in `accumulate` parts whose gradients are summed and divided by the weight of
     the whole, so that the update is that of one big batch, ragged weights included. After a loss or
-    gradient that is not finite nothing changes any more, and `healthy` says so. `schedule` gives the
-    learning rate to report.
+    gradient that is not finite, or a spike beyond `limit`, nothing changes any more, and `healthy` says so.
+    `schedule` gives the learning rate to report.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     if (replica := sharding.replica()) is not None:
         rng = jax.random.fold_in(rng, replica)
-    grads, carry, sums = _gradients(state, batch, model, objective, rng, accumulate)
+    grads, carry, sums = gradients(state, batch, model, objective, rng, accumulate)
     grad_norm = optax.tree.norm(grads)
     loss_sum, weight = sums["loss"]
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+    running = state.spikes
+    if limit is not None:
+        value = grad_norm if limit.metric == "grad_norm" else loss_sum / weight
+        spike, zscore, running = spikes.look(running, value, limit)
+        healthy &= ~spike
+        sums["zscore"] = (zscore, jnp.ones(()))
     healthy = sharding.in_every_replica(healthy)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -226,7 +239,9 @@ def train_step(
         if state.ema
         else {}
     )
-    new = TrainState(state.step + 1, healthy, params, opt_state, ema, carry, state.counts)
+    new = TrainState(
+        state.step + 1, healthy, params, opt_state, ema, carry, state.counts, spikes=running
+    )
     kept = dataclasses.replace(state, healthy=healthy)
     new = jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, kept)
     one = jnp.ones(())
@@ -248,7 +263,7 @@ def count_step(state: TrainState, batch: Batch, *, model: nn.Module) -> tuple[Tr
     return state, {"tokens": tokens, "healthy": state.healthy}
 
 
-def _gradients(state, batch, model, objective, rng, accumulate):
+def gradients(state, batch, model, objective, rng, accumulate):
     """Return (gradients of the mean objective, new carry, metric sums) over the parts of a batch."""
     whole = jnp.maximum(batch["weights"].sum(), 1e-9)
 

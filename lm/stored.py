@@ -47,13 +47,16 @@ def restore(
 ) -> dict[str, jax.Array]:
     """Return the arrays named in `wanted`, on its shardings.
 
-    Layers that were stored scanned are read into unrolled ones, and back.
+    Layers that were stored scanned are read into unrolled ones, and back. Statistics of spikes that are not
+    there begin anew.
 
     Raises:
       ConfigError: an array is missing or has another shape.
     """
     manifest = manifests.read(folder, step) or {}
     stored = shapes_of(manifest["arrays"])
+    anew = {n: leaf for n, leaf in wanted.items() if n.startswith("spikes.") and n not in stored}
+    wanted = {name: leaf for name, leaf in wanted.items() if name not in anew}
     depth = num_layers(wanted)
     sources = {name: sources_of(name, leaf, stored, depth) for name, leaf in wanted.items()}
     reading = {}
@@ -72,7 +75,10 @@ def restore(
                 )
             reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
     arrays = _read(folder / str(step), reading)
-    return {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
+    found = {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
+    for name, leaf in anew.items():
+        found[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+    return found
 
 
 def _read(target: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -5,11 +5,9 @@ s is the state before batch s; rows up to s are on the disk before that checkpoi
 that resumes at s repeats neither the evaluation nor the save of s.
 """
 
-import contextlib
 import json
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +27,47 @@ from lm import (
     models,
     peers,
     placement,
+    receipt,
     sharding,
     signals,
     step,
+    trail,
 )
 from lm import config as config_lib
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
+from lm.exits import DataEnded, Ended, Interrupted
+from lm.guard import Guard, again_when_rolled_back
+from lm.log import Log, Profile
 
 SCHEMA = experiment.SCHEMA
-
-
-class Interrupted(Exception):
-    """Training was asked to stop, and its state is saved."""
 
 
 class _Stopped(Exception):
     """An evaluation was cut short."""
 
 
-class Diverged(Exception):
-    """A loss or gradient was not finite; no parameter was changed by it."""
-
-
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+@again_when_rolled_back
+def run(
+    config: ConfigDict, workdir: str | Path, origins: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Train as `config` says in `workdir`, resuming what is there; return the final metrics.
+
+    `origins` says of fields where their values are from, for the receipt (see `lm.receipt`).
 
     Raises:
       ConfigError: a mistake in the config, the data or the workdir.
-      Diverged: a loss or gradient is not finite.
+      Diverged: a loss or gradient is not finite, or a spike (see `lm.guard`).
       Interrupted: SIGINT or SIGTERM came.
+      DataEnded: there is no batch for a step.
     """
     workdir = Path(workdir)
     timeout = experiment.section(config, "train").peer_timeout_seconds
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
-        others = stack.enter_context(peers.watch(timeout, together=(Interrupted, Diverged)))
+        others = stack.enter_context(peers.watch(timeout, together=(Ended,)))
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
@@ -77,23 +78,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
         saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
-        state = saver.restore_latest(abstract)
-        resumed = state is not None
-        if state is None:
-            state = initial.fresh_state(made, init)
-        first = int(state.step)
-        if first > num_steps:
-            raise ConfigError(
-                f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
-            )
+        state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
-        workdirs.write_files(workdir, made, first)
-        writers = open_writers(workdir, made, first if resumed else None)
-        stack.callback(writers.close)
+        workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
+        writers = stack.enter_context(
+            closing(open_writers(workdir, made, first if resumed else None))
+        )
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
-        profile = Profile(workdir, first, cfg["train"].profile_steps)
-        stack.callback(profile.close)
+        guard = Guard(made, workdir, saver, log, train_step, first)
+        profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
+        marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.vote_on(made.mesh)
         stop.waits = True
         scores = saved_scores(workdir, first) if resumed else {}
@@ -107,8 +102,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             stopping = stop.agreed()
             if evaluating or saving or stopping:
                 others.at("evaluating and saving", now)
-                log.catch_up()
-                log.check_health(state, saver)
+                state = guard.settle(now, state)
             if evaluating:
                 scores = score(made, eval_step, state, stop)
                 stopping = stop.agreed()  # a signal may have come meanwhile
@@ -116,10 +110,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
-                check_finite(state, saver)
-                writers.sync()
                 told = scores if evaluating else {}
-                saver.save(now, state, told, wait=last or stopping, verify=last)
+                save(saver, guard, writers, now, state, told, wait=last or stopping, verify=last)
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -131,16 +123,35 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if last:
                 break
             others.at(peers.TRAINING if now > first else "compiling", now)
-            batch = next(batches)
+            if (batch := next(batches, None)) is None:
+                state = guard.settle(now, state)
+                if fresh and not saving:
+                    save(saver, guard, writers, now, state, {}, wait=True)
+                saver.wait()
+                raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
+            marks.at(now, state, batch)
             profile.before(now)
-            state, sums = train_step(state, batch)
+            state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
-            log.one_late(now + 1, sums)
-            log.check_health(state, saver)
         others.at("ending", num_steps)
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
+
+
+def begin(
+    made: experiment.Experiment, saver: checkpoint.Checkpointer, init: Callable, abstract: Any
+) -> tuple[step.TrainState, int, bool]:
+    """Return the state that training goes on from, its step, and whether it is a checkpoint's."""
+    state = saver.restore_latest(abstract)
+    if state is None:
+        return initial.fresh_state(made, init), 0, False
+    if state.step > made.num_steps:
+        raise ConfigError(
+            f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
+            "already; use more"
+        )
+    return state, int(state.step), True
 
 
 def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:
@@ -229,110 +240,19 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
 
 
-def check_finite(state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-    """Raise Diverged rather than save parameters that are not finite: a finite gradient can make them."""
-    if not bool(step.all_finite((state.params, state.local))):
-        raise Diverged(
-            f"step {int(state.step)}: parameters are not finite, and are not saved; {_kept(saver)}"
-        )
-
-
-def _kept(saver: checkpoint.Checkpointer) -> str:
-    saver.settle()
-    good = manifests.good_steps(saver.folder)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    return f"{kept}. Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
-
-
-class Log:
-    """Rows of training metrics, each read one step late, so that the device never waits for the host."""
-
-    def __init__(self, made: experiment.Experiment, writers: metrics.Writers):
-        self.latest: dict[str, float] = {}
-        self._made, self._writers = made, writers
-        self._every = made.cfg["train"].log_every_steps
-        flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
-        self._flops_per_step = flops * made.positions_per_step
-        hardware.peak_flops()  # before the devices are busy
-        self._waiting: tuple[int, Any] | None = None
-        self._healthy = True
-        self._since: tuple[int, float] | None = None  # step and time that rates are counted from
-
-    def one_late(self, now: int, sums: Any) -> None:
-        """Take the metrics of step `now`; write the row before it, if one is due."""
-        self.catch_up()
-        self._waiting = (now, sums)
-
-    def catch_up(self) -> None:
-        """Write the row that waits, if one is due, and see whether its step was healthy."""
-        if self._waiting is None:
-            return
-        (now, sums), self._waiting = self._waiting, None
-        self._healthy = bool(sums.pop("healthy"))  # waits for the step
-        if now % self._every == 0 or now in (1, self._made.num_steps):
-            means = metrics.summarize(jax.device_get(sums))
-            row = {f"train/{name}": value for name, value in means.items()}
-            # A corpus of which the batch has no row has no loss.
-            row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
-            self.latest = {**row, **self._rates(now)}
-            self._writers.write(now, self.latest)
-        if self._since is None:  # the first step compiles: it is no measure of speed
-            self._since = (now, time.perf_counter())
-
-    def check_health(self, state: step.TrainState, saver: checkpoint.Checkpointer) -> None:
-        """Raise Diverged when the last step that was read had a loss or gradient that is not finite."""
-        if self._healthy:
-            return
-        raise Diverged(
-            f"step {int(state.step) + 1}: loss or gradient is not finite; nothing was updated with it, "
-            f"and {_kept(saver)}"
-        )
-
-    def pause(self, now: int) -> None:
-        """Count rates from here: what came before was not training."""
-        hardware.measure_again()
-        if self._since is not None:
-            self._since = (now, time.perf_counter())
-
-    def _rates(self, now: int) -> dict[str, float]:
-        if self._since is None or self._since[0] >= now:
-            return {}
-        (then, start), self._since = self._since, (now, time.perf_counter())
-        seconds = self._since[1] - start
-        rate = (now - then) / seconds
-        flops = self._flops_per_step / self._made.mesh.size
-        # One step may have run before: its metrics are read when the next is on its way.
-        mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
-        return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
-
-
-class Profile:
-    """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
-
-    def __init__(self, workdir: Path, first: int, count: int):
-        count = (
-            count if jax.process_index() == 0 else 0
-        )  # the processes of a host would share a file
-        self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
-        self._on = False
-
-    def before(self, now: int) -> None:
-        """Begin the trace, if step `now` is its first."""
-        if self._steps and now == self._steps.start:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-
-    def after(self, now: int, sums: Any) -> None:
-        """End the trace, if step `now`, whose results are `sums`, is its last."""
-        if self._on and now == self._steps.stop - 1:
-            jax.block_until_ready(sums)
-            self.close()
-
-    def close(self) -> None:
-        """End the trace, if there is one."""
-        if self._on:
-            self._on = False
-            jax.profiler.stop_trace()
+def save(
+    saver: checkpoint.Checkpointer,
+    guard: Guard,
+    writers: metrics.Writers,
+    now: int,
+    state: step.TrainState,
+    scores: dict[str, float],
+    **how: bool,
+) -> None:
+    """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
+    guard.check_finite(now, state)
+    writers.sync()
+    saver.save(now, state, scores, guard.listed(now), **how)
 
 
 def announce(

@@ -134,3 +134,24 @@ def tiny(text_file):
         return config
 
     return make
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Return a function that makes the batches of `steps` bad for as long as the test runs."""
+
+    def make(*steps, row=3, change=lambda weights: weights * np.nan):
+        from lm.data import pipeline
+
+        original = pipeline.Batches.__getitem__
+
+        def batch(self, number):
+            found = original(self, number)
+            if number in steps:
+                found["weights"] = found["weights"].copy()
+                found["weights"][row] = change(found["weights"][row])
+            return found
+
+        monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+
+    return make

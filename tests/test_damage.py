@@ -1,4 +1,4 @@
-"""Every kind of file of a checkpoint, damaged in every way: found, named, never loaded."""
+"""Each kind of file of a checkpoint, damaged in each way: found, named, never loaded, the one before used."""
 
 import os
 import re

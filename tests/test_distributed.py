@@ -130,9 +130,9 @@ def parameters(workdir, step=60):
     return jax.device_get(checkpoint.restore(workdir / "checkpoints", step, wanted))
 
 
-def assert_same(left, right):
+def assert_same(left, right, step=60):
     assert losses(left) == losses(right)
-    a, b = parameters(left), parameters(right)
+    a, b = parameters(left, step), parameters(right, step)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -165,6 +165,36 @@ def test_any_number_of_processes_gives_the_same_bits(experiment, whole, tmp_path
     job, code = run(experiment, tmp_path / "run", processes)
     assert code == 0, job.said(0)
     assert_same(job.workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "mesh", "way"),
+    [
+        (2, {"data": 1, "context": 4}, "ring"),
+        (2, {"data": 1, "tensor": 4}, ""),
+        (4, {"data": 2, "context": 2}, "gather"),
+        (4, {"data": 2, "tensor": 2}, ""),
+    ],
+    ids=str,
+)
+def test_processes_that_split_positions_or_heads_train_as_one(
+    experiment, tmp_path, processes, mesh, way
+):
+    """Where they split no rows they read the same ones, else the losses were others."""
+    fields = {f"mesh.{name}": size for name, size in {"fsdp": 1, **mesh}.items()}
+    fields |= {"model.num_heads": 4, "model.context_parallel": way}
+    fields |= {"train.num_steps": 12, "eval.every_steps": 6}
+    flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())
+    for name, count in (("one", 1), ("many", processes)):
+        job, code = run(experiment, tmp_path / name, count, flags)
+        assert code == 0, job.said(0)
+    assert_same(tmp_path / "one", tmp_path / "many", step=12)
+    plain = config.load(experiment)
+    plain.update_from_flattened_dict({**fields, "mesh.data": 2 * mesh["data"]})
+    train.run(plain, tmp_path / "plain")
+    for ours, theirs in zip(losses(tmp_path / "many"), losses(tmp_path / "plain"), strict=True):
+        assert ours == (*theirs[:2], pytest.approx(theirs[2], rel=1e-6))
 
 
 @pytest.mark.slow

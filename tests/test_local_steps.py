@@ -46,9 +46,10 @@ def by_hand(replicas, every=EVERY):
         )
     )
     with sharding.use(made.mesh):
-        outer = step.make_init(
+        init = step.make_init(
             made.model, made.tx, seed=0, shape=(STEPS, 16, 16), average=False, stateful=False
-        )()
+        )
+        outer = jax.jit(init)()
         momentum = jax.tree.map(np.zeros_like, outer.params)
         theta, groups, losses = jax.device_get(outer.params), [outer] * replicas, []
         for number in range(STEPS):

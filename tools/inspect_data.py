@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from lm import command, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import corpus, pipeline, shards
+from lm.data import corpus, origins, pipeline, shards
 from tools.prepare_data import SCHEMA
 
 _BARS = 24
@@ -230,37 +230,12 @@ def _show_step(config: ConfigDict, step: int, trained_on: str) -> None:
         raise ConfigError(
             "data.path: the run was trained on other text than is there now; bring it back"
         )
-    batches, size = made.batches, made.cfg["data"].batch_size
-    if batches.stream:
-        window = batches.num_rows // size
-        rows = np.arange(size) * window + step % window
-        owners, epochs = np.zeros(size, np.int64), np.full(size, step // window)
-    else:
-        owners, rows, epochs = batches.locate(np.arange(size) + step * size)
-    print(f"step {step} of {made.num_steps}: {size} rows")
-    for place, (owner, row, epoch) in enumerate(zip(owners, rows, epochs, strict=True)):
-        member = made.corpus.members[owner]
-        name = f"{made.corpus.names[owner]} " if made.corpus.mixed else ""
-        print(f"row {place}: {name}row {row:,} of epoch {epoch}")
-        for begin, length in made.task.pieces(member.train, np.array([row]))[0]:
-            for line in _documents(member, begin, begin + length):
-                print(f"  {line}")
-
-
-def _documents(member: corpus.Corpus, begin: int, end: int) -> Iterator[str]:
-    """Yield the documents that places `begin` to `end` of the training stream are of."""
-    split = member.train
-    first = max(int(np.searchsorted(split.starts, begin, side="right")) - 1, 0)
-    for document in range(first, int(np.searchsorted(split.starts, end, side="left"))):
-        start, length = split.span(document)
-        low, high = max(begin, start), min(end, start + length)
-        if low >= high:
-            continue
-        origin = ""
-        if split.origins is not None:
-            part, record = split.origins[document].tolist()
-            origin = f"{member.parts[part]} record {record}, "
-        yield f"{origin}document {document:,}, tokens {low - start:,} to {high - start:,} of {length:,}"
+    found = origins.of_step(made.batches, made.corpus.members, made.corpus.names, step)
+    print(f"step {step} of {made.num_steps}: {len(found)} rows")
+    for place, row in enumerate(found):
+        print(f"row {place}: {row['row']}")
+        for line in row["documents"]:
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

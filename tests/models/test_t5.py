@@ -176,7 +176,8 @@ def test_a_step_without_a_prompt_before_it_is_refused():
     batch = {"inputs": one, "segments": one, "positions": one}
     model = build(decode_length=4)
     with pytest.raises(AssertionError, match="source"):
-        model.apply({"params": params_of(model)}, batch, decode=True, mutable=["cache"])
+        decode = functools.partial(model.apply, decode=True, mutable=["cache"])
+        jax.eval_shape(decode, {"params": params_of(model)}, batch)
 
 
 def test_the_cache_names_its_axes():

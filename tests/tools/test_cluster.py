@@ -85,8 +85,8 @@ def test_the_numbers_and_names_of_the_jobset_agree(jobset):
     assert rule["containerName"] == container["name"] and rule["values"] == [2, 3]
 
 
-# A Slurm of one node of two CPUs, of the user who runs the tests. A requeued job waits for cred_expire, and has
-# KillWait to save.
+# A Slurm of one node of two CPUs, of the user who runs the tests. A requeued job has KillWait to save, and
+# waits for cred_expire.
 SLURM = """
 ClusterName=lm
 SlurmctldHost=localhost

@@ -1,0 +1,113 @@
+"""What a run says of its training steps while it goes: rows of metrics, and a trace of some steps."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm import experiment, hardware, metrics, models
+
+
+class Log:
+    """Rows of training metrics, each read one step late, so that the device never waits for the host."""
+
+    def __init__(self, made: experiment.Experiment, writers: metrics.Writers):
+        self.latest: dict[str, float] = {}
+        self._made, self._writers, self.say = made, writers, writers.say
+        self._every = made.cfg["train"].log_every_steps
+        flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
+        self._flops_per_step = flops * made.positions_per_step
+        hardware.peak_flops()  # before the devices are busy
+        self._waiting: tuple[int, Any] | None = None
+        self.healthy = True  # whether the last step that was read was
+        self.bad: dict[str, float] = {}  # the metrics of the last one that was not
+        # How many steps were left out, in each row; None = none, ever: rows say nothing of it.
+        self.count_skipped: Callable[[int], int] | None = None
+        self._since: tuple[int, float] | None = None  # step and time that rates are counted from
+
+    def one_late(self, now: int, sums: Any) -> None:
+        """Take the metrics of step `now`; write the row before it, if one is due."""
+        self.catch_up()
+        self._waiting = (now, sums)
+
+    def catch_up(self) -> None:
+        """Write the row that waits, if one is due, and see whether its step was healthy."""
+        if self._waiting is None:
+            return
+        (now, sums), self._waiting = self._waiting, None
+        self.healthy = bool(sums.pop("healthy"))  # waits for the step
+        if not self.healthy:
+            self.bad = metrics.summarize(jax.device_get(sums))
+            if self.count_skipped:
+                return  # its row is one of a step that is left out, or none
+        if now % self._every == 0 or now in (1, self._made.num_steps):
+            means = metrics.summarize(jax.device_get(sums))
+            row = {f"train/{name}": value for name, value in means.items()}
+            # A corpus of which the batch has no row has no loss.
+            row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
+            if self.count_skipped:
+                row["train/skipped"] = self.count_skipped(now)
+            self.latest = {**row, **self._rates(now)}
+            self._writers.write(now, self.latest)
+        if self._since is None:  # the first step compiles: it is no measure of speed
+            self._since = (now, time.perf_counter())
+
+    def forget(self, why: str) -> None:
+        """Say `why` a step was bad, and take what comes as after a good one."""
+        self._writers.say(why)
+        self.healthy, self._waiting = True, None
+
+    def left_out(self, now: int) -> None:
+        """Write the row of a step without an update."""
+        if self.count_skipped:
+            self._writers.write(now, {"train/skipped": self.count_skipped(now)})
+        self.pause(now)
+
+    def pause(self, now: int) -> None:
+        """Count rates from here: what came before was not training."""
+        hardware.measure_again()
+        if self._since is not None:
+            self._since = (now, time.perf_counter())
+
+    def _rates(self, now: int) -> dict[str, float]:
+        if self._since is None or self._since[0] >= now:
+            return {}
+        (then, start), self._since = self._since, (now, time.perf_counter())
+        seconds = self._since[1] - start
+        rate = (now - then) / seconds
+        flops = self._flops_per_step / self._made.mesh.size
+        # One step may have run before: its metrics are read when the next is on its way.
+        mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
+        return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
+
+
+class Profile:
+    """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
+
+    def __init__(self, workdir: Path, first: int, count: int):
+        count = (
+            count if jax.process_index() == 0 else 0
+        )  # the processes of a host would share a file
+        self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
+        self._on = False
+
+    def before(self, now: int) -> None:
+        """Begin the trace, if step `now` is its first."""
+        if self._steps and now == self._steps.start:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, now: int, sums: Any) -> None:
+        """End the trace, if step `now`, whose results are `sums`, is its last."""
+        if self._on and now == self._steps.stop - 1:
+            jax.block_until_ready(sums)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace, if there is one."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()

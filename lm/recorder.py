@@ -1,0 +1,111 @@
+"""What is kept of a bad step: all that `tools.replay` takes it again with, in `<workdir>/recorder/<step>/`.
+
+    record.json           what was bad; where each row came from; norms by layer; seed, objective, versions
+    config.json           of the run
+    tokenizer/            its own
+    checkpoints/<step>/   the state before the step and, as `batch`, its rows: a checkpoint like others
+
+The folder gets its name when all of it is written, by all processes: it is whole or not there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm import anatomy, checkpoint, distributed, experiment, manifests, peers, sharding, step
+from lm import config as config_lib
+from lm.data import origins
+
+FOLDER, FILE = "recorder", "record.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write(
+    workdir: Path,
+    made: experiment.Experiment,
+    number: int,
+    state: step.TrainState,
+    batch: step.Batch,
+    *,
+    why: str,
+    metrics: dict[str, float],
+) -> Path | None:
+    """Record step `number`, which `state` is before; return the folder.
+
+    None where it is there already, or `train.recordings` others are. All processes call it. Raises OSError
+    where it cannot be written.
+    """
+    folder = workdir / FOLDER / str(number)
+    draft = folder.with_name(f"{number}.partial")
+    wanted = False
+    if jax.process_index() == 0:
+        kept = [p for p in (workdir / FOLDER).glob("*") if p.name.isdecimal()]
+        wanted = not folder.exists() and len(kept) < made.cfg["train"].recordings
+        if wanted:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+    if not distributed.from_first("yes" if wanted else ""):
+        return None
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    saver = checkpoint.Checkpointer(draft, checkpoint.Config())
+    try:
+        saver.save(number, {**parts, "batch": batch}, {})
+        described = {
+            "step": number,
+            "why": why,
+            "metrics": {name: anatomy.finite_or_none(value) for name, value in metrics.items()},
+            **_settings(made),
+            "parameters": anatomy.norms(state.local.get("params", state.params)),
+            "gradients": _gradient_norms(made, state, batch),
+            "rows": origins.of_step(made.batches, made.corpus.members, made.corpus.names, number),
+        }
+        saver.wait()
+    except BaseException:
+        if jax.process_index() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        saver.close()
+    if jax.process_index() == 0:
+        made.corpus.tokenizer.save(draft / "tokenizer")
+        manifests.write_whole(draft / "config.json", config_lib.to_json(made.config))
+        manifests.write_whole(draft / FILE, json.dumps(described, indent=1, allow_nan=False) + "\n")
+        draft.rename(folder)
+        manifests.sync(folder.parent)
+    return folder
+
+
+def _settings(made: experiment.Experiment) -> dict[str, Any]:
+    """Return what a step depends on besides state, batch and config, and what it ran on."""
+    return {
+        "seed": made.config.seed,
+        "objective": dataclasses.asdict(made.objective),
+        "accumulate": made.cfg["train"].accumulate_steps,
+        "groups": sharding.ways(made.mesh, "replicas") if made.cfg["mesh"].local_steps else 1,
+        "shards": sharding.batch_shards(made.mesh),
+        "length_parts": sharding.ways(made.mesh, "act_length"),
+        "environment": experiment.environment(made),
+        "code": peers.code_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _gradient_norms(
+    made: experiment.Experiment, state: step.TrainState, batch: step.Batch
+) -> dict[str, Any]:
+    """Return the norms of the step's gradients; {} where groups train apart, each with its own."""
+    if state.local or made.model.learns != "gradient":
+        return {}
+    parts = made.cfg["train"].accumulate_steps
+
+    @jax.jit
+    def gradients(state, batch):
+        rng = jax.random.fold_in(jax.random.key(made.config.seed), state.step)
+        return step.gradients(state, batch, made.model, made.objective, rng, parts)[0]
+
+    return anatomy.norms(gradients(state, batch))

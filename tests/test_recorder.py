@@ -1,0 +1,227 @@
+"""The NaN matrix: a fault anywhere changes no parameter, is recorded whole, and `tools.replay` names it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from lm import anatomy, losses, manifests, recorder, train
+from lm.nn import embed
+from tests.test_guard import BAD, killed_at
+from tests.test_train import arrays_of, assert_same_run
+from tools import replay
+
+MARK = 7  # a byte that no text has: the faults below come of it
+
+
+def mark(batch, row):
+    for name in ("inputs", "targets"):
+        batch[name] = batch[name].copy()
+        batch[name][row] = MARK
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """Mark row 3 of the batch of step BAD."""
+    from lm.data import pipeline
+
+    original = pipeline.Batches.__getitem__
+
+    def batch(self, number):
+        found = original(self, number)
+        if number == BAD:
+            mark(found, 3)
+        return found
+
+    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+
+
+def bad_loss(patch):
+    original = losses.cross_entropy
+
+    def cross_entropy(logits, params, x, targets, weights, **options):
+        total, sums = original(logits, params, x, targets, weights, **options)
+        hit = (targets == MARK).any()
+        return jnp.where(hit, jnp.nan, total), {
+            **sums,
+            "loss": jnp.where(hit, jnp.inf, sums["loss"]),
+        }
+
+    patch.setattr(losses, "cross_entropy", cross_entropy)
+
+
+def bad_gradient(patch):
+    """The square root's slope at 0, times 0: of one parameter, the loss being as ever."""
+    original = losses.cross_entropy
+
+    def cross_entropy(logits, params, x, targets, weights, **options):
+        total, sums = original(logits, params, x, targets, weights, **options)
+        flag = jnp.where((targets == MARK).any(), 0.0, 1.0)
+        kernel = params["layers"]["block_0"]["mlp_norm"]["scale"]
+        return total + jnp.sqrt(flag + 0 * kernel.sum()) - flag, sums
+
+    patch.setattr(losses, "cross_entropy", cross_entropy)
+
+
+def bad_embedding(patch):
+    original = embed.Embed.__call__
+
+    def __call__(self, tokens):
+        x = original(self, tokens)
+        return jnp.where((tokens == MARK)[..., None], jnp.log(x * 0 - 1), x)
+
+    patch.setattr(embed.Embed, "__call__", nn.module.wrap_method_once(__call__))
+
+
+def bad_weights(patch):
+    """Of the marked row alone: so of one part of an accumulated batch, of one shard."""
+    from lm.data import pipeline
+
+    original = pipeline.Batches.__getitem__
+
+    def batch(self, number):
+        found = original(self, number)
+        hit = (found["inputs"] == MARK).any(axis=1, keepdims=True)
+        return {**found, "weights": np.where(hit, np.nan, found["weights"]).astype(np.float32)}
+
+    patch.setattr(pipeline.Batches, "__getitem__", batch)
+
+
+FAULTS = {
+    "loss": (bad_loss, {}, ["forward: every module's result is finite; the loss"]),
+    "gradient": (
+        bad_gradient, {},
+        ["forward: finite", r"1 of \d+ gradients are not finite, that of layers.block_0.mlp_norm.scale first",
+         r"operation: mul .*\n.*\n.*test_recorder.py:\d+"],
+    ),
+    "part": (
+        bad_weights, {"train__accumulate_steps": 2},
+        ["in 1 of its 2 parts: part 1", "batch weights: 16 numbers are not finite"],
+    ),
+    "data": (bad_weights, {"mesh": {"data": 8}}, ["row 3, shard 3 of 8 (bad alone)"]),
+    "fsdp": (bad_weights, {"mesh": {"data": 1, "fsdp": 8}}, ["row 3, shard 3 of 8 (bad alone)"]),
+    "embedding": (
+        bad_embedding, {},
+        ["(Embed.__call__) is the first with numbers that are not finite, 512 of 512",
+         r"operation: log .*\n.*\n.*test_recorder.py:\d+"],
+    ),
+}  # fmt: skip
+PLAIN = [("gradient", "stop"), ("embedding", "rollback"), ("data", "skip")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode"),
+    [
+        pytest.param(fault, mode, marks=() if (fault, mode) in PLAIN else pytest.mark.slow)
+        for fault in FAULTS
+        for mode in ("stop", "skip", "rollback")
+    ],
+)
+def test_a_fault_changes_nothing_and_is_named(
+    tiny, tmp_path, monkeypatch, marked, capsys, fault, mode
+):
+    import re
+
+    break_it, options, words = FAULTS[fault]
+    break_it(monkeypatch)
+    options = {name: ConfigDict(v) if isinstance(v, dict) else v for name, v in options.items()}
+    config = tiny(
+        **options, train__on_bad_step=mode, checkpoint__every_steps=1, checkpoint__keep=9,
+        eval__every_steps=0,
+    )  # fmt: skip
+    if mode == "stop":
+        with pytest.raises(
+            train.Diverged, match=f"step {BAD + 1}: the (loss|gradient) is not finite"
+        ):
+            train.run(config, tmp_path / "run")
+        after = None
+    else:
+        train.run(config, tmp_path / "run")
+        after = arrays_of(tmp_path / "run", BAD + 1)
+        killed_at(BAD + 2, config, tmp_path / "cut")
+        train.run(config, tmp_path / "cut")
+        assert_same_run(tmp_path / "run", tmp_path / "cut", 6)
+
+    folder = tmp_path / "run" / "recorder" / str(BAD)
+    before, recorded = arrays_of(tmp_path / "run", BAD), arrays_of(folder, BAD)
+    for name, array in before.items():
+        np.testing.assert_array_equal(recorded[name], array, err_msg=name)
+        if after and name != "step":
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+    assert (recorded["batch.inputs"][3] == MARK).all()
+    assert manifests.problem(folder / "checkpoints", BAD) == ""
+    assert (folder / "config.json").exists() and (folder / "tokenizer").is_dir()
+    record = json.loads((folder / "record.json").read_text())
+    assert record["step"] == BAD and record["seed"] == 0 and len(record["rows"]) == 8
+    assert "document 0, tokens" in record["rows"][3]["documents"][0]
+    norms = {n: np.linalg.norm(x) for n, x in before.items() if n.startswith("params.")}
+    for name, norm in norms.items():
+        found = record["parameters"][name.removeprefix("params.")]
+        assert found["norm"] == pytest.approx(norm, rel=1e-5) and found["not_finite"] == 0
+    bad = [name for name, found in record["gradients"].items() if found["not_finite"]]
+    assert len(bad) == {"gradient": 1, "loss": 0}.get(fault, len(norms))
+    assert not list(folder.parent.glob("*.partial"))
+
+    capsys.readouterr()
+    flags = ["--no_jit"] if fault in ("gradient", "embedding") else []
+    assert replay.main([str(folder), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "row 3" in said and "row 2" not in said
+    for word in words:
+        assert word in said or re.search(word, said), (word, said)
+
+
+def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marked, capsys):
+    with monkeypatch.context() as patch:
+        bad_embedding(patch)
+        with pytest.raises(train.Diverged):
+            train.run(tiny(), tmp_path)
+    assert replay.main([str(tmp_path / "recorder" / "3")]) == 1
+    assert "not reproduced" in capsys.readouterr().out
+    assert replay.main([str(tmp_path)]) == 2
+    assert f"name one of {tmp_path / 'recorder' / '3'}" in capsys.readouterr().err
+    record = tmp_path / "recorder" / "3"
+    file = next(path for path in (record / "checkpoints").rglob("d/*") if path.is_file())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    assert replay.main([str(record)]) == 2
+    assert "is not what was written" in capsys.readouterr().err
+
+
+def test_only_so_many_are_recorded_and_a_full_disk_is_no_end(
+    tiny, tmp_path, poison, monkeypatch, capsys
+):
+    poison(1, 3)
+    train.run(tiny(train__on_bad_step="skip", train__recordings=1), tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one" / "recorder").iterdir()] == ["1"]
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(recorder.anatomy, "norms", full)
+    train.run(tiny(train__on_bad_step="skip"), tmp_path / "full")
+    assert "step 2 could not be recorded: No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "full" / "recorder").iterdir())
+    assert_same_run(tmp_path / "one", tmp_path / "full", 6)
+
+
+def test_the_first_bad_operation_is_found_inside_of_loops_and_functions():
+    @jax.jit
+    def turn(carry, x):
+        return carry + jnp.log(x), carry
+
+    def total(x):
+        return jax.lax.scan(turn, 0.0, x)[0] * 2
+
+    found = anatomy.first_bad_operation(total, np.array([1.0, 2.0, -1.0, 3.0], np.float32))
+    assert found.name == "log" and "test_recorder.py" in found.source
+    assert anatomy.first_bad_operation(total, np.ones(4, np.float32)) is None
+    slope = anatomy.first_bad_operation(
+        jax.grad(lambda x: (jnp.sqrt(x * 0) * x).sum()), np.ones(3, np.float32)
+    )
+    assert slope.name in ("mul", "div", "rsqrt") and "test_recorder.py" in slope.source
