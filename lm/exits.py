@@ -7,7 +7,7 @@ An exception of a run that ends early carries its code. A process that cannot ra
 import signal
 
 FINISHED = 0
-FAILED = DIFFERS = 1
+FAILED = 1
 USER_ERROR = 2
 DIVERGED = 3
 DATA_ENDED = 4

@@ -59,24 +59,13 @@ def train_step(
     def of_group(local, carry, batch):
         with sharding.mapped_over(sharding.REPLICAS):
             before = TrainState(
-                state.step,
-                state.healthy,
-                local["params"],
-                local["opt_state"],
-                {},
-                carry,
-                {},
+                state.step, state.healthy, local["params"], local["opt_state"], {}, carry, {},
                 spikes=state.spikes,
-            )
+            )  # fmt: skip
             after, sums = inner(before, batch)
             healthy = sums.pop("healthy")  # the same in all
-            return (
-                {"params": after.params, "opt_state": after.opt_state},
-                after.carry,
-                sums,
-                healthy,
-                after.spikes,
-            )
+            own = {"params": after.params, "opt_state": after.opt_state}
+            return own, after.carry, sums, healthy, after.spikes
 
     each = jax.vmap(
         of_group,

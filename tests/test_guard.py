@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import manifests, spikes, train
+from lm import exits, manifests, spikes, train
 from lm.config import ConfigError
 from lm.data import pipeline
 from tests.test_train import arrays_of, assert_same_run, rows_of
@@ -124,7 +124,7 @@ def test_too_many_are_the_end(tiny, tmp_path, poison, mode):
     poison(2, 3, 4)
     config = tiny(train__on_bad_step=mode, train__max_skips=2)
     with pytest.raises(
-        train.Diverged, match=r"step 5: .* 2 steps are left out already \(train\.max"
+        exits.Diverged, match=r"step 5: .* 2 steps are left out already \(train\.max"
     ):
         train.run(config, tmp_path)
     config.train.max_skips = 3
@@ -160,7 +160,7 @@ def test_parameters_that_an_update_has_broken_are_rolled_back(tiny, tmp_path, mo
         return init, breaking, *rest
 
     monkeypatch.setattr(train.experiment, "jitted", jitted)
-    with pytest.raises(train.Diverged, match="nor are the parameters before it"):
+    with pytest.raises(exits.Diverged, match="nor are the parameters before it"):
         train.run(tiny(train__on_bad_step="skip", checkpoint__every_steps=0), tmp_path / "skip")
     for every in (2, 0):  # found when it is saved, and by the next step
         workdir = tmp_path / f"{every}"
@@ -210,7 +210,7 @@ def test_a_spike_is_a_bad_step(tiny, tmp_path, poison, monkeypatch, mode, metric
     )  # fmt: skip
     if mode == "stop":
         with pytest.raises(
-            train.Diverged, match=rf"step 8: its {metric} of .* standard deviations"
+            exits.Diverged, match=rf"step 8: its {metric} of .* standard deviations"
         ):
             train.run(config, tmp_path)
         config.train.on_bad_step = "skip"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import main, manifests, train
+from lm import exits, main, manifests, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(
 
 def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
     def diverge(*args):
-        raise train.Diverged("step 3: loss or gradient is not finite")
+        raise exits.Diverged("step 3: loss or gradient is not finite")
 
     monkeypatch.setattr(train, "run", diverge)
     assert experiment() == 3
@@ -169,7 +169,7 @@ def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
 
 
 def test_the_command_to_resume_is_the_one_that_was_typed(experiment, tmp_path, capsys, monkeypatch):
-    def stopped(config, workdir):
+    def stopped(config, workdir, origins):
         raise train.Interrupted("stopped at step 1, which is saved")
 
     monkeypatch.setattr(train, "run", stopped)

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from lm import anatomy, losses, manifests, recorder, train
+from lm import anatomy, exits, losses, manifests, recorder, train
 from lm.nn import embed
 from tests.test_guard import BAD, killed_at
 from tests.test_train import arrays_of, assert_same_run
@@ -135,7 +135,7 @@ def test_a_fault_changes_nothing_and_is_named(
     )  # fmt: skip
     if mode == "stop":
         with pytest.raises(
-            train.Diverged, match=f"step {BAD + 1}: the (loss|gradient) is not finite"
+            exits.Diverged, match=f"step {BAD + 1}: the (loss|gradient) is not finite"
         ):
             train.run(config, tmp_path / "run")
         after = None
@@ -178,7 +178,7 @@ def test_a_fault_changes_nothing_and_is_named(
 def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marked, capsys):
     with monkeypatch.context() as patch:
         bad_embedding(patch)
-        with pytest.raises(train.Diverged):
+        with pytest.raises(exits.Diverged):
             train.run(tiny(), tmp_path)
     assert replay.main([str(tmp_path / "recorder" / "3")]) == 1
     assert "not reproduced" in capsys.readouterr().out

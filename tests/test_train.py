@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lm import checkpoint, experiment, hardware, manifests, models, train
+from lm import checkpoint, exits, experiment, hardware, manifests, models, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
@@ -343,7 +343,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
     """Loss and gradient are finite; the update is what overflows."""
     config = tiny(train__num_steps=1, checkpoint__every_steps=1, optim__warmup=0)
     config.optim.update(peak_lr=9e18, weight_decay=9e18, lr_rules=((".*", 9e18),))
-    with pytest.raises(train.Diverged, match=r"parameters are not finite.*is 0|no checkpoint"):
+    with pytest.raises(exits.Diverged, match=r"parameters are not finite.*is 0|no checkpoint"):
         train.run(config, tmp_path)
     assert 1 not in manifests.good_steps(tmp_path / "checkpoints")
 
@@ -389,7 +389,7 @@ def test_divergence_stops_before_the_update(tiny, tmp_path, monkeypatch):
             yield {**batch, "weights": batch["weights"] * (np.nan if index == 4 else 1)}
 
     monkeypatch.setattr(train, "place_ahead", poisoned)
-    with pytest.raises(train.Diverged, match=r"step 5: .*last good checkpoint is 4"):
+    with pytest.raises(exits.Diverged, match=r"step 5: .*last good checkpoint is 4"):
         train.run(tiny(), tmp_path)
     assert manifests.good_steps(tmp_path / "checkpoints") == [2, 4]
 

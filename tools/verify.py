@@ -59,7 +59,7 @@ def _say(lines: Iterator[str]) -> int:
         print(line, flush=True)
     if not count:
         print("the same")
-    return exits.DIFFERS if count else exits.FINISHED
+    return exits.FAILED if count else exits.FINISHED
 
 
 def verify(workdir: Path, steps: str = "") -> Iterator[str]:
