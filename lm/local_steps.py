@@ -52,31 +52,19 @@ def train_step(
     """Do one update of each group on its rows of a global batch; meet after `every` and after `num_steps`.
 
     `inner` is a group's own step, of `lm.step`, on a state of its own; `outer` the optimizer of the meetings.
+    A step that is left out (see `lm.guard`) is no meeting either.
     """
 
     replicas = len(jax.tree.leaves(state.local)[0])
 
     def of_group(local, carry, batch):
         with sharding.mapped_over(sharding.REPLICAS):
-            before = TrainState(
-                state.step,
-                state.healthy,
-                local["params"],
-                local["opt_state"],
-                {},
-                carry,
-                {},
-                spikes=state.spikes,
-            )
+            of_one = {**local, "ema": {}, "carry": carry, "counts": {}, "local": {}}
+            before = dataclasses.replace(state, **of_one)
             after, sums = inner(before, batch)
             healthy = sums.pop("healthy")  # the same in all
-            return (
-                {"params": after.params, "opt_state": after.opt_state},
-                after.carry,
-                sums,
-                healthy,
-                after.spikes,
-            )
+            own = {"params": after.params, "opt_state": after.opt_state}
+            return own, after.carry, sums, healthy, after.spikes
 
     each = jax.vmap(
         of_group,
