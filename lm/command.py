@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm import config as config_lib
+from lm import exits
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -48,11 +49,11 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exits.STOPPED
     except (config_lib.ConfigError, OSError, MemoryError, OverflowError) as error:
         broken = isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError)
         if broken and _reader_is_gone():
-            return 141
+            return exits.UNREAD
         if debug:
             raise
         why = (
@@ -61,7 +62,7 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
             else "too large for this machine: "
         )
         print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return exits.USER_ERROR
 
 
 def _reader_is_gone() -> bool:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError
+from lm.exits import LOST
 
-LOST = 76  # exit code of a process that ends because of another one
 START_SECONDS = 60  # least time to wait for the other processes to start
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False

@@ -51,6 +51,7 @@ class TrainConfig:
     sample_prompt: str = ""  # text that the sample continues
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
     compilation_cache: bool = True  # keep compiled programs between runs
+    fingerprint_every_steps: int = 1000  # between rows of fingerprints.jsonl; 0 = none
     peer_timeout_seconds: float = (
         300.0  # of silence of one of several processes, after which all end
     )
@@ -85,7 +86,7 @@ class TrainConfig:
             )
         for field in (
             "z_loss", "loss_chunk", "profile_steps", "sample_tokens", "max_skips", "recordings",
-            "spike_zscore",
+            "spike_zscore", "fingerprint_every_steps",
         ):  # fmt: skip
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")

@@ -22,18 +22,17 @@ import numpy as np
 
 from lm import checkpoint, distributed, experiment, manifests, recorder, step
 from lm import workdir as workdirs
+from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
 
 FILE = "skipped.json"
 ADVICE = "Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
 
 
-class Diverged(Exception):
-    """A step was bad, and the run ends; no parameter was changed by it."""
-
-
-class RolledBack(Exception):
+class RolledBack(Ended):
     """The run begins again at its last good checkpoint, without the batches that are now listed."""
+
+    code = DIVERGED
 
 
 def again_when_rolled_back(run: Callable) -> Callable:

@@ -7,16 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from lm import command, distributed, flags, startup
+from lm import command, distributed, exits, flags, startup
 from lm import config as config_lib
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run an experiment; return the exit code.
-
-    0 done, 2 a mistake, 3 diverged, 75 stopped and saved, 130 or 143 stopped before there was a step to
-    save, 76 ended because another process of the run has.
-    """
+    """Run an experiment; return the exit code (see `lm.exits`)."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
@@ -37,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--num_processes", type=int, metavar="N", help="1 = alone in any cluster")
     parser.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
+    parser.add_argument(
+        "--swept", default="", metavar="FIELDS", help="which fields a sweep sets, for the receipt"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show this, and every field of the config"
@@ -79,13 +78,13 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]
     again = shlex.join(words)
     try:
-        train.run(config, workdir)
-    except train.Interrupted as interruption:
-        print(f"{interruption}; to resume: {again}")
-        return 75
-    except train.Diverged as divergence:
-        print(f"error: {divergence}", file=sys.stderr)
-        return 3
+        train.run(config, workdir, _origins(assignments, args.swept))
+    except exits.Ended as end:
+        if end.error:
+            print(f"error: {end}", file=sys.stderr)
+        else:
+            print(f"{end}; to resume: {again}")
+        return end.code
     except KeyboardInterrupt as interrupt:
         print(f"stopped before the first step; nothing is lost; to start again: {again}")
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
@@ -96,7 +95,13 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     print(f"workdir: {workdir}")
     print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
     print(f"         python -m tools.plot --workdir {workdir}")
-    return 0
+    return exits.FINISHED
+
+
+def _origins(assignments: list[str], swept: str) -> dict[str, str]:
+    """Return where the value of each field that is assigned comes from."""
+    names = [assignment.partition("=")[0] for assignment in assignments]
+    return {name: "sweep" if name in swept.split(",") else "command line" for name in names}
 
 
 if __name__ == "__main__":

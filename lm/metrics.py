@@ -71,7 +71,11 @@ class Jsonl:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": int(step), **row}).encode() + b"\n")
+        self.append({"step": int(step), **row})
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row as it is."""
+        self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -25,9 +25,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 from lm.config import ConfigError
-from lm.distributed import FOREVER, LOST
+from lm.distributed import FOREVER
+from lm.exits import FAILED, LOST, STOPPED, USER_ERROR
 
-STOPPED = 130  # exit code, instead of LOST, where another one was stopped before training began
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
 _SHOWN = 8  # processes of which a message says what they do
@@ -166,7 +166,7 @@ class Peers(Alone):
                 if lost := self._lost(3 * self._pause):
                     self._end(f"{lost} ({words})", error)
                 time.sleep(0.1)
-        self._say_left(words, STOPPED if isinstance(error, KeyboardInterrupt) else LOST)
+        self._say_left(words, code_of(error))
 
     def _say_left(self, words: str, code: int) -> None:
         """Tell the others that this process ends, and why; the service may be gone."""
@@ -239,7 +239,7 @@ class Peers(Alone):
     def _end(self, why: str, error: BaseException | None = None) -> NoReturn:
         """Say why and where this process was, and end it."""
         codes = [code for _, code in self._left.values()]
-        code = STOPPED if STOPPED in codes else LOST
+        code = next((code for code in codes if code != LOST), LOST)
         print(f"error: {self._name(self._index)} ends: {why}", file=sys.stderr, flush=True)
         if error is not None:
             traceback.print_exception(error)
@@ -265,6 +265,15 @@ class Peers(Alone):
         """Return what each process has put into a folder of the store."""
         found = self._client.key_value_dir_get(f"{self._prefix}/{folder}")
         return {int(key.rpartition("/")[2]): value for key, value in found}
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code of the other processes where one ends by `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    if isinstance(error, ConfigError):
+        return USER_ERROR
+    return LOST if isinstance(error, jax.errors.JaxRuntimeError | OSError) else FAILED
 
 
 def code_version() -> str:

@@ -5,10 +5,11 @@ s is the state before batch s; rows up to s are on the disk before that checkpoi
 that resumes at s repeats neither the evaluation nor the save of s.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,22 +27,21 @@ from lm import (
     models,
     peers,
     placement,
+    receipt,
     sharding,
     signals,
     step,
+    trail,
 )
 from lm import config as config_lib
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
-from lm.guard import Diverged, Guard, RolledBack, again_when_rolled_back
+from lm.exits import DataEnded, Ended, Interrupted
+from lm.guard import Guard, again_when_rolled_back
 from lm.log import Log, Profile
 
 SCHEMA = experiment.SCHEMA
-
-
-class Interrupted(Exception):
-    """Training was asked to stop, and its state is saved."""
 
 
 class _Stopped(Exception):
@@ -49,22 +49,25 @@ class _Stopped(Exception):
 
 
 @again_when_rolled_back
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def run(
+    config: ConfigDict, workdir: str | Path, origins: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Train as `config` says in `workdir`, resuming what is there; return the final metrics.
+
+    `origins` says of fields where their values are from, for the receipt (see `lm.receipt`).
 
     Raises:
       ConfigError: a mistake in the config, the data or the workdir.
       Diverged: a loss or gradient is not finite, or a spike (see `lm.guard`).
       Interrupted: SIGINT or SIGTERM came.
+      DataEnded: there is no batch for a step.
     """
     workdir = Path(workdir)
     timeout = experiment.section(config, "train").peer_timeout_seconds
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
-        others = stack.enter_context(
-            peers.watch(timeout, together=(Interrupted, Diverged, RolledBack))
-        )
+        others = stack.enter_context(peers.watch(timeout, together=(Ended,)))
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
@@ -74,26 +77,18 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
-        saver = checkpoint.Checkpointer(workdir, cfg["checkpoint"])
-        stack.callback(saver.close)
-        state = saver.restore_latest(abstract)
-        resumed = state is not None
-        if state is None:
-            state = initial.fresh_state(made, init)
-        first = int(state.step)
-        if first > num_steps:
-            raise ConfigError(
-                f"train.num_steps={num_steps}: the run in {workdir} is at step {first} already; use more"
-            )
+        saver = stack.enter_context(closing(checkpoint.Checkpointer(workdir, cfg["checkpoint"])))
+        state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
-        workdirs.write_files(workdir, made, first)
-        writers = open_writers(workdir, made, first if resumed else None)
-        stack.callback(writers.close)
+        workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
+        writers = stack.enter_context(
+            closing(open_writers(workdir, made, first if resumed else None))
+        )
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
         guard = Guard(made, workdir, saver, log, train_step, first)
-        profile = Profile(workdir, first, cfg["train"].profile_steps)
-        stack.callback(profile.close)
+        profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
+        marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.vote_on(made.mesh)
         stop.waits = True
         scores = saved_scores(workdir, first) if resumed else {}
@@ -115,9 +110,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                     writers.write(now, scores)
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
-                guard.check_finite(now, state)
-                writers.sync()
-                saver.save(now, state, scores if evaluating else {}, guard.listed(now))
+                save(saver, guard, writers, now, state, scores if evaluating else {})
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -129,7 +122,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if last:
                 break
             others.at(peers.TRAINING if now > first else "compiling", now)
-            batch = next(batches)
+            if (batch := next(batches, None)) is None:
+                state = guard.settle(now, state)
+                if fresh and not saving:
+                    save(saver, guard, writers, now, state, {})
+                saver.wait()
+                raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
+            marks.at(now, state, batch)
             profile.before(now)
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
@@ -137,6 +136,21 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
+
+
+def begin(
+    made: experiment.Experiment, saver: checkpoint.Checkpointer, init: Callable, abstract: Any
+) -> tuple[step.TrainState, int, bool]:
+    """Return the state that training goes on from, its step, and whether it is a checkpoint's."""
+    state = saver.restore_latest(abstract)
+    if state is None:
+        return initial.fresh_state(made, init), 0, False
+    if state.step > made.num_steps:
+        raise ConfigError(
+            f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
+            "already; use more"
+        )
+    return state, int(state.step), True
 
 
 def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:
@@ -223,6 +237,20 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     """Return the scores that were saved with the checkpoint of step `at`."""
     manifest = manifests.read(workdir / "checkpoints", at) or {}
     return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
+
+
+def save(
+    saver: checkpoint.Checkpointer,
+    guard: Guard,
+    writers: metrics.Writers,
+    now: int,
+    state: step.TrainState,
+    scores: dict[str, float],
+) -> None:
+    """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
+    guard.check_finite(now, state)
+    writers.sync()
+    saver.save(now, state, scores, guard.listed(now))
 
 
 def announce(

@@ -5,16 +5,17 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lm import checkpoint, complete, distributed, experiment, manifests, peers, tasks
+from lm import checkpoint, complete, distributed, experiment, manifests, peers, receipt, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.data import tokenizers
+from lm.receipt import read_json
 
 # What a resumed run may not change; inside it, what only says how the same numbers are computed; and
 # what is listed when it changes.
@@ -77,14 +78,6 @@ def alone_in(workdir: Path) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
-
-
 def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Completer:
     """Return what turns text into text with the trained model of a workdir."""
     tokenizer = tokenizers.load(Path(workdir) / "tokenizer")
@@ -116,8 +109,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         for key, before, after in changes
         if key.startswith(FIXED) and key not in FREE
     ]
-    path = workdir / "environment.json"
-    before = read_json(path) if path.exists() else {}
+    before = receipt.environment(workdir)
     environment = [
         f"{key} {before[key]} -> {now}"
         for key, now in experiment.environment(made).items()
@@ -143,20 +135,15 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         print(f"resuming with another {change}")
 
 
-def write_files(workdir: Path, made: experiment.Experiment, first: int) -> None:
-    """Write the config, data, environment and tokenizer; an older config is kept as config.<step>.json."""
+def write_files(
+    workdir: Path, made: experiment.Experiment, first: int, origins: Mapping[str, str]
+) -> None:
+    """Write the config, data, tokenizer, and a receipt of this start, in which older configs are kept."""
     if jax.process_index() > 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    path, text = workdir / "config.json", config_lib.to_json(made.config)
-    if path.exists() and path.read_text() != text:
-        names = (
-            f"config.{first}{again}.json" for again in ("", *map(".{}".format, range(1, 1000)))
-        )
-        kept = next(workdir / name for name in names if not (workdir / name).exists())
-        manifests.write_whole(kept, path.read_text())
-    manifests.write_whole(path, text)
+    receipt.write(workdir, made, first, origins)
+    manifests.write_whole(workdir / "config.json", config_lib.to_json(made.config))
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
-    for name, values in (("data", described), ("environment", experiment.environment(made))):
-        manifests.write_whole(workdir / f"{name}.json", json.dumps(values, indent=2) + "\n")
+    manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
     made.corpus.tokenizer.save(workdir / "tokenizer")

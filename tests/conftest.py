@@ -1,5 +1,6 @@
 """Eight simulated devices, strict rank promotion, and caches that do not touch the user's."""
 
+import gc
 import os
 import tempfile
 
@@ -11,7 +12,6 @@ if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
         " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
     )
-OPTIMIZATION = "--xla_backend_optimization_level"  # XLA's default is 3
 os.environ.setdefault("LM_CACHE_DIR", tempfile.mkdtemp(prefix="lm-test-cache-"))
 
 import jax
@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors import safe_open
+
+from tests import quickly
 
 WORDS = [
     "the",
@@ -55,10 +57,26 @@ def pytest_configure(config):
     """Compile once for all tests, the plain ones quickly: `-m slow` and users' runs take XLA's default."""
     from lm import hardware
 
-    if "not slow" in config.option.markexpr and OPTIMIZATION not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" {OPTIMIZATION}=0"
+    chosen = "optimization_level" in os.environ["XLA_FLAGS"]
+    if "not slow" in config.option.markexpr and not chosen:
+        os.environ["XLA_FLAGS"] += f" {quickly.FLAGS}"
     hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_finish(session):
+    """Look for garbage less often: modules and tests are none, and tracing makes little."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 10)
+
+
+def pytest_runtest_teardown():
+    """Forget compiled programs before they are too many: Linux lets a process map memory 65,530 times."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

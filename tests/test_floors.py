@@ -14,6 +14,8 @@ FLOORS = {
     "lm.guard": 4,
     "lm.recorder": 4,
     "lm.workdir": 4,
+    "lm.receipt": 4,
+    "lm.trail": 4,
     "lm.experiment": 4,
     "lm.initial": 4,
     "lm.complete": 4,
@@ -35,6 +37,7 @@ FLOORS = {
     "lm.tasks": 1,
     "lm.data": 1,
     "lm.command": 0,
+    "lm.exits": 0,
     "lm.config": 0,
     "lm.sweep": 0,
     "lm.metrics": 0,
@@ -55,6 +58,11 @@ FLOORS = {
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
     ("lm.train", "lm.workdir"),
+    ("lm.train", "lm.receipt"),
+    ("lm.train", "lm.trail"),
+    ("lm.receipt", "lm.experiment"),
+    ("lm.trail", "lm.experiment"),
+    ("lm.workdir", "lm.receipt"),
     ("lm.train", "lm.log"),
     ("lm.train", "lm.guard"),
     ("lm.guard", "lm.experiment"),
@@ -80,6 +88,9 @@ NEIGHBOURS = {
     ("lm.peers", "lm.distributed"),
     ("lm.metrics", "lm.config"),
     ("lm.command", "lm.config"),
+    ("lm.command", "lm.exits"),
+    ("lm.distributed", "lm.exits"),
+    ("lm.peers", "lm.exits"),
     ("lm.augment", "lm.config"),
 }
 NO_DEVICE = {"jax", "flax", "optax", "orbax"}

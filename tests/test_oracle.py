@@ -23,10 +23,10 @@ from lm import config as config_lib
 from lm import experiment, main, placement, sharding, step
 from lm.config import ConfigError
 from lm.nn.transformer import SCANNED, UNROLLED
+from tests import quickly
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "12"))  # of each kind; 60 and more find more
 DEVICES = 8
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled: what runs is small
 FAMILIES = {
     "gpt": ({"name": "gpt"}, {"name": "causal_lm"}),
     "bert": ({"name": "bert"}, {"name": "masked_lm"}),
@@ -124,9 +124,9 @@ def plain(config, accumulate):
     return {**config, **changed}
 
 
-def quickly(function, *args):
+def compile_quickly(function, *args):
     """Compile, of `args` or their shapes."""
-    return function.lower(*args).compile(QUICKLY)
+    return function.lower(*args).compile(quickly.OPTIONS)
 
 
 def one_step(made, mesh, params=None):
@@ -134,11 +134,11 @@ def one_step(made, mesh, params=None):
     with sharding.use(mesh):
         made = dataclasses.replace(made, mesh=mesh)
         init, train_step, _, _ = experiment.jitted(made)
-        state, batch = quickly(init)(), placement.place_batch(mesh, made.batches[0])
+        state, batch = compile_quickly(init)(), placement.place_batch(mesh, made.batches[0])
         if params is not None:
             state = dataclasses.replace(state, params=params)
         routing = experts_of(made.model, state.params, batch)
-        state, sums = quickly(train_step, state, batch)(state, batch)
+        state, sums = compile_quickly(train_step, state, batch)(state, batch)
         assert bool(sums.pop("healthy"))
         sums = {name: float(total) / float(weight) for name, (total, weight) in sums.items()}
         gradient = jax.tree.map(np.asarray, trace_of(state.opt_state))
@@ -153,7 +153,7 @@ def experts_of(model, params, batch):
     def look(params, batch):
         return model.apply({"params": params}, batch, mutable=["intermediates"])[1]
 
-    found = jax.device_get(quickly(jax.jit(look), params, batch)(params, batch))
+    found = jax.device_get(compile_quickly(jax.jit(look), params, batch)(params, batch))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(unrolled(found["intermediates"]))]
 
 
@@ -235,7 +235,7 @@ def check(config, folder):
                 made.model, made.tx, seed=config["seed"], shape=(1, 1, 1),
                 average=False, stateful=False,
             )  # fmt: skip
-            params = quickly(jax.jit(init))().params
+            params = compile_quickly(jax.jit(init))().params
             params = jax.tree.map(jnp.asarray, unrolled(jax.device_get(params)))
         expected = one_step(oracle, one, params)
         assert_alike(one_step(made, made.mesh), expected)

@@ -128,6 +128,28 @@ def test_a_process_that_leaves_is_named_with_its_reason(meet):
     assert "has ended: ConfigError: data.path: missing" in said
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("data.path: missing"), 2),
+        (TypeError("in the code"), 1),
+        (OSError("no space"), distributed.LOST),
+        (KeyboardInterrupt(15), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_would_fail_again_is_the_exit_code_of_all(meet, monkeypatch, error, code):
+    """A cluster goes by the highest code, and starts a run that has lost a process again."""
+    end, codes = peers.Peers._end, []
+    every = meet(2, 15.0)
+    monkeypatch.setattr(peers.Peers, "_lost", lambda *_: "")
+    monkeypatch.setattr(peers.os, "_exit", codes.append)
+    every[1].leave(error)
+    until(lambda: every[0]._left)
+    end(every[0], "why")
+    assert codes == [code]
+
+
 def test_a_step_that_does_not_end_shows_who_is_behind(meet, monkeypatch):
     every = meet(2, 15.0)
     for peer, doing in zip(every, ("training", "evaluating and saving"), strict=True):

@@ -12,6 +12,7 @@ import pytest
 
 from lm import checkpoint, experiment, placement, sharding, stored
 from lm.nn.transformer import SCANNED
+from tests import quickly
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,6 @@ EXPERTS = [
     {"expert": 2, "fsdp": 2, "tensor": 2},
 ]  # fmt: skip
 KINDS = {"dense": (DENSE, {}), "experts": (EXPERTS, {"num_experts": 8, "expert_dim": 64})}
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled: what runs is small
 
 
 class Side(NamedTuple):
@@ -54,8 +54,8 @@ def sides(text_file):
             # Not donated, so that one state may be saved as often as is wanted; it refuses other places.
             places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             train_step = jax.jit(train_step.__wrapped__, out_shardings=(places, None))
-            train_step = train_step.lower(abstract, batches[0]).compile(QUICKLY)
-            state = init.lower().compile(QUICKLY)()
+            train_step = train_step.lower(abstract, batches[0]).compile(quickly.OPTIONS)
+            state = init.lower().compile(quickly.OPTIONS)()
             for batch in batches[:2]:
                 state, _ = train_step(state, batch)
             found = Side(mesh, abstract, train_step, batches[2], state, on_host(state), 0.0)

@@ -258,23 +258,27 @@ def test_changes_of_optim_are_listed_and_the_old_config_kept(tiny, tmp_path, cap
     train.run(tiny(train__num_steps=4, optim__peak_lr=5e-3), tmp_path)
     said = capsys.readouterr().out
     assert "optim.peak_lr: 0.01 -> 0.005" in said and "train.num_steps: 2 -> 4" in said
-    assert json.loads((tmp_path / "config.2.json").read_text())["optim"]["peak_lr"] == 1e-2
+    assert json.loads((tmp_path / "receipts" / "0001.json").read_text())["config"][
+        "optim.peak_lr"
+    ] == [1e-2, "file"]
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 5e-3
 
 
 def test_no_old_config_is_ever_overwritten(tiny, tmp_path):
     for rate in (1e-2, 2e-2, 3e-2):
         train.run(tiny(train__num_steps=2, optim__peak_lr=rate), tmp_path)
-    kept = [json.loads((tmp_path / f"config.2{again}.json").read_text()) for again in ("", ".1")]
-    assert [config["optim"]["peak_lr"] for config in kept] == [1e-2, 2e-2]
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("receipts/*.json"))]
+    assert [found["config"]["optim.peak_lr"][0] for found in kept] == [1e-2, 2e-2, 3e-2]
 
 
 def test_another_environment_is_listed(tiny, tmp_path, capsys):
     train.run(tiny(train__num_steps=2), tmp_path)
     assert "another" not in capsys.readouterr().out
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["dtype"] == "float32"
-    (tmp_path / "environment.json").write_text(json.dumps({**environment, "dtype": "bfloat16"}))
+    path = tmp_path / "receipts" / "0001.json"
+    found = json.loads(path.read_text())
+    assert found["environment"]["dtype"] == "float32"
+    found["environment"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(found))
     train.run(tiny(train__num_steps=3), tmp_path)
     assert "another dtype bfloat16 -> float32" in capsys.readouterr().out
 
@@ -285,13 +289,13 @@ def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
     assert train.run(tiny(), tmp_path)["eval/loss"] > 0
 
 
-@pytest.mark.parametrize("name", ["config.json", "data.json", "environment.json"])
+@pytest.mark.parametrize("name", ["config.json", "data.json", "receipts/0001.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"{}", b"[" * 100_000])
 def test_a_damaged_file_is_named(tiny, tmp_path_factory, finished, name, content):
     workdir = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(finished, workdir)
     (workdir / name).write_bytes(content)
-    if (name, content) == ("environment.json", b"{}"):
+    if (name, content) == ("receipts/0001.json", b"{}"):
         train.run(tiny(train__num_steps=2), workdir)  # nothing to compare with
     else:
         with pytest.raises(ConfigError, match=rf"{name}|the data's content"):

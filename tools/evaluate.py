@@ -38,8 +38,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     import jax
 
     from lm import checkpoint, evaluate, experiment, fit, hardware, manifests, sharding, step
-    from lm import workdir as workdirs
     from lm.data import corpus, tokenizers
+    from lm.receipt import read_json
 
     given = [assignment.partition("=")[0] for assignment in assignments]
     for key in given:
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     kind = fit.check_sections(cfg, mesh)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
-    described = workdirs.read_json(Path(args.workdir) / "data.json")
+    described = read_json(Path(args.workdir) / "data.json")
     labels = described.get("labels", ())
     if unknown := sorted(set(text.labels) - set(labels)):
         raise config_lib.ConfigError(

@@ -23,10 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from lm import command
+from lm import command, exits
 from lm.config import ConfigError
 
-INTERRUPTED, LOST = 75, 76  # of lm.main: stopped and saved; ended because of another process
 _DEVICES = "--xla_force_host_platform_device_count"
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
@@ -113,7 +112,7 @@ def run(
         if code < 0:
             name = signal.Signals(-code).name
             print(f"[{index}] ended by {name}", file=sys.stderr, flush=True)
-    return worst(codes)
+    return exits.worst(codes)
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -185,7 +184,9 @@ def _wait(children: Sequence[subprocess.Popen], grace: float) -> list[int]:
     """Wait for the end of all; a while after one has failed, end the others."""
     end = float("inf")
     while any(child.poll() is None for child in children):
-        failed = any(child.poll() not in (None, 0, INTERRUPTED) for child in children)
+        failed = any(
+            child.poll() not in (None, exits.FINISHED, exits.RESUMABLE) for child in children
+        )
         if failed and end == float("inf"):
             end = time.monotonic() + grace
         if time.monotonic() > end:
@@ -211,13 +212,6 @@ def _send(children: Sequence[subprocess.Popen], number: int) -> None:
     for child in children:
         if child.poll() is None:
             child.send_signal(number)
-
-
-def worst(codes: Sequence[int]) -> int:
-    """Return the exit code that says most: one of its own failure, one of another's, one of a stop, 0."""
-    shown = [code if code >= 0 else 128 - code for code in codes]
-    order = {0: 0, INTERRUPTED: 1, LOST: 2}
-    return max(shown, key=lambda code: (order.get(code, 3), code))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

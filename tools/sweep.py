@@ -18,14 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import command, metrics
+from lm import command, exits, metrics
 from lm import config as config_lib
 from lm import sweep as sweep_lib
 from lm.config import ConfigError
 from lm.sweep import Point
 
 MAIN = (sys.executable, "-m", "lm.main")
-INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 _MARKER = "sweep_point.json"  # in a point's folder once it has finished
 
 
@@ -51,16 +50,20 @@ def run(
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
         given = [*sweep_lib.assignments(point), *fixed]
+        keys = {assignment.partition("=")[0] for assignment in fixed}
+        swept = [key for key in point if key not in {"name", *keys}]
         identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
         done = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
         print(f"[{number}/{len(points)}] {name}{': finished' if done else ''}", flush=True)
-        codes[name] = 0 if done else _run_point(command, path, Path(workdir) / name, given)
+        codes[name] = (
+            0 if done else _run_point(command, path, Path(workdir) / name, given, swept=swept)
+        )
         if codes[name] == 0:
             _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
         rows.sort(key=lambda row: math.inf if row.get(metric) is None else row[metric])
         _save(Path(workdir), rows)
-        if codes[name] == INTERRUPTED:
+        if codes[name] == exits.STOPPED:
             print(f"interrupted; the same command goes on with {name}")
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
@@ -106,8 +109,16 @@ def _check_apart(points: Mapping[str, Point], fixed: Sequence[str]) -> None:
         seen[rest] = name
 
 
-def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: Iterable[str]) -> int:
+def _run_point(
+    command: Sequence[str],
+    path: str | Path,
+    folder: Path,
+    given: Iterable[str],
+    *,
+    swept: Iterable[str],
+) -> int:
     flags = [f"--config.{assignment}" for assignment in given]
+    flags += [f"--swept={','.join(swept)}"]
     child = subprocess.Popen([*command, "--config", str(path), "--workdir", str(folder), *flags])
     interrupted = False
     while True:
@@ -117,7 +128,7 @@ def _run_point(command: Sequence[str], path: str | Path, folder: Path, given: It
         except KeyboardInterrupt:  # the point has it too, and saves before it ends
             interrupted = True
     if interrupted:
-        return INTERRUPTED
+        return exits.STOPPED
     return code if code >= 0 else 128 - code
 
 
@@ -155,10 +166,7 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Return aligned columns: name, how it ended, step, `metric`, the training loss."""
     cells = [["point", "ended", "step", metric, "train/loss"]]
     for row in rows:
-        code = row["exit_code"]
-        ended = {0: "finished", 75: "interrupted", 130: "interrupted"}.get(
-            code, f"exit code {code}"
-        )
+        ended = exits.words(row["exit_code"])
         losses = [row.get(key) for key in (metric, "train/loss")]
         numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         cells.append([row["name"], ended, str(row.get("step", "-")), *numbers])

@@ -19,6 +19,7 @@ from lm.config import ConfigError
 from lm.convert import exporter, importer
 from lm.nn.embed import pad_vocab
 from lm.nn.transformer import SCANNED, UNROLLED
+from tests import quickly
 from tools import evaluate
 
 VOCAB, LENGTH = 99, 12
@@ -301,9 +302,6 @@ def test_scanned_layers_and_rematerialisation_change_nothing(name):
         assert max(jax.tree.leaves(errors)) < 1e-4, errors
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled: what runs is small
-
-
 @functools.cache
 def programs(name, mesh, tx, *, rows, length, **fields):
     """Return jitted (init, step) of a family on a mesh, under which they are called."""
@@ -313,8 +311,8 @@ def programs(name, mesh, tx, *, rows, length, **fields):
     placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
     objective = step.Objective(max_scored=length, vocab_size=VOCAB)
     function = functools.partial(step.train_step, model=model, tx=tx, objective=objective, seed=0)
-    quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
-    return quickly(init, out_shardings=placed), quickly(function, out_shardings=(placed, None))
+    jit = functools.partial(jax.jit, compiler_options=quickly.OPTIONS)
+    return jit(init, out_shardings=placed), jit(function, out_shardings=(placed, None))
 
 
 def steps(name, mesh, *, count, tx, rows=8, length=LENGTH, **fields):

@@ -19,6 +19,7 @@ from lm.config import ConfigError
 from lm.models import gpt, t5
 from lm.nn import moe
 from lm.nn.transformer import SOWN
+from tests import quickly
 
 D, E, F, ROWS, LENGTH, VOCAB = 6, 4, 5, 3, 8, 99
 SEGMENTS = np.array([[1] * 8, [1, 1, 1, 2, 2, 0, 0, 0], [0, 1, 1, 0, 1, 1, 1, 1]], np.int32)
@@ -182,7 +183,7 @@ def jitted_step(model, mesh, accumulate=1, tx=None):
     function = functools.partial(
         step.train_step, model=model, tx=tx, objective=objective, seed=0, accumulate=accumulate
     )
-    quick = functools.partial(jax.jit, compiler_options=QUICKLY)
+    quick = functools.partial(jax.jit, compiler_options=quickly.OPTIONS)
     return quick(init, out_shardings=placed)(), quick(function, out_shardings=(placed, None))
 
 
@@ -193,7 +194,7 @@ def train(model, mesh, *, num_steps=5, look=True, **options):
         batch, rows = placement.place_batch(mesh, batch_of()), []
         apply = jax.jit(
             lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1],
-            compiler_options=QUICKLY,
+            compiler_options=quickly.OPTIONS,
         )
         experts = jax.device_get(apply(state.params, batch)) if look else {}
         for _ in range(num_steps):
@@ -238,7 +239,6 @@ MIXED = [
 ]  # fmt: skip
 CASES = [(*kind, sizes) for kind in ((gpt, 0.0), (gpt, 1.0), (t5, 0.0)) for sizes in MESHES]
 CASES += [(gpt, 0.0, sizes) for sizes in MIXED]
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled: what runs is small
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from lm import config as config_lib
+from tests import quickly
 from tools import history
 
 
@@ -51,7 +52,7 @@ def test_the_minutes_are_those_of_training_however_often_it_was_stopped():
 @pytest.mark.slow
 def test_every_model_has_its_row_from_two_steps(text_file, tmp_path, monkeypatch):
     # One device for the runs, which are compiled longer than they run.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", quickly.FLAGS)
     flags = [
         *("--workdir", str(tmp_path), f"--config.data.path={text_file}"),
         *("--config.data.tokenizer=byte", "--config.data.batch_size=4"),

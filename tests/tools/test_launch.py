@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lm import exits
 from lm.config import ConfigError
 from tools import launch
 
@@ -78,7 +79,7 @@ def test_a_port_is_held_and_the_coordinator_may_still_take_it():
     ("codes", "code"), [((0, 0), 0), ((0, 75), 75), ((76, 75), 76), ((76, 2), 2), ((76, -9, 76), 137)]
 )  # fmt: skip
 def test_the_worst_code_is_the_cause(codes, code):
-    assert launch.worst(codes) == code
+    assert exits.worst(codes) == code
 
 
 def test_the_others_are_ended_after_a_failure():

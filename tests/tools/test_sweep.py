@@ -31,11 +31,12 @@ flags = dict(zip(sys.argv[1:5:2], sys.argv[2:5:2]))
 folder = pathlib.Path(flags["--workdir"])
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder.parent / "ran", "a") as file:
-    file.write(json.dumps(sys.argv[5:]) + "\\n")
+    file.write(json.dumps([f for f in sys.argv[5:] if not f.startswith("--swept")]) + "\\n")
 lr = float(next(flag for flag in sys.argv if "peak_lr" in flag).split("=")[1])
 rows = [{"step": 0, "eval/loss": 9.0}, {"step": 5, "train/loss": 2.0, "mfu": None},
         {"step": 5, "eval/loss": 1 - lr}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+assert "--swept=optim.peak_lr" in sys.argv or "--swept=" in sys.argv
 what = pathlib.Path(folder.parent / f"make_{lr}")
 if what.exists():
     exec(what.read_text())

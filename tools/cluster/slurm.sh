@@ -8,7 +8,9 @@
 # system that they share. On CPU nodes: --gpus-per-node=0 and as many tasks as wanted.
 #
 # Before its time is over, or when it is preempted or requeued (scontrol requeue), the run gets SIGTERM, saves and
-# ends with 75; it goes on in the same workdir. So it does with 76, where a process or its node was lost.
+# ends with 75; it goes on in the same workdir. So it does with 76 and 137, where a process or its node was lost, and
+# with 143, where it was stopped before training began. Requeued it has the KillWait of the cluster to save (30 s by
+# default), else it goes on from its last checkpoint. scancel ends it, saved alike; a mistake (2) ends it too.
 #SBATCH --job-name=lm
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -20,10 +22,14 @@
 #SBATCH --output=lm-%j.log
 
 trap '' TERM  # it is meant for the processes, for whose saving this script waits
-srun --label python -u -m lm.main --workdir "runs/slurm-$SLURM_JOB_ID" "$@"
+# Since Slurm 22.05 srun does not know of itself how many CPUs a task has.
+srun --label --cpus-per-task="$SLURM_CPUS_PER_TASK" python -u -m lm.main --workdir "runs/slurm-$SLURM_JOB_ID" "$@"
 code=$?
 echo "start ${SLURM_RESTART_COUNT:-0} ended with $code"
-case $code in
-  75 | 76 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID" ;;
+# A job that Slurm requeues by itself is no longer running here, nor is one that was cancelled.
+case $code-$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
+  75-RUNNING | 76-RUNNING | 137-RUNNING | 143-RUNNING)
+    [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID"
+    ;;
 esac
 exit $code

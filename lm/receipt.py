@@ -1,0 +1,154 @@
+"""What a run's numbers depend on, written at each of its starts: `<workdir>/receipts/0001.json` and on.
+
+The resolved config with where each value is from, the code (commit, and a file with what differs from
+it), the versions of all packages, devices and flags, the hashes of tokenizer and data, the seed. No receipt
+is ever overwritten; `tools.verify --compare` says in which two runs differ.
+"""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm import config as config_lib
+from lm import experiment, manifests, peers
+from lm.config import ConfigError
+
+FOLDER = "receipts"
+FORMAT = 1
+DEFAULT, FILE, DERIVED = "default", "file", "derived"  # origins; of others the caller says
+_ROOT = Path(__file__).parent.parent
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "LM_CACHE_DIR")
+_OF_ONE_PROCESS = ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
+
+
+def origins(
+    given: Mapping[str, Any], made: experiment.Experiment, said: Mapping[str, str]
+) -> dict[str, str]:
+    """Return where each value of the resolved config of `made` is from.
+
+    `given` has what the experiment file and the caller set, `said` the fields among them that the caller
+    knows better of: those of the command line, of a sweep.
+    """
+    before, after = config_lib.flatten(given), config_lib.flatten(made.config)
+    complete = config_lib.flatten(config_lib.complete(given, experiment.SCHEMA))
+
+    def origin(name: str) -> str:
+        if config_lib.plain(complete.get(name)) != config_lib.plain(after[name]):
+            return DERIVED
+        return said.get(name, FILE if name in before else DEFAULT)
+
+    return {name: origin(name) for name in after}
+
+
+def write(
+    workdir: Path, made: experiment.Experiment, first: int, origin: Mapping[str, str]
+) -> Path:
+    """Write the receipt of a start at step `first` and return its path."""
+    folder = workdir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0) + 1
+    flat = config_lib.flatten(made.config)
+    found = {
+        "format": FORMAT,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "first_step": first,
+        "config": {name: [flat[name], origin.get(name, DEFAULT)] for name in flat},
+        "code": _code(folder),
+        "packages": packages(),
+        "environment": experiment.environment(made),
+        "variables": variables(),
+        "data": {
+            "tokenizer": made.corpus.tokenizer.fingerprint,
+            "corpus": made.corpus.fingerprint,
+        },
+        "seeds": {"seed": made.config.seed},
+    }
+    path = folder / f"{number:04d}.json"
+    manifests.write_whole(path, json.dumps(found, indent=1, default=str) + "\n")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
+
+
+def last(workdir: Path) -> dict[str, Any]:
+    """Return the newest receipt of a run; {} where it has none. Raises ConfigError where it is damaged."""
+    found = sorted((workdir / FOLDER).glob("[0-9]*.json"))
+    return read_json(found[-1]) if found else {}
+
+
+def environment(workdir: Path) -> dict[str, Any]:
+    """Return the environment of a run's newest start; of a run of an earlier version it is a file's."""
+    old = workdir / "environment.json"
+    if (found := last(workdir)) or not old.exists():
+        return found.get("environment", {})
+    return read_json(old)
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """Return the version of every installed package."""
+    found = {
+        d.metadata["Name"]: d.version
+        for d in importlib.metadata.distributions()
+        if d.metadata["Name"]
+    }
+    return {name: found[name] for name in sorted(found)}
+
+
+def variables() -> dict[str, str]:
+    """Return the environment variables that jax, XLA and this package read, but for those of one process."""
+    names = [name for name in os.environ if name.startswith(_VARIABLES)]
+    return {name: os.environ[name] for name in sorted(names) if name not in _OF_ONE_PROCESS}
+
+
+def _code(folder: Path) -> dict[str, str]:
+    """Say which code this is; what differs from its commit goes into a file in `folder`, once."""
+    digest = {"digest": peers.code_version()}
+    commit = _git("rev-parse", "HEAD")
+    if not commit or _git("ls-files", "--error-unmatch", "lm/receipt.py") is None:
+        return {**digest, "commit": "not a repository"}
+    diff = _git("diff", "HEAD") or ""
+    others = _git(
+        "ls-files", "--others", "--exclude-standard", "-z", "--", "lm", "tools", "experiments"
+    )
+    for name in filter(None, (others or "").split("\0")):
+        diff += _git("diff", "--no-index", "--", os.devnull, name) or ""
+    if not diff:
+        return {**digest, "commit": commit.strip(), "diff": ""}
+    name = f"{hashlib.sha256(diff.encode()).hexdigest()[:16]}.diff"
+    if not (folder / name).exists():
+        manifests.write_whole(folder / name, diff)
+    return {**digest, "commit": commit.strip(), "diff": name}
+
+
+def _git(*words: str) -> str | None:
+    """Return what git says of this code; None where it has nothing to say, or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_ROOT), *words],
+            capture_output=True,
+            timeout=30,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # With --no-index 1 is: they differ.
+    accepted = (0, 1) if "--no-index" in words else (0,)
+    return done.stdout.decode(errors="replace") if done.returncode in accepted else None

@@ -1,0 +1,107 @@
+"""A receipt says what a run's numbers depend on, where each value is from, and is never overwritten."""
+
+import json
+import shutil
+import subprocess
+import types
+
+import jax
+import pytest
+
+from lm import main, manifests, receipt, train
+from lm.config import ConfigError
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Return a folder that stands in for the repository, not yet one of git's."""
+    (tmp_path / "code" / "lm").mkdir(parents=True)
+    (tmp_path / "code" / "lm" / "receipt.py").write_text("one\n")
+    monkeypatch.setattr(receipt, "_ROOT", tmp_path / "code")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    return tmp_path / "code"
+
+
+def test_the_code_is_named_by_its_commit_and_what_differs(code, tmp_path):
+    assert receipt._code(tmp_path)["commit"] == "not a repository"
+    git(code, "init", "-q")
+    git(code, "add", "-A")
+    git(code, "commit", "-qm", "first")
+    clean = receipt._code(tmp_path)
+    assert len(clean["commit"]) == 40 and clean["diff"] == ""
+    (code / "lm" / "receipt.py").write_text("two\n")
+    (code / "lm" / "new.py").write_text("three\n")
+    changed = receipt._code(tmp_path)
+    text = (tmp_path / changed["diff"]).read_text()
+    assert changed["commit"] == clean["commit"]
+    assert "-one" in text and "+two" in text and "+three" in text
+
+
+def test_code_that_lies_in_another_repository_is_not_of_it(code, tmp_path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "other").write_text("")
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-qm", "of something else")
+    assert receipt._code(tmp_path)["commit"] == "not a repository"
+
+
+def test_every_value_has_its_origin(tiny):
+    config = tiny()
+    resolved = {"seed": 0, "model": {"num_layers": 1, "vocab_size": 257}}
+    resolved |= {"optim": {"peak_lr": 1e-2}, "eval": {"every_steps": 3}}
+    said = {"optim.peak_lr": "sweep", "eval.every_steps": "command line"}
+    made = types.SimpleNamespace(config=resolved)
+    found = receipt.origins(config, made, said)
+    assert found["optim.peak_lr"] == "sweep" and found["eval.every_steps"] == "command line"
+    assert found["seed"] == found["model.num_layers"] == "file"
+    assert found["model.vocab_size"] == "derived"
+
+
+def test_a_run_writes_one_a_start(tiny, tmp_path):
+    train.run(tiny(), tmp_path, {"optim.peak_lr": "sweep"})
+    train.run(tiny(train__num_steps=8), tmp_path)
+    first, second = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("receipts/*.json")))
+    assert first["config"]["optim.peak_lr"] == [0.01, "sweep"]
+    assert first["config"]["optim.schedule"][1] == "default"
+    assert first["config"]["train.num_steps"] == [6, "file"]
+    assert (first["first_step"], second["first_step"]) == (0, 6)
+    assert second["config"]["train.num_steps"] == [8, "file"]
+    assert first["packages"]["jax"] == first["environment"]["jax"] == jax.__version__
+    assert "xla_force_host_platform_device_count" in first["variables"]["XLA_FLAGS"]
+    assert first["data"]["tokenizer"] == "byte"
+    data = json.loads((tmp_path / "data.json").read_text())
+    assert first["data"]["corpus"] == data["fingerprint"]
+    assert first["seeds"] == {"seed": 0} and first["code"]["digest"]
+
+
+def test_the_command_line_says_which_fields_it_set(tiny, tmp_path, monkeypatch):
+    path, seen = tmp_path / "small.py", {}
+    path.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()")
+
+    def keep(config, workdir, origins):
+        seen.update(origins)
+
+    monkeypatch.setattr(train, "run", keep)
+    flags = ["--config.seed=1", "--config.optim.peak_lr=1", "--swept=optim.peak_lr"]
+    assert main.main(["--config", str(path), "--workdir", str(tmp_path), *flags]) == 0
+    assert seen == {"seed": "command line", "optim.peak_lr": "sweep"}
+
+
+def test_killed_as_it_is_written_the_next_start_writes_it(tiny, tmp_path, monkeypatch):
+    train.run(tiny(train__num_steps=2), tmp_path)
+    before = (tmp_path / "receipts" / "0001.json").read_bytes()
+    (tmp_path / "receipts" / "0002.json.partial").write_text("{")
+    train.run(tiny(train__num_steps=3), tmp_path)
+    assert (tmp_path / "receipts" / "0001.json").read_bytes() == before
+    assert receipt.last(tmp_path)["first_step"] == 2
+    shutil.rmtree(tmp_path / "receipts")
+    manifests.write_whole(tmp_path / "environment.json", '{"dtype": "of an earlier version"}')
+    assert receipt.environment(tmp_path) == {"dtype": "of an earlier version"}
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"environment\.json: damaged"):
+        receipt.environment(tmp_path)
