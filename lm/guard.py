@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import checkpoint, distributed, experiment, manifests, recorder, step
-from lm import workdir as workdirs
+from lm import checkpoint, distributed, experiment, manifests, peers, receipt, recorder, step
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
 
@@ -60,10 +59,11 @@ class Guard:
         log: Log,
         train_step: Callable,
         first: int,
+        others: peers.Alone,
     ):
         self._made, self._workdir, self._saver, self._log = made, workdir, saver, log
-        self._train_step, self._cfg = train_step, made.cfg["train"]
-        self.skipped = _read(workdir, saver.folder, first)
+        self._train_step, self._cfg, self._others = train_step, made.cfg["train"], others
+        self.skipped = read(workdir, saver.folder, first)
         self._before: Any = None  # the batch of the step before
         log.count_skipped = self.count if self._cfg.on_bad_step != "stop" or self.skipped else None
 
@@ -87,6 +87,7 @@ class Guard:
         self._log.one_late(now + 1, sums)
         if not self._log.healthy:  # the step before: this one has changed nothing
             state = self._after_bad(state, now - 1)
+            self._others.at(peers.TRAINING, now)
             state, sums = self._train_step(state, batch)
             self._log.one_late(now + 1, sums)
         self._before = batch
@@ -107,6 +108,7 @@ class Guard:
 
     def _after_bad(self, state: step.TrainState, bad: int) -> step.TrainState:
         """Return the state after step `bad`, which `state` is still before, or raise."""
+        self._others.at("recording a bad step", bad)  # which compiles, and so takes its time
         why, finite = self._why(), _finite(state)
         if not finite:
             why += ", nor are the parameters before it"
@@ -134,7 +136,7 @@ class Guard:
         """Keep step `bad` for `tools.replay`; where that fails it is said, and the run goes on."""
         try:
             folder = recorder.write(
-                self._workdir, self._made, bad, _at(state, bad), self._before,
+                self._workdir, self._made, bad, at_step(state, bad), self._before,
                 why=why, metrics=self._log.bad,
             )  # fmt: skip
         except OSError as error:
@@ -146,7 +148,7 @@ class Guard:
     def _leave_out(self, state: step.TrainState, number: int) -> step.TrainState:
         """Return the state after step `number` without its update."""
         self._log.left_out(number + 1)
-        return _at(state, number + 1)
+        return at_step(state, number + 1)
 
     def _go_back(self, bad: int, why: str) -> None:
         """List step `bad`, with those before it that are asked for, and raise RolledBack."""
@@ -184,7 +186,7 @@ class Guard:
         return f"{kept}. {ADVICE}"
 
 
-def _at(state: step.TrainState, number: int) -> step.TrainState:
+def at_step(state: step.TrainState, number: int) -> step.TrainState:
     """Return `state` as the healthy one before step `number`."""
     places = (state.step.sharding, state.healthy.sharding)
     make = jax.jit(lambda: (jnp.int32(number), jnp.ones((), bool)), out_shardings=places)
@@ -196,12 +198,12 @@ def _finite(state: step.TrainState) -> bool:
     return bool(step.all_finite((state.params, state.local)))
 
 
-def _read(workdir: Path, folder: Path, first: int) -> dict[int, str]:
+def read(workdir: Path, folder: Path, first: int) -> dict[int, str]:
     """Return the steps that a run which begins at `first` leaves out, the same in all processes."""
     found: Mapping[str, Any] = {}
     if jax.process_index() == 0:
         found = dict((manifests.read(folder, first) or {}).get("skipped", {}))
         if (workdir / FILE).exists():
-            found |= workdirs.read_json(workdir / FILE)
+            found |= receipt.read_json(workdir / FILE)
     found = json.loads(distributed.from_first(json.dumps(found)))
     return {int(number): str(why) for number, why in found.items()}

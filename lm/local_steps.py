@@ -52,16 +52,15 @@ def train_step(
     """Do one update of each group on its rows of a global batch; meet after `every` and after `num_steps`.
 
     `inner` is a group's own step, of `lm.step`, on a state of its own; `outer` the optimizer of the meetings.
+    A step that is left out (see `lm.guard`) is no meeting either.
     """
 
     replicas = len(jax.tree.leaves(state.local)[0])
 
     def of_group(local, carry, batch):
         with sharding.mapped_over(sharding.REPLICAS):
-            before = TrainState(
-                state.step, state.healthy, local["params"], local["opt_state"], {}, carry, {},
-                spikes=state.spikes,
-            )  # fmt: skip
+            of_one = {**local, "ema": {}, "carry": carry, "counts": {}, "local": {}}
+            before = dataclasses.replace(state, **of_one)
             after, sums = inner(before, batch)
             healthy = sums.pop("healthy")  # the same in all
             own = {"params": after.params, "opt_state": after.opt_state}

@@ -8,6 +8,7 @@
 The folder gets its name when all of it is written, by all processes: it is whole or not there.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from lm import anatomy, checkpoint, distributed, experiment, manifests, peers, sharding, step
+from lm import anatomy, distributed, experiment, manifests, peers, saving, sharding, step
 from lm import config as config_lib
 from lm.data import origins
 
@@ -51,33 +52,47 @@ def write(
             draft.mkdir(parents=True)
     if not distributed.from_first("yes" if wanted else ""):
         return None
-    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    saver = checkpoint.Checkpointer(draft, checkpoint.Config())
     try:
-        saver.save(number, {**parts, "batch": batch}, {})
         described = {
             "step": number,
             "why": why,
             "metrics": {name: anatomy.finite_or_none(value) for name, value in metrics.items()},
+            **_write_arrays(draft, made, number, state, batch),
             **_settings(made),
-            "parameters": anatomy.norms(state.local.get("params", state.params)),
-            "gradients": _gradient_norms(made, state, batch),
             "rows": origins.of_step(made.batches, made.corpus.members, made.corpus.names, number),
         }
-        saver.wait()
+        if jax.process_index() == 0:
+            made.corpus.tokenizer.save(draft / "tokenizer")
+            manifests.write_whole(draft / "config.json", config_lib.to_json(made.config))
+            text = json.dumps(described, indent=1, allow_nan=False)
+            manifests.write_whole(draft / FILE, text + "\n")
+            draft.rename(folder)
+            manifests.sync(folder.parent)
     except BaseException:
         if jax.process_index() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    finally:
-        saver.close()
-    if jax.process_index() == 0:
-        made.corpus.tokenizer.save(draft / "tokenizer")
-        manifests.write_whole(draft / "config.json", config_lib.to_json(made.config))
-        manifests.write_whole(draft / FILE, json.dumps(described, indent=1, allow_nan=False) + "\n")
-        draft.rename(folder)
-        manifests.sync(folder.parent)
     return folder
+
+
+def _write_arrays(
+    draft: Path, made: experiment.Experiment, number: int, state: step.TrainState, batch: step.Batch
+) -> dict[str, Any]:
+    """Write state and batch; return the norms of parameters and gradients, made meanwhile."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    with contextlib.closing(saving.Writer(draft / "checkpoints")) as writer:
+        state_and_batch = {**parts, "batch": batch}
+        writer.start(number, state_and_batch, {"metrics": {}}, good=lambda _: None)
+        try:
+            found = {
+                "parameters": anatomy.norms(state.local.get("params", state.params)),
+                "gradients": _gradient_norms(made, state, batch),
+            }
+        finally:
+            error = writer.join()
+        if error:
+            raise error
+    return found
 
 
 def _settings(made: experiment.Experiment) -> dict[str, Any]:

@@ -73,9 +73,13 @@ class Trail:
             if self._every:
                 self._file = metrics.Jsonl(workdir / FILE)
 
+    def due(self, now: int) -> bool:
+        """Return whether step `now` is recorded, of which the state must then be known (`Guard.settle`)."""
+        return bool(self._every) and now % self._every == 0
+
     def at(self, now: int, state: step.TrainState, batch: step.Batch) -> None:
         """Record step `now`, if it is one of those recorded; the row is on the disk when this returns."""
-        if not self._every or now % self._every:
+        if not self.due(now):
             return
         found = self._fingerprints.of_step(state, batch)
         if self._file is not None:

@@ -15,6 +15,7 @@ import pytest
 
 from lm import checkpoint, config, manifests, train
 from lm.metrics import read_rows
+from tools import replay
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4
@@ -253,3 +254,41 @@ def test_a_process_that_differs_is_named(experiment, text_file, tmp_path, flag, 
     assert code == 2
     for index in (0, 1):
         assert "error: process 1 (" in job.said(index) and words in job.said(index)
+
+
+POISON = """
+
+import numpy as np
+
+from lm.data import pipeline
+
+original = pipeline.Batches.__getitem__
+
+
+def batch(self, number):
+    found = original(self, number)
+    if number == 20 and self._slice.start <= 5 < self._slice.stop:
+        found["weights"] = found["weights"].copy()
+        found["weights"][5 - self._slice.start] = np.nan
+    return found
+
+
+pipeline.Batches.__getitem__ = batch
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_path, capsys):
+    """The bad row is of one process alone; skipped, or rolled back, and by any number of them."""
+    path = tmp_path / "poisoned.py"
+    path.write_text(EXPERIMENT.format(path=str(text_file)) + POISON)
+    for name, processes, mode in (("skip", 2, "skip"), ("back", 2, "rollback"), ("one", 1, "skip")):
+        with Job(path, tmp_path / name, processes, f"--config.train.on_bad_step={mode}") as job:
+            assert job.wait(300) == 0, job.said(0)
+    assert_same(tmp_path / "skip", tmp_path / "one")
+    assert_same(tmp_path / "skip", tmp_path / "back")
+    folder = tmp_path / "skip" / "recorder" / "20"
+    assert not manifests.problem(folder / "checkpoints", 20)
+    assert replay.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "row 5, shard 2 of 4" in said and "batch weights: 16 numbers are not finite" in said

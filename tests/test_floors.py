@@ -72,7 +72,7 @@ NEIGHBOURS = {
     ("lm.guard", "lm.log"),
     ("lm.guard", "lm.recorder"),
     ("lm.recorder", "lm.experiment"),
-    ("lm.guard", "lm.workdir"),
+    ("lm.guard", "lm.receipt"),
     ("lm.log", "lm.experiment"),
     ("lm.train", "lm.initial"),
     ("lm.initial", "lm.experiment"),

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from lm import exits, manifests, spikes, train
+from lm import manifests, spikes, train
 from lm.config import ConfigError
 from lm.data import pipeline
+from lm.exits import Diverged
 from tests.test_train import arrays_of, assert_same_run, rows_of
+from tools import verify
 
 BAD = 3  # the step whose batch is bad, counted from 0
 
@@ -119,13 +121,28 @@ def test_what_was_left_out_stays_so_where_it_does_not_come_again(
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
 
 
+def test_fingerprints_of_a_run_with_skips_are_the_same_again(tiny, tmp_path, poison, capsys):
+    """Those of the step after the bad one too, whose state is not yet known when its batch comes."""
+    config = tiny(
+        train__on_bad_step="skip", train__fingerprint_every_steps=1, checkpoint__every_steps=0,
+        eval__every_steps=0,
+    )  # fmt: skip
+    poison(BAD)
+    train.run(config, tmp_path / "whole")
+    killed_at(BAD + 2, config, tmp_path / "cut")
+    train.run(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
+    trails = [(tmp_path / name / "fingerprints.jsonl").read_text() for name in ("whole", "cut")]
+    assert trails[0] == trails[1] and len(trails[0].splitlines()) == 6
+    capsys.readouterr()
+    assert verify.main([str(tmp_path / "whole"), "--steps=0:6"]) == 0, capsys.readouterr()
+
+
 @pytest.mark.parametrize("mode", ["skip", "rollback"])
 def test_too_many_are_the_end(tiny, tmp_path, poison, mode):
     poison(2, 3, 4)
     config = tiny(train__on_bad_step=mode, train__max_skips=2)
-    with pytest.raises(
-        exits.Diverged, match=r"step 5: .* 2 steps are left out already \(train\.max"
-    ):
+    with pytest.raises(Diverged, match=r"step 5: .* 2 steps are left out already \(train\.max"):
         train.run(config, tmp_path)
     config.train.max_skips = 3
     train.run(config, tmp_path)
@@ -160,7 +177,7 @@ def test_parameters_that_an_update_has_broken_are_rolled_back(tiny, tmp_path, mo
         return init, breaking, *rest
 
     monkeypatch.setattr(train.experiment, "jitted", jitted)
-    with pytest.raises(exits.Diverged, match="nor are the parameters before it"):
+    with pytest.raises(Diverged, match="nor are the parameters before it"):
         train.run(tiny(train__on_bad_step="skip", checkpoint__every_steps=0), tmp_path / "skip")
     for every in (2, 0):  # found when it is saved, and by the next step
         workdir = tmp_path / f"{every}"
@@ -209,9 +226,7 @@ def test_a_spike_is_a_bad_step(tiny, tmp_path, poison, monkeypatch, mode, metric
         train__spike_metric=metric, optim__peak_lr=2e-2, checkpoint__every_steps=6,
     )  # fmt: skip
     if mode == "stop":
-        with pytest.raises(
-            exits.Diverged, match=rf"step 8: its {metric} of .* standard deviations"
-        ):
+        with pytest.raises(Diverged, match=rf"step 8: its {metric} of .* standard deviations"):
             train.run(config, tmp_path)
         config.train.on_bad_step = "skip"
         train.run(config, tmp_path)  # goes on from there

@@ -96,7 +96,7 @@ class Recorded:
     def __init__(self, folder: Path, dtype: str):
         from lm import anatomy, manifests, recorder, step
         from lm.data import tokenizers
-        from lm.workdir import read_json
+        from lm.receipt import read_json
 
         if not (folder / recorder.FILE).is_file():
             found = sorted(str(path.parent) for path in folder.rglob(recorder.FILE))

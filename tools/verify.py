@@ -69,7 +69,17 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
       ConfigError: no run, no record in `steps`, or data that is not the run's.
     """
     startup.prepare()
-    from lm import checkpoint, experiment, hardware, initial, manifests, receipt, sharding, stored
+    from lm import (
+        checkpoint,
+        experiment,
+        guard,
+        hardware,
+        initial,
+        manifests,
+        receipt,
+        sharding,
+        stored,
+    )
     from lm.data import corpus
 
     config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
@@ -95,7 +105,8 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
         else:
             state = initial.fresh_state(made, init)
         print(f"steps {start} to {last} again, {len(record.steps(first, last))} of them recorded")
-        yield from _repeat(made, train_step, state, record, range(start, last), first)
+        skipped = guard.read(workdir, folder, start)
+        yield from _repeat(made, train_step, state, record, range(start, last), first, skipped)
 
 
 def _stretch(steps: str, record: "Record", good: list[int], workdir: Path) -> tuple[int, int]:
@@ -117,11 +128,13 @@ def _stretch(steps: str, record: "Record", good: list[int], workdir: Path) -> tu
     return first, last
 
 
-def _repeat(made, train_step, state, record: "Record", steps: range, first: int) -> Iterator[str]:
-    """Take `steps` from `state` on; yield what differs in the first step, from `first` on, that does."""
+def _repeat(
+    made, train_step, state, record: "Record", steps: range, first: int, skipped: Mapping[int, str]
+) -> Iterator[str]:
+    """Take `steps` but for `skipped` ones; yield what differs in the first, from `first` on, that does."""
     import jax
 
-    from lm import metrics, placement, trail
+    from lm import guard, metrics, placement, trail
 
     fingerprints = trail.Fingerprints(made)
     for now in steps:
@@ -129,8 +142,11 @@ def _repeat(made, train_step, state, record: "Record", steps: range, first: int)
         differs: list[Difference] = []
         if now >= first and (marks := record.marks.get(now)):
             differs = different(marks, fingerprints.of_step(state, batch), at=now)
-        state, sums = train_step(state, batch)
-        sums.pop("healthy")
+        if now in skipped:
+            state, sums = guard.at_step(state, now + 1), {}
+        else:
+            state, sums = train_step(state, batch)
+            sums.pop("healthy")
         row = {k: v for k, v in record.rows.get(now + 1, {}).items() if k.startswith("train/")}
         if now >= first and row:
             means = metrics.summarize(jax.device_get(sums))
