@@ -194,9 +194,12 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def mapped_over(axis: str) -> Iterator[None]:
-    """Trace code that is mapped over a split logical `axis`: it knows nothing of the other devices there."""
-    token = _outside.set(_outside.get() | {*RULES[axis]})
+def mapped_over(axis: str | frozenset[str]) -> Iterator[None]:
+    """Trace code that is mapped over a split logical `axis`: it knows nothing of the other devices there.
+
+    A gradient of one's own is traced later, outside of this: it takes the `other_axes` of its function.
+    """
+    token = _outside.set(_outside.get() | ({*RULES[axis]} if isinstance(axis, str) else axis))
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ class Linear(nn.Module):
         x, eight_bits = x.astype(self.dtype), fp8.check(self.matmul_dtype)
         split = sharding.fsdp_axis(self.axes) is not None and x.ndim - self.num_inputs <= 2
         if split and not eight_bits:
-            y = _shared_product(x, kernel, self.axes, self.num_inputs)
+            y = _shared_product(x, kernel, self.axes, self.num_inputs, sharding.other_axes())
         else:
             kernel = sharding.gather(kernel, self.axes, self.dtype)
             multiply = fp8.product if eight_bits else product
@@ -120,8 +120,10 @@ def _flat_product(
     return y.reshape(*lead, *outputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _shared_product(x, kernel, axes: tuple[str, ...], num_inputs: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _shared_product(
+    x, kernel, axes: tuple[str, ...], num_inputs: int, outside: frozenset[str]
+) -> jax.Array:
     """`_flat_product` of a kernel of `axes` that fsdp splits: gathered for use, and again for its gradients.
 
     Of the kernel's gradient each device sums its own part over fsdp (a reduce-scatter), then that part alone
@@ -130,7 +132,7 @@ def _shared_product(x, kernel, axes: tuple[str, ...], num_inputs: int):
     return _flat_product(x, sharding.gather(kernel, axes, x.dtype), num_inputs)
 
 
-def _shared_backward(axes, num_inputs, operands, dy):
+def _shared_backward(axes, num_inputs, outside, operands, dy):
     x, kernel = operands
     at, num_rows = sharding.fsdp_axis(axes), x.ndim - num_inputs
     assert at is not None
@@ -147,18 +149,16 @@ def _shared_backward(axes, num_inputs, operands, dy):
     rows = ("act_batch", "act_length")[:num_rows]
     names = [None if place == at else name for place, name in enumerate(axes)]
     operand_axes = [(*rows, *names[:num_inputs]), (*rows, *names[num_inputs:])]
-    dkernel = collectives.on_shards(local, operand_axes, axes)(x, dy)
+    with sharding.mapped_over(outside):
+        dkernel = collectives.on_shards(local, operand_axes, axes)(x, dy)
     kernel = sharding.gather(kernel, axes, x.dtype).astype(x.dtype)
     dx = flat(dy) @ kernel.reshape(math.prod(kernel.shape[:num_inputs]), -1).T
     return dx.reshape(x.shape), dkernel
 
 
 _shared_product.defvjp(
-    lambda x, kernel, axes, num_inputs: (
-        _shared_product(x, kernel, axes, num_inputs), (x, kernel),
-    ),
-    _shared_backward,
-)  # fmt: skip
+    lambda x, kernel, *how: (_shared_product(x, kernel, *how), (x, kernel)), _shared_backward
+)
 
 
 def einsum(formula: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
