@@ -195,10 +195,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def mapped_over(axis: str | frozenset[str]) -> Iterator[None]:
-    """Trace code that is mapped over a split logical `axis`: it knows nothing of the other devices there.
-
-    A gradient of one's own is traced later, outside of this: it takes the `other_axes` of its function.
-    """
+    """Trace code mapped over a split logical `axis`, or `other_axes`: of the others there it knows nothing."""
     token = _outside.set(_outside.get() | ({*RULES[axis]} if isinstance(axis, str) else axis))
     try:
         yield

@@ -149,7 +149,9 @@ def _shared_backward(axes, num_inputs, outside, operands, dy):
     rows = ("act_batch", "act_length")[:num_rows]
     names = [None if place == at else name for place, name in enumerate(axes)]
     operand_axes = [(*rows, *names[:num_inputs]), (*rows, *names[num_inputs:])]
-    with sharding.mapped_over(outside):
+    with sharding.mapped_over(
+        outside
+    ):  # this is traced later than the function, outside of its own
         dkernel = collectives.on_shards(local, operand_axes, axes)(x, dy)
     kernel = sharding.gather(kernel, axes, x.dtype).astype(x.dtype)
     dx = flat(dy) @ kernel.reshape(math.prod(kernel.shape[:num_inputs]), -1).T
