@@ -195,7 +195,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def mapped_over(axis: str | frozenset[str]) -> Iterator[None]:
-    """Trace code mapped over a split logical `axis`, or `other_axes`: it knows nothing of the others there."""
+    """Trace code mapped over a logical `axis`, or `other_axes`: it knows nothing of the others there."""
     token = _outside.set(_outside.get() | ({*RULES[axis]} if isinstance(axis, str) else axis))
     try:
         yield
