@@ -232,6 +232,8 @@ class Peers(Alone):
             self._me[0] != TRAINING or age < self._timeout + 3 * self._pause
         ):  # _lost knows it earlier
             return ""
+        if any(self._said(i)[0] == "compiling" for i in range(self._count)):
+            return ""  # which may take longer there: this process may have found its program in a cache
         behind = sorted(range(self._count), key=lambda i: self._said(i)[1])[:_SHOWN]
         all_do = "; ".join(f"{self._name(i)}: {self._doing(i)}" for i in behind)
         return f"no step for {age:.0f} s (train.peer_timeout_seconds): {all_do}"

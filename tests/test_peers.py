@@ -162,6 +162,18 @@ def test_a_step_that_does_not_end_shows_who_is_behind(meet, monkeypatch):
     assert not every[1]._stuck(), "an evaluation or a save may take long"
 
 
+def test_a_process_that_still_compiles_is_waited_for(meet):
+    """Its program may be new to it where another one has found its own in a cache."""
+    every = meet(2, 15.0)
+    every[0].at("training", 1)
+    every[1].at("compiling", 0)
+    until(lambda: every[0]._said(1) == ["compiling", 0])
+    every[0]._since -= 100
+    assert not every[0]._stuck()
+    every[1].at("training", 1)
+    assert until(every[0]._stuck)
+
+
 def test_one_process_alone_waits_for_nobody():
     with peers.watch(1.0) as alone:
         alone.agree({"x": "1"})

@@ -17,7 +17,7 @@ import sys
 
 import ray
 
-AGAIN = (75, 76, 128 + 9)  # stopped and saved; another process was lost; killed
+AGAIN = (75, 76, 77, 128 + 9)  # stopped and saved; another process was lost; hung; killed
 
 
 class Process:
