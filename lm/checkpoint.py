@@ -20,10 +20,10 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import distributed, hardware, manifests, models, retention, saving, stored
+from lm import distributed, hardware, manifests, models, remote, retention, saving, stored
 from lm.config import ConfigError, Duration
 from lm.step import parameter_axes
-from lm.stored import averaged, flatten, num_layers, restore, shapes_of, sources_of, unflatten
+from lm.stored import averaged, flatten, restore, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,18 @@ class Config:
     keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
+    remote: str = (
+        ""  # a second place: a folder or URL of this run's own, to which good ones are copied
+    )
+    remote_every: int = 0  # steps; only checkpoints at its multiples are, and the last one; 0 = all
 
     def __post_init__(self):
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: keep at least 1")
         if self.keep_every < 0:
             raise ConfigError(f"checkpoint.keep_every={self.keep_every}: use 0 or more steps")
+        if self.remote_every < 0:
+            raise ConfigError(f"checkpoint.remote_every={self.remote_every}: use 0 or more steps")
         if not re.fullmatch(r"eval(_raw)?/(loss|perplexity|bits_per_byte)", self.best_metric):
             raise ConfigError(
                 f"checkpoint.best_metric={self.best_metric}: use eval/loss, eval/perplexity, "
@@ -74,10 +80,12 @@ class Checkpointer:
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.cfg = cfg
         self.say = say
+        self._remote = remote.Remote(cfg.remote, self.folder, say) if cfg.remote else None
         self._writer = saving.Writer(self.folder)
         self._failures = 0  # tries that failed, one after the other
         self._unsaved: OSError | None = None  # what the last save failed with
         self._owed = False  # it is to be tried at the next step
+        self._last = False  # the save in flight is the last one
 
     def save(
         self,
@@ -100,6 +108,7 @@ class Checkpointer:
           OSError: the last of all tries failed.
         """
         self.settle()
+        self._last = wait
         more: dict[str, Any] = {"metrics": dict(metrics)}
         if skipped:
             more["skipped"] = {str(number): why for number, why in skipped.items()}
@@ -179,6 +188,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._writer.close()
+            if self._remote:
+                self._remote.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -193,11 +204,16 @@ class Checkpointer:
             self.say(f"{error}; not saved")
 
     def _good(self, step: int) -> None:
-        """Delete what is not kept, now that the checkpoint of `step` is good."""
+        """Copy the checkpoint of `step`, which is good now; delete what is not kept."""
         cfg = self.cfg
+        needed = {step}
+        if self._remote:
+            if self._last or not cfg.remote_every or step % cfg.remote_every == 0:
+                self._remote.copy(step)
+            needed |= self._remote.needed()
         best = cfg.best_metric if cfg.keep_best else ""
         try:
-            kept = retention.kept(self.folder, cfg.keep, cfg.keep_every, best) | {step}
+            kept = retention.kept(self.folder, cfg.keep, cfg.keep_every, best) | needed
             old = set(manifests.good_steps(self.folder)) - kept
             for problem in retention.delete(self.folder, old):
                 self.say(problem)
@@ -215,16 +231,53 @@ class Checkpointer:
             return None
         return unflatten(abstract, restore(self.folder, int(step), flatten(abstract)))
 
-    def _newest_good(self, say: Callable[[str], None]) -> int | None:
-        for step in reversed(manifests.all_steps(self.folder)):
-            if not (problem := manifests.problem(self.folder, step)):
-                return step
-            try:
-                then = f"moved to {manifests.move_aside(self.folder / str(step))}"
-            except OSError as error:
-                then = f"it stays where it is: {error}"
-            say(f"checkpoint {step} is not used: {problem}; {then}")
+    def fetch(self) -> None:
+        """Bring the newest good checkpoint here where only `checkpoint.remote` has it; say what is damaged.
+
+        Raises:
+          ConfigError: the remote cannot be read, and there is no checkpoint here to go on from.
+        """
+        if self._remote and jax.process_index() == 0:
+            self._newest_good(print, self._remote)
+        if self.cfg.remote:
+            distributed.from_first("fetched")
+
+    def _newest_good(
+        self, say: Callable[[str], None], other: remote.Remote | None = None
+    ) -> int | None:
+        """Return the newest good step, moving aside what is not good; of `other` too, brought here."""
+        here = manifests.all_steps(self.folder)
+        there, unread = _steps_of(other)
+        for step in sorted({*here, *there}, reverse=True):
+            if step in here:
+                if not (problem := manifests.problem(self.folder, step)):
+                    if unread:
+                        say(f"{unread}; going on with checkpoint {step} here")
+                    return step
+                try:
+                    then = f"moved to {manifests.move_aside(self.folder / str(step))}"
+                except OSError as error:
+                    then = f"it stays where it is: {error}"
+                say(f"checkpoint {step} is not used: {problem}; {then}")
+            if other and step in there:
+                if not (problem := other.fetch(step)):
+                    say(f"checkpoint {step} is taken from {self.cfg.remote}")
+                    return step
+                say(f"checkpoint {step} of {self.cfg.remote} is not used: {problem}")
+        if unread:
+            raise ConfigError(
+                f"checkpoint.remote: {unread}, and there is no good checkpoint in {self.folder}; wait until "
+                "it can be read, or set checkpoint.remote='' to begin anew"
+            )
         return None
+
+
+def _steps_of(other: remote.Remote | None) -> tuple[list[int], str]:
+    """Return the steps that are there, and what keeps them from being seen."""
+    try:
+        return (other.steps() if other else []), ""
+    except OSError as error:
+        return [], str(error)
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:
@@ -328,51 +381,3 @@ def restore_params(folder: Path, step: int, abstract: Any) -> Any:
     part = averaged((manifests.read(folder, step) or {})["arrays"])
     wanted = flatten({part: abstract})
     return unflatten({part: abstract}, restore(folder, step, wanted))[part]
-
-
-def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:
-    """Return `params` with every parameter of the same name in `source` taken from there.
-
-    Args:
-      source: a run's folder (its last checkpoint), or one checkpoint's folder.
-      params: placed arrays, kept where `source` has none of the name; both kinds are said.
-
-    Raises:
-      ConfigError: no checkpoint there, no name in common, or a shape that differs.
-    """
-    path = Path(source).absolute()
-    if path.name.isdecimal() and (path / manifests.MANIFEST).is_file():
-        folder, step = path.parent, int(path.name)
-    else:
-        folder, step = path / "checkpoints", find_step(path)
-    if bad := manifests.problem(folder, step):
-        raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
-    arrays = (manifests.read(folder, step) or {})["arrays"]
-    part = averaged(arrays)
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in flatten({part: params}).items()
-    }
-    depth, shapes = num_layers(wanted), shapes_of(arrays)
-    names = {
-        name: [source for source, _, _ in sources_of(name, leaf, shapes, depth)]
-        for name, leaf in wanted.items()
-    }
-    missing = sorted(name for name in wanted if not set(names[name]) <= set(arrays))
-    used = {source for name in wanted if name not in missing for source in names[name]}
-    extra = sorted(name for name in arrays if name.startswith(f"{part}.") and name not in used)
-    if len(missing) == len(wanted):
-        raise ConfigError(
-            f"train.init_from={source}: no parameter of that model has a name of this one's"
-        )
-    found = restore(
-        folder, step, {name: leaf for name, leaf in wanted.items() if name not in missing}
-    )
-    say(f"init_from {source} step {step}: {len(found)} parameters taken")
-    for title, names_of in (
-        ("not there, so fresh", missing),
-        ("there, but not in this model", extra),
-    ):
-        if names_of:
-            say(f"init_from: {title}: {', '.join(names_of)}")
-    return unflatten({part: params}, {**flatten({part: params}), **found})[part]

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from lm import checkpoint, experiment, sharding, step
+from lm import checkpoint, experiment, manifests, sharding, step
 from lm.config import ConfigError
 from lm.data import vectors
+from lm.stored import averaged, flatten, num_layers, restore, shapes_of, sources_of, unflatten
 
 
 def fresh_state(
@@ -17,7 +19,7 @@ def fresh_state(
     """Return the state of step 0, with the parameters of `train.init_from` where that is given."""
     state = init()
     if source := made.cfg["train"].init_from:
-        state = step.begin_with(state, checkpoint.init_from(source, state.params))
+        state = step.begin_with(state, init_from(source, state.params))
     if made.cfg["train"].vectors:
         state = step.begin_with(state, with_vectors(made, state.params))
     return state
@@ -60,3 +62,51 @@ def with_vectors(
     share = len(rows) / len(ids)
     say(f"vectors: {source}: {len(rows):,} of {len(ids):,} words of the vocabulary ({share:.1%})")
     return params
+
+
+def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:
+    """Return `params` with every parameter of the same name in `source` taken from there.
+
+    Args:
+      source: a run's folder (its last checkpoint), or one checkpoint's folder.
+      params: placed arrays, kept where `source` has none of the name; both kinds are said.
+
+    Raises:
+      ConfigError: no checkpoint there, no name in common, or a shape that differs.
+    """
+    path = Path(source).absolute()
+    if path.name.isdecimal() and (path / manifests.MANIFEST).is_file():
+        folder, step = path.parent, int(path.name)
+    else:
+        folder, step = path / "checkpoints", checkpoint.find_step(path)
+    if bad := manifests.problem(folder, step):
+        raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
+    arrays = (manifests.read(folder, step) or {})["arrays"]
+    part = averaged(arrays)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in flatten({part: params}).items()
+    }
+    depth, shapes = num_layers(wanted), shapes_of(arrays)
+    names = {
+        name: [source for source, _, _ in sources_of(name, leaf, shapes, depth)]
+        for name, leaf in wanted.items()
+    }
+    missing = sorted(name for name in wanted if not set(names[name]) <= set(arrays))
+    used = {source for name in wanted if name not in missing for source in names[name]}
+    extra = sorted(name for name in arrays if name.startswith(f"{part}.") and name not in used)
+    if len(missing) == len(wanted):
+        raise ConfigError(
+            f"train.init_from={source}: no parameter of that model has a name of this one's"
+        )
+    found = restore(
+        folder, step, {name: leaf for name, leaf in wanted.items() if name not in missing}
+    )
+    say(f"init_from {source} step {step}: {len(found)} parameters taken")
+    for title, names_of in (
+        ("not there, so fresh", missing),
+        ("there, but not in this model", extra),
+    ):
+        if names_of:
+            say(f"init_from: {title}: {', '.join(names_of)}")
+    return unflatten({part: params}, {**flatten({part: params}), **found})[part]

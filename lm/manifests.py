@@ -19,7 +19,11 @@ READ = (2, 3)  # formats that are read: 2 has no fingerprints
 
 
 def write(target: Path, manifest: dict[str, Any]) -> None:
-    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced."""
+    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced.
+
+    Raises OSError where it cannot be written, or is then not what was written.
+    """
+    (target / f"{MANIFEST}.partial").unlink(missing_ok=True)  # of a try that failed
     files = sorted(path for path in target.rglob("*") if path.is_file())
     manifest["files"] = {
         str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
@@ -28,6 +32,8 @@ def write(target: Path, manifest: dict[str, Any]) -> None:
         sync(path)
     manifest["digest"] = _digest(manifest)
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+    if bad := problem(target.parent, int(target.name)):
+        raise OSError(bad)
 
 
 def add_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
@@ -81,10 +87,18 @@ def move_aside(folder: Path) -> Path | None:
 def read(folder: Path, step: int) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None where there is none that makes sense."""
     try:
-        manifest = json.loads((folder / str(step) / MANIFEST).read_text())
+        return parsed((folder / str(step) / MANIFEST).read_bytes(), step)
+    except OSError:
+        return None
+
+
+def parsed(text: bytes, step: int) -> dict[str, Any] | None:
+    """Return the manifest of `step` that a text is; None where it is none that makes sense."""
+    try:
+        manifest = json.loads(text)
         whole = manifest["digest"] == _digest(manifest) and manifest["step"] == step
         return manifest if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -118,8 +132,13 @@ def problem(folder: Path, step: int) -> str:
     if manifest.get("format") not in READ:
         known = ", ".join(map(str, READ))
         return f"its format is {manifest.get('format')}, and this version reads {known}"
+    return files_problem(folder / str(step), manifest)
+
+
+def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
+    """Return which file of the folder `target` is not what its manifest says, and why; "" for none."""
     for name, (size, digest) in manifest["files"].items():
-        path = folder / str(step) / name
+        path = target / name
         try:
             if not path.is_file():
                 return f"file {name} is missing"

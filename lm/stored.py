@@ -206,5 +206,5 @@ def shapes_of(stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def averaged(arrays: Iterable[str]) -> str:
-    """Return which part of a checkpoint is its model: "ema", where an average was kept, or "params"."""
+    """Return which part of these names is the model: "ema", where an average was kept, or "params"."""
     return "ema" if any(name.startswith("ema.") for name in arrays) else "params"

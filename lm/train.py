@@ -74,10 +74,11 @@ def run(
         eval_every = made.steps_of("eval", "every_steps") or num_steps
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
         stack.enter_context(workdirs.alone_in(workdir))
+        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
+        saver.fetch()
         workdirs.check_resume(workdir, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
-        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
         state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
         workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import checkpoint, fingerprint, manifests, sharding, train
+from lm import checkpoint, fingerprint, initial, manifests, sharding, train
 from lm.config import ConfigError
 
 
@@ -251,7 +251,7 @@ def test_init_from_takes_what_has_the_same_name_and_says_the_rest(saver, capsys)
     saver.save(1, {"params": {"a": jnp.ones(3), "gone": jnp.ones(2)}}, {})
     saver.wait()
     params = {"a": jnp.zeros(3), "new": jnp.full(2, 5.0)}
-    taken = checkpoint.init_from(saver.folder / "1", params)
+    taken = initial.init_from(saver.folder / "1", params)
     np.testing.assert_array_equal(taken["a"], np.ones(3))
     np.testing.assert_array_equal(taken["new"], np.full(2, 5.0))
     said = capsys.readouterr().out
@@ -262,9 +262,9 @@ def test_init_from_refuses_a_stranger(saver):
     saver.save(1, {"params": {"a": jnp.ones(3)}}, {})
     saver.wait()
     with pytest.raises(ConfigError, match="no parameter"):
-        checkpoint.init_from(saver.folder / "1", {"z": jnp.ones(3)})
+        initial.init_from(saver.folder / "1", {"z": jnp.ones(3)})
     with pytest.raises(ConfigError, match=r"params\.a"):
-        checkpoint.init_from(saver.folder / "1", {"a": jnp.ones(4)})
+        initial.init_from(saver.folder / "1", {"a": jnp.ones(4)})
 
 
 def test_write_whole_leaves_the_old_file_when_it_cannot(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ FLOORS = {
     "lm.stored": 2,
     "lm.saving": 3,
     "lm.retention": 1,
+    "lm.remote": 1,
     "lm.step": 2,
     "lm.local_steps": 2,
     "lm.models": 2,

@@ -1,0 +1,195 @@
+"""A second place for good checkpoints: a folder, or a URL that fsspec opens (gs://, s3://, file://, memory://).
+
+Each is copied by a thread after it is good here: its files first, hashed again where they arrived, its
+manifest last. So what has a whole manifest there is whole, and a copy that was cut short is none. Beside its
+files lie those of the run's folder (`run/`: config, data, rows of metrics), so that a run goes on where
+nothing is left of it here. Nothing but an unfinished or older copy of the same step is deleted there.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+
+from lm import manifests
+from lm.config import ConfigError
+
+FETCHING = "fetching"  # a folder's name while it is brought here
+RUN = "run"  # beside a copy's state: files of the run's folder
+TRIES = 3  # to reach it when a run begins or ends
+WAIT = 5.0  # seconds between two tries; doubled each time while a run trains
+LONGEST = 300.0
+
+
+class Remote:
+    """Copies the good checkpoints of `folder` to `url`, and back."""
+
+    def __init__(self, url: str, folder: Path, say: Callable[[str], None]):
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"checkpoint.remote={url}: {error}; give a folder, or a URL that fsspec opens"
+            ) from None
+        self._url, self._folder, self._say = url, folder, say
+        self._due: int | None = None  # the next to be copied
+        self._now: int | None = None  # the one that is copied
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def copy(self, step: int) -> None:
+        """Begin to copy the checkpoint of `step`, which is good; return at once."""
+        with self._changed:
+            if self._due is not None:
+                self._say(f"checkpoint {self._due} is not copied to {self._url}: {step} is newer")
+            self._due = step
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def needed(self) -> set[int]:
+        """Return the steps that are not to be deleted here yet."""
+        with self._changed:
+            return {step for step in (self._due, self._now) if step is not None}
+
+    def close(self) -> None:
+        """Wait until what is due is copied, or has failed as often as it may; say which."""
+        with self._changed:
+            self._closing = True
+            if self._due is not None or self._now is not None:
+                self._say(f"waiting for the copy to {self._url}")
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._due is not None)
+                if self._due is None:
+                    return
+                self._now, self._due = self._due, None
+            self._until_copied(self._now)
+            with self._changed:
+                self._now = None
+
+    def _until_copied(self, step: int) -> None:
+        """Try to copy until it is done, a newer one is due, or the run ends."""
+        wait, left = WAIT, TRIES
+        while True:
+            try:
+                self._upload(step)
+                return
+            except Exception as error:  # every file system raises its own
+                problem = (str(error).splitlines() or [type(error).__name__])[0]
+            with self._changed:
+                left -= self._closing
+                given_up = left == 0 or self._due is not None
+                then = "a newer one is" if self._due is not None else "given up"
+                self._say(
+                    f"checkpoint {step} is not copied to {self._url}: {problem}; "
+                    f"{then if given_up else 'trying again'}"
+                )
+                if given_up:
+                    return
+                self._changed.wait_for(
+                    lambda: self._due is not None,
+                    timeout=min(wait, WAIT if self._closing else wait),
+                )
+            wait = min(2 * wait, LONGEST)
+
+    def _upload(self, step: int) -> None:
+        """Copy a checkpoint, manifest last. Raises what the file system does, or OSError."""
+        manifest = manifests.read(self._folder, step)
+        if manifest is None:
+            raise OSError("it is not good here any more")
+        there = f"{self._root}/{step}"
+        if (found := self._manifest(step)) and found["arrays"] == manifest["arrays"]:
+            return
+        if self._fs.exists(there):
+            if found:  # an older one of the same step: no copy from here on
+                self._fs.rm_file(f"{there}/{manifests.MANIFEST}")
+            self._fs.rm(there, recursive=True)
+        for name, (_, digest) in manifest["files"].items():
+            self._put(self._folder / str(step) / name, f"{there}/{name}", digest)
+        for path in sorted(self._folder.parent.glob("*.json*")):
+            if path.is_file():
+                self._put(path, f"{there}/{RUN}/{path.name}")
+        text = json.dumps(manifest, indent=1)
+        self._fs.pipe_file(f"{there}/{manifests.MANIFEST}", text.encode())
+        self._sync(f"{there}/{manifests.MANIFEST}")
+        if self._manifest(step) != manifest:
+            raise OSError(f"file {manifests.MANIFEST} did not arrive whole")
+
+    def _put(self, path: Path, there: str, digest: str = "") -> None:
+        self._fs.makedirs(there.rpartition("/")[0], exist_ok=True)
+        self._fs.put_file(str(path), there)
+        self._sync(there)
+        if digest:
+            with self._fs.open(there, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise OSError(f"file {path.name} did not arrive whole")
+
+    def _sync(self, there: str) -> None:
+        """Bring a file to the disk, and its name, where the place is a folder."""
+        if getattr(self._fs, "local_file", False):
+            manifests.sync(Path(there))
+            manifests.sync(Path(there).parent)
+
+    def _manifest(self, step: int) -> dict | None:
+        path = f"{self._root}/{step}/{manifests.MANIFEST}"
+        self._fs.invalidate_cache()
+        return manifests.parsed(self._fs.cat_file(path), step) if self._fs.exists(path) else None
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there is a folder, ascending. Raises OSError where none can be seen."""
+        try:
+            self._fs.invalidate_cache()
+            if not self._fs.exists(self._root):
+                return []
+            names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
+        except Exception as error:  # every file system raises its own
+            raise OSError(f"{self._url}: {error}") from error
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def fetch(self, step: int) -> str:
+        """Bring the checkpoint of `step` here, whole; return what is wrong with it, "" for nothing."""
+        target = self._folder / f"{step}.{FETCHING}"
+        try:
+            manifest = self._manifest(step)
+            if manifest is None:
+                return f"it has no whole {manifests.MANIFEST}"
+            shutil.rmtree(target, ignore_errors=True)
+            for name in manifest["files"]:
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(f"{self._root}/{step}/{name}", str(path))
+                manifests.sync(path)
+            manifests.write_whole(target / manifests.MANIFEST, json.dumps(manifest, indent=1))
+            if problem := manifests.files_problem(target, manifest):
+                return problem
+            self._fetch_run(step)
+            target.rename(self._folder / str(step))
+            manifests.sync(self._folder)
+        except Exception as error:  # every file system raises its own
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+        return ""
+
+    def _fetch_run(self, step: int) -> None:
+        """Bring the files of the run's folder that are not here."""
+        there = f"{self._root}/{step}/{RUN}"
+        for path in self._fs.ls(there, False) if self._fs.exists(there) else []:
+            here = self._folder.parent / path.rstrip("/").rpartition("/")[2]
+            if not here.exists():
+                partial = here.with_name(f"{here.name}.partial")
+                self._fs.get_file(path, str(partial))
+                manifests.sync(partial)
+                partial.replace(here)

@@ -1,0 +1,222 @@
+"""The second place: what is good here is there, whole or not at all; and a run goes on from there."""
+
+import json
+import shutil
+import time
+import uuid
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import checkpoint, manifests, remote, train
+from lm.config import ConfigError
+from lm.metrics import read_rows
+
+
+def state(value=0.0):
+    return {"params": {"a": jnp.full((4, 2), float(value))}}
+
+
+def abstract():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state())
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def url(request, tmp_path):
+    there = tmp_path / "there"
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/run"
+    return str(there) if request.param == "folder" else f"file://{there}"
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(remote, "WAIT", 0.01)
+
+
+def save(run, url, steps, said, **fields):
+    cfg = checkpoint.Config(keep=2, remote=url, **fields)
+    with checkpoint.Checkpointer(run, cfg, said.append) as saver:
+        for step in steps:
+            saver.save(step, state(step), {"eval/loss": 9.0 - step})
+            saver.settle()
+            while saver._remote.needed():  # one after the other
+                time.sleep(0.01)
+
+
+def resumed(run, url, said):
+    with checkpoint.Checkpointer(run, checkpoint.Config(remote=url), said.append) as saver:
+        saver.fetch()
+        found = saver.restore_latest(abstract())
+        return None if found is None else float(found["params"]["a"][0, 0])
+
+
+def edit(url, name, change):
+    """Change one file there; None deletes it."""
+    fs, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/{name}"
+    if change is None:
+        fs.rm_file(path)
+    else:
+        fs.pipe_file(path, change(fs.cat_file(path)))
+
+
+def a_file(run, step):
+    return next(iter(manifests.read(run / "checkpoints", step)["files"]))
+
+
+def test_every_good_checkpoint_is_there_and_comes_back(tmp_path, url, said):
+    save(tmp_path / "run", url, [1, 2, 3], said)
+    fs, root = fsspec.core.url_to_fs(url)
+    assert sorted(path.rpartition("/")[2] for path in fs.ls(root, False)) == ["1", "2", "3"]
+    assert manifests.good_steps(tmp_path / "run" / "checkpoints") == [2, 3]
+    assert resumed(tmp_path / "other", url, said) == 3.0
+    assert manifests.good_steps(tmp_path / "other" / "checkpoints") == [3]
+    assert not said
+
+
+def test_every_so_many_steps_and_the_last(tmp_path, url, said):
+    save(tmp_path / "run", url, [1, 2, 3], said, remote_every=2)
+    with checkpoint.Checkpointer(
+        tmp_path / "run", checkpoint.Config(remote=url, remote_every=2), said.append
+    ) as saver:
+        saver.save(5, state(5), {}, wait=True)
+    assert remote.Remote(url, saver.folder, said.append).steps() == [2, 5]
+
+
+def test_the_newest_good_of_both_is_taken(tmp_path, url, said, capsys):
+    run = tmp_path / "run"
+    save(run, url, [1, 2, 3], said)
+    name = a_file(run, 3)
+    (run / "checkpoints" / "3" / name).write_bytes(b"?")
+    assert resumed(run, url, said) == 3.0
+    told = capsys.readouterr().out.splitlines()
+    assert f"file {name} is not what was written" in told[0] and "3.aside0" in told[0]
+    assert told[1] == f"checkpoint 3 is taken from {url}"
+    shutil.rmtree(run / "checkpoints" / "3")
+    edit(url, f"3/{name}", lambda data: data + b"?")
+    assert resumed(run, url, said) == 2.0, "newer than what is damaged there"
+    assert f"checkpoint 3 of {url} is not used: file {name} is not" in capsys.readouterr().out
+    edit(url, "3/manifest.json", None)
+    assert resumed(run, url, said) == 2.0
+    assert "no whole manifest.json" in capsys.readouterr().out
+    assert not list((run / "checkpoints").glob("*.fetching"))
+
+
+def test_a_copy_that_arrives_wrong_is_made_again(tmp_path, url, said, monkeypatch):
+    original, left = remote.Remote._sync, [1]
+
+    def wrong(self, there):
+        if left and "/state/" in there:
+            left.pop()
+            self._fs.pipe_file(there, b"?")
+        original(self, there)
+
+    monkeypatch.setattr(remote.Remote, "_sync", wrong)
+    save(tmp_path / "run", url, [1], said)
+    assert len(said) == 1 and "did not arrive whole; trying again" in said[0]
+    assert resumed(tmp_path / "other", url, said) == 1.0
+
+
+def test_a_remote_that_fails_never_stops_the_run(tmp_path, said, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("503 slow down\nand more")
+
+    monkeypatch.setattr(remote.Remote, "_put", fails)
+    cfg = checkpoint.Config(remote=f"memory://{uuid.uuid4().hex}")
+    with checkpoint.Checkpointer(tmp_path, cfg, said.append) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        while not said:
+            time.sleep(0.01)
+        saver.save(2, state(2), {}, wait=True)
+    assert manifests.good_steps(tmp_path / "checkpoints") == [1, 2]
+    assert all("503 slow down" in text for text in said if "is not copied" in text)
+    assert said[-1].endswith("given up")
+
+
+def test_one_that_cannot_be_read_is_an_error_only_where_there_is_nothing_here(
+    tmp_path, said, monkeypatch, capsys
+):
+    url = f"memory://{uuid.uuid4().hex}"
+    save(tmp_path / "run", url, [1], said)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "exists", fails)
+    assert resumed(tmp_path / "run", url, said) == 1.0
+    assert "no route to host; going on with checkpoint 1 here" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"no route to host.*checkpoint\.remote=''"):
+        resumed(tmp_path / "other", url, said)
+
+
+def test_the_same_step_again_is_copied_only_where_it_differs(tmp_path, url, said):
+    save(tmp_path / "run", url, [1], said)
+    before = fsspec.core.url_to_fs(url)[0].cat_file
+    root = fsspec.core.url_to_fs(url)[1]
+    first = before(f"{root}/1/manifest.json")
+    save(tmp_path / "run", url, [1], said)
+    assert before(f"{root}/1/manifest.json") == first
+    with checkpoint.Checkpointer(
+        tmp_path / "run", checkpoint.Config(remote=url), said.append
+    ) as saver:
+        saver.save(1, state(7), {}, wait=True)
+    assert resumed(tmp_path / "other", url, said) == 7.0
+
+
+def test_what_is_copied_is_not_deleted_meanwhile(tmp_path, said, monkeypatch):
+    url, held = f"memory://{uuid.uuid4().hex}", []
+    original = remote.Remote._upload
+
+    def slow(self, step):
+        while step == 1 and not held:
+            time.sleep(0.01)
+        original(self, step)
+
+    monkeypatch.setattr(remote.Remote, "_upload", slow)
+    cfg = checkpoint.Config(keep=1, keep_best=False, remote=url)
+    with checkpoint.Checkpointer(tmp_path, cfg, said.append) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state(step), {}, wait=True)
+        assert manifests.good_steps(saver.folder) == [1, 3], "1 is on its way"
+        held.append(True)
+    assert "checkpoint 2 is not copied" in said[0] and "3 is newer" in said[0]
+    assert remote.Remote(url, saver.folder, said.append).steps() == [1, 3]
+
+
+def test_an_address_of_nothing_is_a_line():
+    with pytest.raises(ConfigError, match=r"checkpoint\.remote=nosuch://x"):
+        remote.Remote("nosuch://x", None, print)
+
+
+def test_a_run_whose_folder_is_lost_goes_on_to_the_same_end(tiny, tmp_path):
+    """Rows, too: those of before the checkpoint come from there."""
+
+    def rows(workdir):
+        timed = ("tokens_per_second", "mfu")
+        found = read_rows(workdir / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+    url = str(tmp_path / "there")
+    train.run(tiny(), tmp_path / "whole")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "run")
+    shutil.rmtree(tmp_path / "there" / "6")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "again")
+    assert rows(tmp_path / "again") == rows(tmp_path / "whole")
+    last = [
+        json.loads((tmp_path / name / "checkpoints" / "6" / "manifest.json").read_text())["arrays"]
+        for name in ("again", "whole")
+    ]
+    assert last[0] == last[1]
+    with pytest.raises(ConfigError, match="seed 0 -> 1"):
+        train.run(tiny(checkpoint__remote=url, seed=1), tmp_path / "third")
+    assert np.array_equal(rows(tmp_path / "run"), rows(tmp_path / "whole"))
