@@ -82,9 +82,8 @@ def run(
         state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
         workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
-        writers = stack.enter_context(
-            closing(open_writers(workdir, made, first if resumed else None))
-        )
+        opened = open_writers(workdir, made, first if resumed else None)
+        writers = stack.enter_context(closing(opened))
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
         guard = Guard(made, workdir, saver, log, train_step, first, others)
