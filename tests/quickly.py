@@ -1,8 +1,14 @@
 """How a program is compiled that takes longer to compile than to run: hardly optimized, in one part."""
 
+from jaxlib.version import __version_info__ as jaxlib_version
+
 OPTIONS = {
     "xla_backend_optimization_level": 0,  # XLA's default is 3
-    "xla_cpu_use_fusion_emitters": False,  # half of what compiling takes
     "xla_cpu_parallel_codegen_split_count": 1,  # each part has a price
 }
+if jaxlib_version < (
+    0,
+    11,
+):  # later ones have them always, and abort on a flag that they do not know
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False  # half of what compiling takes
 FLAGS = " ".join(f"--{name}={value}".lower() for name, value in OPTIONS.items())
