@@ -33,6 +33,12 @@ class Config:
     keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
+    timeout_seconds: float = (
+        3600.0  # for writing or restoring one, after which the run ends; 0 = any
+    )
+    grace_seconds: float = (
+        120.0  # from a signal to stop to the saved step; after it as above; 0 = any
+    )
     remote: str = (
         ""  # a second place: a folder or URL of this run's own, to which good ones are copied
     )
@@ -41,10 +47,14 @@ class Config:
     def __post_init__(self):
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep}: keep at least 1")
-        if self.keep_every < 0:
-            raise ConfigError(f"checkpoint.keep_every={self.keep_every}: use 0 or more steps")
-        if self.remote_every < 0:
-            raise ConfigError(f"checkpoint.remote_every={self.remote_every}: use 0 or more steps")
+        for name, unit in (
+            ("keep_every", "steps"),
+            ("remote_every", "steps"),
+            ("timeout_seconds", "seconds"),
+            ("grace_seconds", "seconds"),
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)}: use 0 or more {unit}")
         if not re.fullmatch(r"eval(_raw)?/(loss|perplexity|bits_per_byte)", self.best_metric):
             raise ConfigError(
                 f"checkpoint.best_metric={self.best_metric}: use eval/loss, eval/perplexity, "
@@ -151,6 +161,10 @@ class Checkpointer:
         then = "the next step" if self._owed else "the next that is due"
         self.say(f"{error}; not saved, {'trying again' if at_once else f'saving {then} instead'}")
 
+    def writing(self) -> int | None:
+        """Return the step whose save is in flight, if one is."""
+        return self._writer.writing()
+
     def settle(self) -> None:
         """Wait for the save in flight and say what it failed with. Raises what `save` raises."""
         if self._writer.started:
@@ -162,7 +176,7 @@ class Checkpointer:
 
         Asked before each step. Waits for nothing. Raises what `save` raises.
         """
-        if not self._writer.busy:
+        if self.writing() is None:
             self.settle()
         return self._owed
 

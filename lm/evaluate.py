@@ -19,10 +19,11 @@ class Config:
     every_steps: Duration = 500  # between evaluations; the last step is always evaluated
     max_tokens: int = 0  # scored tokens: a fixed prefix of the split; 0 = all
     batch_size: int = 0  # sequences; 0 = data.batch_size
+    timeout_seconds: float = 7200.0  # for one evaluation, after which the run ends; 0 = any
     streams: int = 16  # contiguous streams that a stateful model reads the split in
 
     def __post_init__(self):
-        for field in ("max_tokens", "batch_size"):
+        for field in ("max_tokens", "batch_size", "timeout_seconds"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"eval.{field}={getattr(self, field)}: use 0 or more")
         if self.streams < 1:

@@ -52,6 +52,12 @@ class TrainConfig:
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
     compilation_cache: bool = True  # keep compiled programs between runs
     fingerprint_every_steps: int = 1000  # between rows of fingerprints.jsonl; 0 = none
+    step_timeout_seconds: float = (
+        1800.0  # for a step and its batch, after which the run ends; 0 = any
+    )
+    compile_timeout_seconds: float = (
+        7200.0  # for the first step, or for looking into a bad one; 0 = any
+    )
     peer_timeout_seconds: float = (
         300.0  # of silence of one of several processes, after which all end
     )
@@ -86,7 +92,7 @@ class TrainConfig:
             )
         for field in (
             "z_loss", "loss_chunk", "profile_steps", "sample_tokens", "max_skips", "recordings",
-            "spike_zscore", "fingerprint_every_steps",
+            "spike_zscore", "fingerprint_every_steps", "step_timeout_seconds", "compile_timeout_seconds",
         ):  # fmt: skip
             if getattr(self, field) < 0:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use 0 or more")

@@ -20,7 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import checkpoint, distributed, experiment, manifests, peers, receipt, recorder, step
+from lm import (
+    checkpoint,
+    distributed,
+    experiment,
+    manifests,
+    peers,
+    receipt,
+    recorder,
+    sharding,
+    step,
+    watchdog,
+)
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
 
@@ -59,10 +70,10 @@ class Guard:
         log: Log,
         train_step: Callable,
         first: int,
-        others: peers.Alone,
+        watch: watchdog.Watchdog,
     ):
         self._made, self._workdir, self._saver, self._log = made, workdir, saver, log
-        self._train_step, self._cfg, self._others = train_step, made.cfg["train"], others
+        self._train_step, self._cfg, self._watch = train_step, made.cfg["train"], watch
         self.skipped = read(workdir, saver.folder, first)
         self._before: Any = None  # the batch of the step before
         log.count_skipped = self.count if self._cfg.on_bad_step != "stop" or self.skipped else None
@@ -87,7 +98,7 @@ class Guard:
         self._log.one_late(now + 1, sums)
         if not self._log.healthy:  # the step before: this one has changed nothing
             state = self._after_bad(state, now - 1)
-            self._others.at(peers.TRAINING, now)
+            self._watch.at(peers.TRAINING, now)
             state, sums = self._train_step(state, batch)
             self._log.one_late(now + 1, sums)
         self._before = batch
@@ -98,7 +109,31 @@ class Guard:
         self._log.catch_up()
         return state if self._log.healthy else self._after_bad(state, now - 1)
 
-    def check_finite(self, now: int, state: step.TrainState) -> None:
+    def save(
+        self, now: int, state: step.TrainState, scores: Mapping[str, float], **how: bool
+    ) -> None:
+        """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
+        self._watch.at(watchdog.SAVING, now)
+        self._save(now, state, scores, **how)
+
+    def _save(
+        self, now: int, state: step.TrainState, scores: Mapping[str, float], **how: bool
+    ) -> None:
+        self._check_finite(now, state)
+        self._log.sync()
+        self._saver.save(now, state, scores, self.listed(now), **how)
+
+    def rescue(self, now: int, state: step.TrainState) -> None:
+        """Save the state before step `now`, if it is not, while the run itself does something that hangs."""
+        if now in manifests.good_steps(self._saver.folder):
+            return
+        self._log.catch_up()
+        if not self._log.healthy:
+            raise Diverged(f"step {now} was bad")
+        with sharding.use(self._made.mesh):
+            self._save(now, state, {}, wait=True)
+
+    def _check_finite(self, now: int, state: step.TrainState) -> None:
         """Refuse to save parameters that are not finite: a finite gradient can make them."""
         if _finite(state):
             return
@@ -108,7 +143,7 @@ class Guard:
 
     def _after_bad(self, state: step.TrainState, bad: int) -> step.TrainState:
         """Return the state after step `bad`, which `state` is still before, or raise."""
-        self._others.at("recording a bad step", bad)  # which compiles, and so takes its time
+        self._watch.at(watchdog.COMPILING, bad)  # what looks into it
         why, finite = self._why(), _finite(state)
         if not finite:
             why += ", nor are the parameters before it"

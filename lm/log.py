@@ -66,6 +66,10 @@ class Log:
             self._writers.write(now, {"train/skipped": self.count_skipped(now)})
         self.pause(now)
 
+    def sync(self) -> None:
+        """Bring all rows that are written to the disk."""
+        self._writers.sync()
+
     def pause(self, now: int) -> None:
         """Count rates from here: what came before was not training."""
         hardware.measure_again()

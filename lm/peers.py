@@ -50,6 +50,9 @@ class Alone:
     def at(self, doing: str, step: int) -> None:
         """Note what this process does, for the others."""
 
+    def say_left(self, words: str, code: int) -> None:
+        """Tell the others that this process ends, and why."""
+
     @contextlib.contextmanager
     def first_first(self, name: str) -> Iterator[None]:
         """Let process 0 do what is inside, then all others."""
@@ -166,18 +169,16 @@ class Peers(Alone):
                 if lost := self._lost(3 * self._pause):
                     self._end(f"{lost} ({words})", error)
                 time.sleep(0.1)
-        self._say_left(words, code_of(error))
+        self.say_left(words, code_of(error))
 
-    def _say_left(self, words: str, code: int) -> None:
-        """Tell the others that this process ends, and why; the service may be gone."""
-
+    def say_left(self, words: str, code: int) -> None:
         def say() -> None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.key_value_set(
                     f"{self._prefix}/left/{self._index}", json.dumps([words, code]), True
                 )
 
-        saying = threading.Thread(target=say, daemon=True)
+        saying = threading.Thread(target=say, daemon=True)  # the service may be gone
         saying.start()
         saying.join(3)
 
@@ -248,7 +249,7 @@ class Peers(Alone):
         elif code == LOST:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
-        self._say_left(why, code)
+        self.say_left(why, code)
         os._exit(code)
 
     def _name(self, index: int) -> str:

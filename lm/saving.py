@@ -56,7 +56,9 @@ class Writer:
             "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
         }
         arguments = (target, manifest, found, good)
-        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
+        self._thread = threading.Thread(
+            target=self._finish, args=arguments, name=str(step), daemon=True
+        )
         self._thread.start()
 
     def _finish(
@@ -86,10 +88,10 @@ class Writer:
         """Whether a save was started that `join` has not told of."""
         return self._thread is not None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+    def writing(self) -> int | None:
+        """Return the step whose save is in flight, if one is."""
+        thread = self._thread
+        return int(thread.name) if thread is not None and thread.is_alive() else None
 
     def join(self) -> OSError | None:
         """Wait for the save in flight; return what went wrong with it."""

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import preemption
 
 
 class Stop:
@@ -25,8 +28,15 @@ class Stop:
         self._mesh: Mesh | None = None
         self._before: jax.Array | None = None
 
-    def vote_on(self, mesh: Mesh) -> None:
-        """Let all processes of `mesh` answer together from now on."""
+    def ask(self, why: str = "") -> None:
+        """Ask to stop after the step; a second time changes nothing."""
+        if not self.asked:
+            os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
+        self.asked = True
+
+    def begin(self, mesh: Mesh) -> None:
+        """Let requests wait for the step from now on, and all processes of `mesh` answer together."""
+        self.waits = True
         if jax.process_count() > 1:
             self._mesh = mesh
             every = PartitionSpec(mesh.axis_names)
@@ -49,26 +59,26 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one changes nothing.
+    """Turn SIGINT, SIGTERM and a cloud's notice into a request to stop after the step; a second is harmless.
 
     Before training begins there is nothing to save, and they are a KeyboardInterrupt with their number.
     """
-    stop, old = Stop(), {}
+    stop, old, closed = Stop(), {}, threading.Event()
 
     def ask(number, frame):
         if not (stop.waits or stop.asked):
             stop.asked = True
             raise KeyboardInterrupt(number)
-        if not stop.asked:
-            os.write(2, b"\nstopping after this step, and saving it\n")
-        stop.asked = True
+        stop.ask()
 
     with contextlib.suppress(
         ValueError
     ):  # only a main thread can: elsewhere signals are its caller's
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    preemption.watch(lambda notice: stop.ask(f"notice of {notice}: "), closed)
     try:
         yield stop
     finally:
+        closed.set()
         for number, handler in old.items():
             signal.signal(number, handler)

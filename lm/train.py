@@ -32,6 +32,7 @@ from lm import (
     signals,
     step,
     trail,
+    watchdog,
 )
 from lm import config as config_lib
 from lm import workdir as workdirs
@@ -86,11 +87,12 @@ def run(
         writers = stack.enter_context(closing(opened))
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
-        guard = Guard(made, workdir, saver, log, train_step, first, others)
+        watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(made.cfg), others)))
+        guard = Guard(made, workdir, saver, log, train_step, first, watch)
+        watch.start(saver.writing, stop, guard.rescue)
         profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
-        stop.vote_on(made.mesh)
-        stop.waits = True
+        stop.begin(made.mesh)
         scores = saved_scores(workdir, first) if resumed else {}
         batches = place_ahead(made, first)
 
@@ -101,17 +103,16 @@ def run(
             saving = fresh and (saver.owed() or last or (now % save_every == 0 and now > 0))
             stopping = stop.agreed()
             if evaluating or saving or stopping:
-                others.at("evaluating and saving", now)
                 state = guard.settle(now, state)
             if evaluating:
-                scores = score(made, eval_step, state, stop)
-                stopping = stop.agreed()  # a signal may have come meanwhile
-                if scores:
+                watch.at(watchdog.EVALUATING, now, state)
+                if scores := score(made, eval_step, state, stop):
                     writers.write(now, scores)
+                stopping = stop.agreed()  # a signal may have come meanwhile
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
                 told = scores if evaluating else {}
-                save(saver, guard, writers, now, state, told, wait=last or stopping, verify=last)
+                guard.save(now, state, told, wait=last or stopping, verify=last)
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -122,20 +123,19 @@ def run(
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
-            others.at(peers.TRAINING if now > first else "compiling", now)
-            if (batch := next(batches, None)) is None:
-                state = guard.settle(now, state)
-                if fresh and not saving:
-                    save(saver, guard, writers, now, state, {}, wait=True)
-                saver.wait()
-                raise DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
+            doing = peers.TRAINING if now > first else watchdog.COMPILING
+            watch.at(doing, now, state)
+            batch = next(batches, None)
+            watch.at(doing, now)
+            if batch is None:
+                raise data_ended(saver, guard, now, state, num_steps, saving or not fresh)
             if marks.due(now):
                 state = guard.settle(now, state)
                 marks.at(now, state, batch)
             profile.before(now)
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
-        others.at("ending", num_steps)
+        watch.at(watchdog.ENDING, num_steps)
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
@@ -242,19 +242,20 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
     return dict(json.loads(distributed.from_first(json.dumps(manifest.get("metrics", {})))))
 
 
-def save(
+def data_ended(
     saver: checkpoint.Checkpointer,
     guard: Guard,
-    writers: metrics.Writers,
     now: int,
     state: step.TrainState,
-    scores: dict[str, float],
-    **how: bool,
-) -> None:
-    """Start to save step `now`: rows first, and nothing that is not finite (Diverged)."""
-    guard.check_finite(now, state)
-    writers.sync()
-    saver.save(now, state, scores, guard.listed(now), **how)
+    num_steps: int,
+    saved: bool,
+) -> DataEnded:
+    """Save step `now`, for which there is no batch, unless it is `saved`; return the run's end."""
+    state = guard.settle(now, state)
+    if not saved:
+        guard.save(now, state, {}, wait=True)
+    saver.wait()
+    return DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
 
 
 def announce(

@@ -242,7 +242,7 @@ def saved(tmp_path, config):
         saver = checkpoint.Checkpointer(workdir, made.cfg["checkpoint"])
         saver.save(0, dataclasses.replace(state, params=params), {})
         saver.close()
-    workdirs.write_files(workdir, made, 0)
+    workdirs.write_files(workdir, made, 0, {})
     return workdir
 
 
