@@ -197,7 +197,10 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         if "tuple[int" in str(field.type):  # from a step on, weights
             several = "'((1000,(1,0)),)'"
         example = f"{name}={_EXAMPLES.get(field.type, several)}"
-        wanted = f"expected {type_name(field.type)}; for example {example}"
+        huge = isinstance(value, int | str) and re.fullmatch(r"[+-]?\d{19,}", str(value))
+        wanted = (
+            f"{'too large' if huge else f'expected {type_name(field.type)}'}; for example {example}"
+        )
         raise ConfigError(f"{name}={value!r}: {wanted}") from None
 
 

@@ -47,7 +47,13 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
     _check_local_steps(cfg)
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
     shards = sharding.batch_shards(mesh)
-    sizes = {"data.batch_size": (cfg["data"].batch_size, cfg["train"].accumulate_steps * shards)}
+    rows, parts = cfg["data"].batch_size, cfg["train"].accumulate_steps
+    if parts > rows:
+        raise ConfigError(
+            f"train.accumulate_steps={parts}: a batch has only data.batch_size={rows} rows; use at most "
+            f"{rows}"
+        )
+    sizes = {"data.batch_size": (rows, parts * shards)}
     if stateful:
         sizes["eval.streams"] = (cfg["eval"].streams, shards)
     for field, (size, divisor) in sizes.items():

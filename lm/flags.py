@@ -10,8 +10,13 @@ is tested on the installed jaxlib, and on libtpu where it is there. Nothing of i
 """
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from lm.config import ConfigError
 
 AUTO = "auto"
 TPU_VARIABLE, VARIABLE = "LIBTPU_INIT_ARGS", "XLA_FLAGS"
@@ -71,7 +76,12 @@ def chosen(platform: str, sizes: Mapping[str, int], asked: str = AUTO) -> list[F
 
 
 def set_flags(platform: str, sizes: Mapping[str, int], asked: str = AUTO) -> list[str]:
-    """Set the flags of a mesh in the environment; return what there is to say of each. Before jax starts."""
+    """Set the flags of a mesh in the environment; return what there is to say of each. Before jax starts.
+
+    Raises ConfigError where XLA does not know those that are asked for (of TPUs, libtpu says so later).
+    """
+    if asked not in (AUTO, "") and platform != "tpu":
+        _check(asked)
     variable = TPU_VARIABLE if platform == "tpu" else VARIABLE
     present = os.environ.get(variable, "").split()
     names = {setting.partition("=")[0] for setting in present}
@@ -79,6 +89,23 @@ def set_flags(platform: str, sizes: Mapping[str, int], asked: str = AUTO) -> lis
     if new:
         os.environ[variable] = " ".join([*present, *(flag.setting for flag in new)])
     return [f"{variable}: {flag.setting}  ({flag.why})" for flag in new]
+
+
+def _check(asked: str) -> None:
+    """Try flags in a process of their own: XLA ends one that it is given a wrong flag in."""
+    tried = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env={**os.environ, VARIABLE: asked, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if tried.returncode:
+        said = re.findall(
+            r"^(?:[EF]\d.*?\] |RuntimeError: )(.+)", tried.stderr, re.MULTILINE
+        )  # the first says what, others where
+        why = said[0] if said else f"a process with it ends with {tried.returncode}"
+        raise ConfigError(f"mesh.xla_flags={asked!r}: XLA does not take it: {why.rstrip('.')}")
 
 
 def in_use() -> str:

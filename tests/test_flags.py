@@ -80,6 +80,23 @@ def test_libtpu_knows_every_tpu_flag():
         assert flag.platform != "tpu" or name.encode() in content, name
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("--xla_nonsense=1", "Unknown flag in XLA_FLAGS: --xla_nonsense=1"),
+        ("--xla_cpu_enable_fast_math=maybe", "Couldn't interpret value maybe for flag xla_cpu_ena"),
+        ("--xla_force_host_platform_device_count=abc", "Couldn't interpret value abc"),
+        ("--xla_force_host_platform_device_count=0", "Unable to initialize backend 'cpu'"),
+    ],
+)
+def test_what_xla_does_not_take_is_told_in_a_line(monkeypatch, asked, why):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(ConfigError) as told:
+        flags.set_flags("cpu", {"data": 8}, asked)
+    assert f"mesh.xla_flags={asked!r}: XLA does not take it: {why}" in str(told.value)
+    assert "\n" not in str(told.value) and os.environ["XLA_FLAGS"] == ""
+
+
 def test_a_run_says_and_takes_what_it_is_given(tmp_path, text_file):
     """Simulated devices are counted when jax starts, so here it is known that the flag came in time."""
     command = [

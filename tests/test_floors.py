@@ -91,6 +91,7 @@ NEIGHBOURS = {
     ("lm.local_steps", "lm.step"),
     ("lm.distributed", "lm.config"),
     ("lm.peers", "lm.config"),
+    ("lm.flags", "lm.config"),
     ("lm.signals", "lm.preemption"),
     ("lm.peers", "lm.distributed"),
     ("lm.metrics", "lm.config"),

@@ -25,14 +25,15 @@ RECIPES = {
     "context": {"data": 2, "context": 4},
     "mixed": {"fsdp": 2, "tensor": 2, "context": 2},
 }
+STAGED = {"fsdp": {"stage": 2, "fsdp": 2}, "expert": {"stage": 2, "expert": 2}}
 ROWS, LENGTH, VOCAB = 16, 64, 99
 VERSION = ".".join(jax.__version__.split(".")[:2])
 
 
 @functools.cache
-def lowered(recipe, **fields):
+def lowered(recipe, staged=False, **fields):
     """Return (mesh, abstract state, lowered step, lowered gradients alone) of a small gpt."""
-    sizes = {"data": 1, **RECIPES[recipe]}
+    sizes = {"data": 1, **(STAGED if staged else RECIPES)[recipe]}
     mesh = sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
     fields = {"num_layers": 1, "model_dim": 64, "num_heads": 8, "mlp_dim": 512, **fields}
     cfg = gpt.Config(qk_norm=False, **fields)
@@ -142,6 +143,14 @@ def test_a_step_moves_what_is_on_record(recipe):
     assert found == record[VERSION][recipe], (
         f"a step of mesh {RECIPES[recipe]} moves other arrays than on record; if it should: {RENEW}"
     )
+
+
+@pytest.mark.parametrize("recipe", STAGED)
+def test_stages_go_together_with_the_other_axes(recipe):
+    """A rule of a gradient is traced outside of what its function is mapped over."""
+    fields = {"num_experts": 2} if recipe == "expert" else {}
+    mesh, *_, gradients = lowered(recipe, staged=True, num_layers=2, scan=True, **fields)
+    assert mesh.size == 4 and "sdy.manual_computation" in gradients.as_text()
 
 
 def bytes_of(tree):
