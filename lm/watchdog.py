@@ -125,6 +125,9 @@ class Watchdog:
         meanwhile = f", at {at[0]}, step {at[1]}," if name in (STOPPING, SAVING) else ""
         what = name if name == STOPPING else f"{name}, step {step},"
         why = f"{what}{meanwhile} took longer than {limit.seconds:g} s ({limit.field})"
+        last = threading.Timer(self._grace() + 30.0, os._exit, (exits.HUNG,))
+        last.daemon = True  # nobody may read what is said here
+        last.start()
         print(f"error: {why}; where each thread is:", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # a notebook's standard error is no file
             faulthandler.dump_traceback(all_threads=True)
@@ -133,9 +136,13 @@ class Watchdog:
             print(self._rescued(at[1], state), file=sys.stderr, flush=True)
         os._exit(exits.HUNG)
 
+    def _grace(self) -> float:
+        """Return the seconds that there are to save what can be saved."""
+        return self._limits.get(STOPPING, Limit(0.0, "")).seconds or 60.0
+
     def _rescued(self, step: int, state: Any) -> str:
         """Save what can be saved, in the time there is; return what came of it, in a line."""
-        limit = self._limits.get(STOPPING, Limit(0.0, "")).seconds or 60.0
+        limit = self._grace()
         said = [f"nothing more could be saved in {limit:g} s"]
 
         def work() -> None:
