@@ -1,0 +1,329 @@
+"""Kills: a training process dies at named points and at random times, and the same command finishes the run.
+
+Each time rows, fingerprints, final parameters and the copies elsewhere are those of a run that was not
+killed, bit for bit, and it went on from the newest checkpoint that was whole. See `tests/killed.py`.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lm import manifests, metrics
+from lm.metrics import read_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVES = 12, 3
+SETTINGS = {
+    "task.length": 16, "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2,
+    "data.tokenizer": "byte", "data.batch_size": 8, "optim.peak_lr": 3e-2, "optim.warmup": 2,
+    "train.num_steps": STEPS, "train.log_every_steps": 1, "train.sample_tokens": 0,
+    "train.fingerprint_every_steps": 4, "train.on_bad_step": "skip", "train.spike_zscore": 0.1,
+    "train.spike_steps": 3, "train.spike_metric": "grad_norm", "train.recordings": 1,
+    "eval.every_steps": 4, "eval.max_tokens": 512, "eval.batch_size": 8,
+    "checkpoint.every_steps": SAVES, "checkpoint.keep": 1,
+}  # fmt: skip
+LOST = "lost"  # instead of a kill: the run's folder is gone
+ROW = "lm.metrics:Jsonl.append"
+REPLACE, TEXT = "pathlib:Path.replace", "pathlib:Path.write_text"
+
+
+def at(call, when="before", about="", number=1, sent=signal.SIGKILL):
+    return {"call": call, "when": when, "about": about, "number": number, "sent": int(sent)}
+
+
+def row(step, when="before", kind="train/loss"):
+    return at(ROW, when, f"'step': {step}, '{kind}")
+
+
+# By name: the steps that the last start may go on from, and what ends the starts before it.
+POINTS = {
+    "the first receipt": (0, at(REPLACE, about="receipts/0001.json")),
+    "half of the config": (0, at(TEXT, "half", "config.json")),
+    "the config, half of the data's": (0, at(TEXT, "half", "data.json")),
+    "half of the tokenizer, of a run that has checkpoints": (
+        9, row(11), at(TEXT, "half", "whole/tokenizer/tokenizer.json"),
+    ),
+    "the first evaluation": (0, at("lm.data.pipeline:EvalBatches.__getitem__", number=2)),
+    "a batch of an evaluation": (3, at("lm.data.pipeline:EvalBatches.__getitem__", number=7)),
+    "evaluated, no row": (6, at("lm.train:score", "after", number=3)),
+    "half of an evaluation's row": (6, row(8, "half", "eval/loss")),
+    "half of a row": (6, row(8, "half")),
+    "a row": (6, row(8, "after")),
+    "rows are not on the disk yet": ({3, 6}, at("lm.metrics:Writers.sync", number=3)),
+    "rows are on the disk": ({3, 6}, at("lm.metrics:Writers.sync", "after", number=3)),
+    "half of a record of TensorBoard": (3, at("tensorboardX.record_writer:RecordWriter.write", "half", number=42)),
+    "TensorBoard's file": ({0, 3}, at("lm.metrics:TensorBoard.sync", number=2)),
+    "half of the trail's row": ({3, 6}, at(ROW, "half", "{'step': 8, 'fingerprints")),
+    "the trail's row": ({3, 6}, at(ROW, "after", "{'step': 8, 'fingerprints")),
+    "before a save": (3, at("lm.saving:Writer.start", number=2)),
+    "a checkpoint's folder": (3, at("lm.saving:_make_room", "after", number=2)),
+    "Orbax's save": (3, at("orbax.checkpoint:PyTreeCheckpointHandler.async_save", number=2)),
+    "Orbax writes": ({3, 6}, at("orbax.checkpoint:AsyncCheckpointer.save", "after", number=2)),
+    "Orbax has written the arrays": (3, at("orbax.checkpoint:PyTreeCheckpointHandler.finalize", number=2)),
+    "before the manifest": (3, at("lm.manifests:write", number=2)),
+    "a file is hashed": (3, at("lm.manifests:hash_file", "after", "checkpoints/6/", 2)),
+    "half of the manifest": (3, at(TEXT, "half", "checkpoints/6/manifest.json")),
+    "the manifest has another name": (3, at(REPLACE, about="checkpoints/6/manifest.json")),
+    "the manifest": (6, at(REPLACE, "after", "checkpoints/6/manifest.json")),
+    "a manifest is checked": (6, at("lm.manifests:problem", about="checkpoints'), 6")),
+    "before a checkpoint goes": (6, at("pathlib:Path.rename", about="3.deleting")),
+    "a checkpoint has another name": (6, at("pathlib:Path.rename", "after", "3.deleting")),
+    "half of a checkpoint is deleted": (6, at("shutil:rmtree", "half", "3.deleting")),
+    "a bad step is recorded": (6, at("lm.recorder:_write_arrays")),
+    "a record has another name": (6, at("pathlib:Path.rename", about="partial")),
+    "half of the skipped steps": ({6, 9}, at(TEXT, "half", "skipped.json")),
+    "the skipped steps": ({6, 9}, at(REPLACE, "after", "skipped.json")),
+    "half of a copied file": (6, at("fsspec.implementations.local:LocalFileSystem.put_file", "half", "remote/6/state")),
+    "half of a copied row": (6, at("fsspec.implementations.local:LocalFileSystem.put_file", "half", "remote/6/run/metrics")),
+    "a copy but its manifest": (6, at("fsspec.implementations.local:LocalFileSystem.pipe_file", about="remote/6/")),
+    "half of what is fetched": (
+        9, row(12, "after"), LOST,
+        at("fsspec.implementations.local:LocalFileSystem.get_file", "half", "remote/9/state"),
+    ),
+    "what is fetched but the rows": (
+        9, row(12, "after"), LOST,
+        at("fsspec.implementations.local:LocalFileSystem.get_file", "half", "remote/9/run/metrics"),
+    ),
+    "rows are moved aside": (6, row(8, "after"), at("os:replace", about="whole/metrics.jsonl")),
+    "rows of the trail are moved aside": (
+        6, row(9, "after"), at("os:replace", about="whole/fingerprints.jsonl"),
+    ),
+    "events are moved aside": (6, row(8, "after"), at("os:replace", "after", "tfevents")),
+    "a checkpoint is restored": (6, row(8, "after"), at("lm.stored:_read")),
+    "the scores of a stopped evaluation": (
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, sent=signal.SIGTERM),
+        at("lm.manifests:add_metrics"),
+    ),
+    "half of the scores of a stopped evaluation": (
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, sent=signal.SIGTERM),
+        at(TEXT, "half", "checkpoints/4/manifest.json"),
+    ),
+    "the last save": (9, at("lm.saving:Writer.start", number=4)),
+    "the end": (12, at("lm.train:say_sample")),
+}  # fmt: skip
+CACHE = {
+    "the tokenizer": at("lm.data.prepare:_tokenizer", "after"),
+    "half of the tokenizer": at(TEXT, "half", "tokenizer/tokenizer.json"),
+    "the shards": at("lm.data.writer:Writer.add", "after"),
+    "the end of a shard": at("lm.data.writer:Writer.end_shard"),
+    "the journal": at("lm.data.writer:Writer.end_shard", "after"),
+    "half of the manifest": at(TEXT, "half", "manifest.json"),
+    "the manifest": at(REPLACE, "after", "manifest.json"),
+    "half of a compiled program": at("jax._src.lru_cache:LRUCache.put", "half", "train_step"),
+}
+
+
+class Server:
+    """Starts training processes and says how they ended (see `tests.killed`)."""
+
+    def __init__(self, environment):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.killed"],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, **job) -> int:
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self, process) -> int:
+        late = threading.Timer(240, os.kill, (process, signal.SIGABRT))
+        late.start()
+        code = int(self._process.stdout.readline())
+        late.cancel()
+        return code
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+class Run:
+    """A run in `place`, which has its workdir, its remote, and what its processes say."""
+
+    def __init__(self, server, place, experiment, cache, **settings):
+        self.server, self.place, self.cache, self.ends = server, place, cache, 0
+        self.workdir, self.remote, self.said = (place / n for n in ("whole", "remote", "said"))
+        place.mkdir()
+        self.arguments = ["--config", str(experiment), "--workdir", str(self.workdir)]
+        settings |= {"checkpoint.remote": self.remote}
+        self.arguments += [f"--config.{name}={value}" for name, value in settings.items()]
+
+    def start(self, kill=None) -> int:
+        self.said.unlink(missing_ok=True)
+        return self.server.start(
+            arguments=self.arguments, output=str(self.said), kill=kill,
+            variables={"LM_CACHE_DIR": str(self.cache)},
+        )  # fmt: skip
+
+    def end(self, kill=None) -> int:
+        """Start it, and wait until it has ended; return how."""
+        return self.server.wait(self.start(kill))
+
+    def check(self):
+        """What there is after a kill is whole, or says that it is not."""
+        for pattern in ("*.json", "receipts/*.json", "tokenizer/*.json", "recorder/[0-9]/*.json"):
+            for path in self.workdir.glob(pattern):
+                json.loads(path.read_text())
+
+    def newest(self) -> int:
+        folder = self.workdir / "checkpoints"
+        steps = manifests.good_steps(folder)
+        assert not [step for step in steps if manifests.problem(folder, step)]
+        return max(steps, default=0)
+
+    def resumed(self) -> int:
+        found = re.search(r"^resumed: at step (\d+)", self.said.read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+
+def rows_of(path):
+    """The rows of a file that has whole lines alone, without what differs from run to run."""
+    assert path.read_bytes().endswith(b"}\n")
+    timed = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(path)]
+
+
+def events_of(folder):
+    """(step, record) of all event files, in the order of steps, without times and starts."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in folder.glob("*tfevents*"):
+        for step, record in metrics._records(path.read_bytes()):
+            for value in Event.FromString(record[12:-4]).summary.value:
+                if value.tag not in ("tokens_per_second", "mfu"):
+                    found.append((step, value.tag, value.simple_value))
+    return sorted(found)
+
+
+def assert_same(run, whole, *, events=True):
+    """A run that was killed has ended as the one that was not."""
+    said = run.said.read_text()
+    assert "Traceback" not in said, said
+    run.check()
+    for name in ("metrics.jsonl", "fingerprints.jsonl"):
+        assert rows_of(run.workdir / name) == rows_of(whole.workdir / name), name
+    for folder in (run.workdir / "checkpoints", run.remote):
+        one, other = manifests.read(folder, STEPS), manifests.read(whole.remote, STEPS)
+        assert not manifests.problem(folder, STEPS)
+        for part in ("arrays", "metrics", "skipped"):  # arrays: by their fingerprints
+            assert one[part] == other[part], f"{folder}: {part}"
+    for name in ("skipped.json", "config.json", "data.json"):
+        texts = [(r.workdir / name).read_text() for r in (run, whole)]
+        assert texts[0].replace(str(run.place), str(whole.place)) == texts[1]
+    if events:
+        assert events_of(run.workdir / "tensorboard") == events_of(whole.workdir / "tensorboard")
+    assert run.newest() == STEPS
+    left = [p.name for p in (run.workdir / "checkpoints").iterdir() if "aside" not in p.name]
+    assert left == [str(STEPS)], "what was being deleted or fetched is gone"
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    made = Server(environment)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def make(server, text_file, tmp_path_factory):
+    """Return a function that makes a run."""
+    place, cache = tmp_path_factory.mktemp("kills"), tmp_path_factory.mktemp("cache")
+    settings = dict(SETTINGS, **{"data.path": (str(text_file),)})
+    lines = [f"    config.{name} = {value!r}" for name, value in settings.items()]
+    sections = ", ".join(f"{name!r}: {{}}" for name in sorted({n.split(".")[0] for n in SETTINGS}))
+    experiment = place / "small.py"
+    experiment.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    config = ConfigDict({{{sections}}})\n    config.model.name = 'gpt'\n"
+        + "\n".join(lines) + "\n    return config\n"
+    )  # fmt: skip
+    numbers = iter(range(1000))
+
+    def made(cache=cache, **settings):
+        return Run(server, place / str(next(numbers)), experiment, cache, **settings)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(make):
+    """The run that is not killed, of which a first one has compiled the programs."""
+    assert make().end() == 0
+    run = make()
+    start = time.monotonic()
+    assert run.end() == 0, run.said.read_text()
+    run.seconds = time.monotonic() - start
+    assert manifests.read(run.remote, STEPS)["skipped"], "a step is skipped"
+    return run
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_a_point(make, whole, point):
+    steps, *ends = POINTS[point]
+    run = make()
+    for end in ends:
+        if end == LOST:
+            shutil.rmtree(run.workdir)
+            continue
+        code = run.end(end)
+        said = run.said.read_text()
+        assert code == (75 if end["sent"] == signal.SIGTERM else -signal.SIGKILL), said
+        assert "Traceback" not in said, said
+        run.check()
+    newest = run.newest()
+    assert newest in (steps if isinstance(steps, set) else {steps})
+    assert run.end() == 0, run.said.read_text()
+    assert run.resumed() == newest
+    assert_same(run, whole, events=LOST not in ends)
+
+
+@pytest.mark.parametrize("point", CACHE)
+def test_a_kill_while_the_cache_is_written(make, whole, tmp_path, point):
+    run = make(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    if "program" not in point:
+        (tmp_path / "cache" / "xla").symlink_to(whole.cache / "xla")
+    assert run.end(CACHE[point]) == -signal.SIGKILL, run.said.read_text()
+    assert run.end() == 0, run.said.read_text()
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_times(make, whole, seed):
+    """Ten of them, one of each tenth of the run's time in any order; a run is killed until it is done."""
+    draw = random.Random(seed)
+    times = [(part + draw.random()) / 10 * whole.seconds for part in range(10)]
+    draw.shuffle(times)
+    run, killed = make(), 0
+    for _ in range(40):
+        process = run.start()
+        if killed < len(times):
+            time.sleep(times[killed])
+            os.kill(process, signal.SIGKILL)
+        code = run.server.wait(process)
+        if code == 0:
+            assert_same(run, whole)
+            if killed == len(times):
+                return
+            run = make()
+        else:
+            assert code == -signal.SIGKILL, run.said.read_text()
+            killed += 1
+            run.check()
+    raise AssertionError(f"{killed} kills in 40 starts")
