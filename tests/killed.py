@@ -1,21 +1,26 @@
-"""A server that forks processes of training, each killed where its job says; nothing is imported twice.
+"""A server that forks processes of training, with a kill or another trouble where their job says.
 
     PYTHONPATH=. python -m tests.killed
 
-Reads a job a line, {"arguments", "output", "variables", "kill"}, and prints the process it is done by, then
+Reads a job a line, {"arguments", "workdir", "output", "variables", "trouble"}, and prints the process it is done by, then
 how that ended: its exit code, or minus the signal. jax is imported here and no device touched, so a process is
 as one that was started anew, but 4 seconds sooner.
 
-A kill is {"call", "when", "about", "number", "signal"}: at the `number`-th call of `call` of whose arguments
-`about` is a part, the process sends itself the signal: "before" the call, "after" it, or when "half" of it is done.
+A trouble is {"call", "when", "about", "number", "kind"}: it comes at the `number`-th call of `call` of whose
+arguments `about` is a part: "before" the call, "after" it, or when "half" of it is done. Its kind is a signal, which
+the process sends itself, or one of TROUBLES.
 """
 
+import ctypes
 import importlib
 import itertools
 import json
 import os
+import resource
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,8 @@ PRELOADED = (
     "lm.main", "lm.train", "lm.models.gpt", "lm.tasks.causal_lm", "tensorboardX.event_file_writer",
     "tensorboardX.summary", "fsspec.implementations.local",
 )  # fmt: skip
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # of sched.h
 
 
 def half_a_row(file: Any, row: dict) -> None:
@@ -70,8 +77,53 @@ HALVES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def arm(call: str, when: str, about: str, number: int, sent: int) -> None:
-    """Make the process send itself the signal `sent` at a call (see above)."""
+def own_mounts() -> None:
+    """Give the process a file system of its own to mount in, before it has threads."""
+    ids = os.getuid(), os.getgid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no name spaces here")
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, number in zip(("uid_map", "gid_map"), ids, strict=True):
+        Path("/proc/self", name).write_text(f"0 {number} 1")
+
+
+def read_only(workdir: str) -> None:
+    """Mount the run's folder over itself, read-only; files that are open stay as they are."""
+    for options in (["--bind", workdir], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, workdir], check=True)
+
+
+def no_handles(_: str) -> None:
+    """Let no more files be opened than are now."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, most))
+
+
+def no_growth(_: str) -> None:
+    """Let no file grow beyond 1,000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def clock_set_back(_: str) -> None:
+    """Set the clock on the wall back by a day, and by a minute more each time that it is read."""
+    original, read = time.time, itertools.count(1)
+    time.time = lambda: original() - 86400 - 60 * next(read)
+    time.time_ns = lambda: int(time.time() * 1e9)
+
+
+TROUBLES = {f.__name__: f for f in (read_only, no_handles, no_growth, clock_set_back)}
+
+
+def arm(workdir: str, call: str, when: str, about: str, number: int, kind: int | str) -> None:
+    """Make trouble of a kind come at a call (see above)."""
+
+    def come() -> None:
+        if isinstance(kind, str):
+            TROUBLES[kind](workdir)
+        else:
+            os.kill(os.getpid(), kind)
+
     module, _, place = call.partition(":")
     *classes, name = place.split(".")
     owner: Any = importlib.import_module(module)
@@ -84,10 +136,10 @@ def arm(call: str, when: str, about: str, number: int, sent: int) -> None:
         if met and when == "half":
             HALVES[name](*args, **kwargs)
         if met and when != "after":
-            os.kill(os.getpid(), sent)
+            come()
         result = original(*args, **kwargs)
         if met and when == "after":
-            os.kill(os.getpid(), sent)
+            come()
         return result
 
     setattr(owner, name, armed)
@@ -101,6 +153,8 @@ def do(job: dict[str, Any]) -> int:
 
     os.environ.update(job["variables"])
     os.setsid()
+    if (job["trouble"] or {}).get("kind") == "read_only":
+        own_mounts()
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
@@ -109,8 +163,8 @@ def do(job: dict[str, Any]) -> int:
     jax.config.update("jax_compilation_cache_dir", os.environ["LM_CACHE_DIR"] + "/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     hardware.PEAK_FLOPS["cpu"] = 1e12
-    if kill := job["kill"]:
-        arm(**kill)
+    if trouble := job["trouble"]:
+        arm(job["workdir"], **trouble)
     return main.main(job["arguments"])
 
 

@@ -1,7 +1,8 @@
-"""Kills: a training process dies at named points and at random times, and the same command finishes the run.
+"""Training processes are killed at named points and at random times, and meet other troubles.
 
-Each time rows, fingerprints, final parameters and the copies elsewhere are those of a run that was not
-killed, bit for bit, and it went on from the newest checkpoint that was whole. See `tests/killed.py`.
+Each time the same command finishes the run: rows, fingerprints, final parameters and the copies elsewhere are
+those of a run that was not killed, bit for bit, and it went on from the newest checkpoint that was whole. See
+`tests/killed.py`.
 """
 
 import json
@@ -34,17 +35,19 @@ SETTINGS = {
     "eval.every_steps": 4, "eval.max_tokens": 512, "eval.batch_size": 8,
     "checkpoint.every_steps": SAVES, "checkpoint.keep": 1,
 }  # fmt: skip
+TIMED = ("tokens_per_second", "mfu")
 LOST = "lost"  # instead of a kill: the run's folder is gone
 ROW = "lm.metrics:Jsonl.append"
 REPLACE, TEXT = "pathlib:Path.replace", "pathlib:Path.write_text"
 
 
-def at(call, when="before", about="", number=1, sent=signal.SIGKILL):
-    return {"call": call, "when": when, "about": about, "number": number, "sent": int(sent)}
+def at(call, when="before", about="", number=1, kind=signal.SIGKILL):
+    return {"call": call, "when": when, "about": about, "number": number, "kind": kind}
 
 
-def row(step, when="before", kind="train/loss"):
-    return at(ROW, when, f"'step': {step}, '{kind}")
+def row(step, when="before", of="train/", kind=signal.SIGKILL):
+    """When the row of a step is written, of which the names begin with `of`."""
+    return at(ROW, when, f"'step': {step}, '{of}", kind=kind)
 
 
 # By name: the steps that the last start may go on from, and what ends the starts before it.
@@ -58,7 +61,7 @@ POINTS = {
     "the first evaluation": (0, at("lm.data.pipeline:EvalBatches.__getitem__", number=2)),
     "a batch of an evaluation": (3, at("lm.data.pipeline:EvalBatches.__getitem__", number=7)),
     "evaluated, no row": (6, at("lm.train:score", "after", number=3)),
-    "half of an evaluation's row": (6, row(8, "half", "eval/loss")),
+    "half of an evaluation's row": (6, row(8, "half", "eval/")),
     "half of a row": (6, row(8, "half")),
     "a row": (6, row(8, "after")),
     "rows are not on the disk yet": ({3, 6}, at("lm.metrics:Writers.sync", number=3)),
@@ -103,11 +106,11 @@ POINTS = {
     "events are moved aside": (6, row(8, "after"), at("os:replace", "after", "tfevents")),
     "a checkpoint is restored": (6, row(8, "after"), at("lm.stored:_read")),
     "the scores of a stopped evaluation": (
-        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, sent=signal.SIGTERM),
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, kind=signal.SIGTERM),
         at("lm.manifests:add_metrics"),
     ),
     "half of the scores of a stopped evaluation": (
-        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, sent=signal.SIGTERM),
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, kind=signal.SIGTERM),
         at(TEXT, "half", "checkpoints/4/manifest.json"),
     ),
     "the last save": (9, at("lm.saving:Writer.start", number=4)),
@@ -140,7 +143,7 @@ class Server:
         return int(self._process.stdout.readline())
 
     def wait(self, process) -> int:
-        late = threading.Timer(240, os.kill, (process, signal.SIGABRT))
+        late = threading.Timer(600, os.kill, (process, signal.SIGABRT))
         late.start()
         code = int(self._process.stdout.readline())
         late.cancel()
@@ -162,16 +165,16 @@ class Run:
         settings |= {"checkpoint.remote": self.remote}
         self.arguments += [f"--config.{name}={value}" for name, value in settings.items()]
 
-    def start(self, kill=None) -> int:
+    def start(self, trouble=None) -> int:
         self.said.unlink(missing_ok=True)
         return self.server.start(
-            arguments=self.arguments, output=str(self.said), kill=kill,
+            arguments=self.arguments, workdir=str(self.workdir), output=str(self.said), trouble=trouble,
             variables={"LM_CACHE_DIR": str(self.cache)},
         )  # fmt: skip
 
-    def end(self, kill=None) -> int:
+    def end(self, trouble=None) -> int:
         """Start it, and wait until it has ended; return how."""
-        return self.server.wait(self.start(kill))
+        return self.server.wait(self.start(trouble))
 
     def check(self):
         """What there is after a kill is whole, or says that it is not."""
@@ -193,20 +196,16 @@ class Run:
 def rows_of(path):
     """The rows of a file that has whole lines alone, without what differs from run to run."""
     assert path.read_bytes().endswith(b"}\n")
-    timed = ("tokens_per_second", "mfu")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(path)]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(path)]
 
 
 def events_of(folder):
-    """(step, record) of all event files, in the order of steps, without times and starts."""
-    from tensorboardX.proto.event_pb2 import Event
-
+    """(step, name, value) of all event files, in the order of steps."""
     found = []
     for path in folder.glob("*tfevents*"):
-        for step, record in metrics._records(path.read_bytes()):
-            for value in Event.FromString(record[12:-4]).summary.value:
-                if value.tag not in ("tokens_per_second", "mfu"):
-                    found.append((step, value.tag, value.simple_value))
+        for event, _ in metrics._records(path.read_bytes()):
+            values = [v for v in event.summary.value if v.tag not in TIMED]
+            found += [(event.step, v.tag, v.simple_value) for v in values]
     return sorted(found)
 
 
@@ -283,7 +282,7 @@ def test_a_kill_at_a_point(make, whole, point):
             continue
         code = run.end(end)
         said = run.said.read_text()
-        assert code == (75 if end["sent"] == signal.SIGTERM else -signal.SIGKILL), said
+        assert code == (75 if end["kind"] == signal.SIGTERM else -signal.SIGKILL), said
         assert "Traceback" not in said, said
         run.check()
     newest = run.newest()
@@ -301,6 +300,33 @@ def test_a_kill_while_the_cache_is_written(make, whole, tmp_path, point):
         (tmp_path / "cache" / "xla").symlink_to(whole.cache / "xla")
     assert run.end(CACHE[point]) == -signal.SIGKILL, run.said.read_text()
     assert run.end() == 0, run.said.read_text()
+    assert_same(run, whole)
+
+
+TROUBLES = {  # by kind: how the run then ends, and what it says
+    "read_only": (2, "Read-only file system"),
+    "no_handles": (2, "Too many open files"),
+    "no_growth": (2, "File too large"),
+    "clock_set_back": (0, ""),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLES)
+def test_trouble_from_a_row_on(make, whole, kind):
+    """The run ends with one line, its last good checkpoint whole, or goes on; the same command finishes it."""
+    run, (code, words) = make(), TROUBLES[kind]
+    ended = run.end(row(5, kind=kind))
+    said = run.said.read_text()
+    if "no name spaces here" in said:
+        pytest.skip("no name spaces here, to mount in")
+    assert ended == code, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (code > 0) and words in "".join(errors), said
+    assert "Traceback" not in said, said
+    run.check()
+    if code:
+        assert run.newest() in (0, 3)
+        assert run.end() == 0, run.said.read_text()
     assert_same(run, whole)
 
 
