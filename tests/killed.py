@@ -40,10 +40,11 @@ def half_a_row(file: Any, row: dict) -> None:
     file._file.flush()
 
 
-def half_a_text(path: Path, text: Any) -> None:
+def half_a_text(path: Path, text: Any, encoding: str = "utf-8") -> None:
     """Do half of `Path.write_text` or `Path.write_bytes`."""
+    data = text.encode(encoding) if isinstance(text, str) else text
     with path.open("wb") as file:
-        file.write(text[: len(text) // 2].encode() if isinstance(text, str) else text[: len(text) // 2])
+        file.write(data[: len(data) // 2])
 
 
 def half_a_record(writer: Any, data: bytes) -> None:
