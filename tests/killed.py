@@ -2,13 +2,13 @@
 
     PYTHONPATH=. python -m tests.killed
 
-Reads a job a line, {"arguments", "workdir", "output", "variables", "trouble"}, and prints the process it is done by, then
-how that ended: its exit code, or minus the signal. jax is imported here and no device touched, so a process is
-as one that was started anew, but 4 seconds sooner.
+Reads a job a line, {"arguments", "workdir", "output", "variables", "trouble"}, and prints the number of the
+process that does it, then how that ended: its exit code, or minus the signal. jax is imported here and no
+device touched, so a process is as one that was started anew, but 4 seconds sooner.
 
 A trouble is {"call", "when", "about", "number", "kind"}: it comes at the `number`-th call of `call` of whose
-arguments `about` is a part: "before" the call, "after" it, or when "half" of it is done. Its kind is a signal, which
-the process sends itself, or one of TROUBLES.
+arguments `about` is a part: "before" the call, "after" it, or when "half" of it is done. Its kind is a
+signal, which the process sends itself, or one of TROUBLES.
 """
 
 import ctypes

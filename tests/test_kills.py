@@ -38,6 +38,8 @@ SETTINGS = {
 TIMED = ("tokens_per_second", "mfu")
 LOST = "lost"  # instead of a kill: the run's folder is gone
 ROW = "lm.metrics:Jsonl.append"
+FILES = "fsspec.implementations.local:LocalFileSystem"
+RECORD = "tensorboardX.record_writer:RecordWriter.write"
 REPLACE, TEXT = "pathlib:Path.replace", "pathlib:Path.write_text"
 
 
@@ -66,7 +68,7 @@ POINTS = {
     "a row": ({3, 6}, row(8, "after")),
     "rows are not on the disk yet": ({3, 6}, at("lm.metrics:Writers.sync", number=3)),
     "rows are on the disk": ({3, 6}, at("lm.metrics:Writers.sync", "after", number=3)),
-    "half of a record of TensorBoard": ({0, 3}, at("tensorboardX.record_writer:RecordWriter.write", "half", number=42)),
+    "half of a record of TensorBoard": ({0, 3}, at(RECORD, "half", number=42)),
     "TensorBoard's file": ({0, 3}, at("lm.metrics:TensorBoard.sync", number=2)),
     "half of the trail's row": ({3, 6}, at(ROW, "half", "{'step': 8, 'fingerprints")),
     "the trail's row": ({3, 6}, at(ROW, "after", "{'step': 8, 'fingerprints")),
@@ -88,16 +90,16 @@ POINTS = {
     "a record has another name": ({3, 6}, at("pathlib:Path.rename", about="partial")),
     "half of the skipped steps": ({3, 6}, at(TEXT, "half", "skipped.json")),
     "the skipped steps": ({3, 6}, at(REPLACE, "after", "skipped.json")),
-    "half of a copied file": (12, at("fsspec.implementations.local:LocalFileSystem.put_file", "half", "remote/12/state")),
-    "half of a copied row": (12, at("fsspec.implementations.local:LocalFileSystem.put_file", "half", "remote/12/run/metrics")),
-    "a copy but its manifest": (12, at("fsspec.implementations.local:LocalFileSystem.pipe_file", about="remote/12/")),
+    "half of a copied file": (12, at(f"{FILES}.put_file", "half", "remote/12/state")),
+    "half of a copied row": (12, at(f"{FILES}.put_file", "half", "remote/12/run/metrics")),
+    "a copy but its manifest": (12, at(f"{FILES}.pipe_file", about="remote/12/")),
     "half of what is fetched": (
         {3, 6, 9}, row(12, "after"), LOST,
-        at("fsspec.implementations.local:LocalFileSystem.get_file", "half", "/state"),
+        at(f"{FILES}.get_file", "half", "/state"),
     ),
     "what is fetched but the rows": (
         {3, 6, 9}, row(12, "after"), LOST,
-        at("fsspec.implementations.local:LocalFileSystem.get_file", "half", "run/metrics"),
+        at(f"{FILES}.get_file", "half", "run/metrics"),
     ),
     "rows are moved aside": ({3, 6}, row(8, "after"), at("os:replace", about="whole/metrics.jsonl")),
     "rows of the trail are moved aside": (
@@ -112,6 +114,9 @@ POINTS = {
     "half of the scores of a stopped evaluation": (
         4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, kind=signal.SIGTERM),
         at(TEXT, "half", "checkpoints/4/manifest.json"),
+    ),
+    "Ctrl-C, saved and resumed, and a kill": (
+        {5, 6, 9}, row(5, kind=signal.SIGINT), row(9),
     ),
     "the last save": (9, at("lm.saving:_make_room", about="checkpoints/12")),
     "the end": (12, at("lm.train:say_sample")),
@@ -285,7 +290,8 @@ def test_a_kill_at_a_point(make, whole, point):
             continue
         code = run.end(end)
         said = run.said.read_text()
-        assert code == (75 if end["kind"] == signal.SIGTERM else -signal.SIGKILL), said
+        assert code == (-signal.SIGKILL if end["kind"] == signal.SIGKILL else 75), said
+        assert ("to resume: python -m lm.main --config" in said) == (code == 75)
         assert "Traceback" not in said, said
         run.check()
     newest = run.newest()
@@ -316,7 +322,7 @@ TROUBLES = {  # by kind: how the run then ends, and what it says
 
 @pytest.mark.parametrize("kind", TROUBLES)
 def test_trouble_from_a_row_on(make, whole, kind):
-    """The run ends with one line, its last good checkpoint whole, or goes on; the same command finishes it."""
+    """The run ends with one line, its last checkpoint whole, or goes on; the same command finishes it."""
     run, (code, words) = make(), TROUBLES[kind]
     ended = run.end(row(5, kind=kind))
     said = run.said.read_text()

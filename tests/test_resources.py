@@ -32,7 +32,15 @@ def source(tmp_path_factory):
 
 
 def prepare(source, out, workers=2):
-    command = [sys.executable, "-m", "tools.prepare_data", "--source", str(source), "--tokenizer", "byte"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.prepare_data",
+        "--source",
+        str(source),
+        "--tokenizer",
+        "byte",
+    ]
     return subprocess.Popen(
         [*command, "--out", str(out), "--workers", str(workers)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
@@ -47,7 +55,9 @@ def worker_of(process):
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
         for child in map(int, found.stdout.split()):
             try:
-                seconds = sum(map(int, Path(f"/proc/{child}/stat").read_text().split(") ")[1].split()[11:13]))
+                seconds = sum(
+                    map(int, Path(f"/proc/{child}/stat").read_text().split(") ")[1].split()[11:13])
+                )
                 if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text() and seconds > 50:
                     return child
             except OSError:

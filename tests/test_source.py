@@ -32,7 +32,7 @@ ALLOWED = {
     ("tests/test_notebooks.py", "test_every_notebook_runs", "exec"): (1, "the notebook under test"),
     ("tests/test_notebooks.py", "test_every_notebook_runs", "compile"): (1, "the same"),
     ("tests/test_readme.py", "test_the_notebook_lines_call_what_exists", "exec"): (1, "a line of that file"),
-    ("tests/test_readme.py", "test_the_notebook_lines_call_what_exists", "eval"): (1, "the README under test"),
+    ("tests/test_readme.py", "test_the_notebook_lines_call_what_exists", "eval"): (1, "the README"),
     ("tests/models/test_ngram.py", "", "runpy.run_path"): (1, "the committed file that made the reference"),
     ("tests/tools/test_sweep.py", "", "exec"): (1, "what the test wrote for its stand-in of a run"),
     ("tests/data/test_mongodb.py", "", "pickle"): (1, "what is sent to a worker survives it"),
@@ -47,7 +47,11 @@ CALLS = {
     "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "importlib.util.spec_from_file_location",
     "importlib.machinery.SourceFileLoader", "code.interact",
 }  # fmt: skip
-FLAGS = {"shell": False, "allow_pickle": False, "trust_remote_code": False}  # the value that is fine
+FLAGS = {
+    "shell": False,
+    "allow_pickle": False,
+    "trust_remote_code": False,
+}  # the value that is fine
 
 
 class Walk(ast.NodeVisitor):
@@ -107,7 +111,9 @@ class Walk(ast.NodeVisitor):
 
     def visit_Call(self, node):
         name = self._name(node.func)
-        keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        keywords = {
+            k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+        }
         for keyword in node.keywords:
             if keyword.arg in FLAGS and keywords.get(keyword.arg, True) is not FLAGS[keyword.arg]:
                 self._add(f"{keyword.arg}=True")
@@ -153,7 +159,9 @@ def sources():
 def test_nothing_runs_data_as_code():
     """Each place is in the list with its reason, and the list has no other."""
     found = {
-        (name, *place): count for name, text in sources() for place, count in Walk(text).found.items()
+        (name, *place): count
+        for name, text in sources()
+        for place, count in Walk(text).found.items()
     }
     assert found == {place: count for place, (count, _) in ALLOWED.items()}
 
@@ -277,7 +285,7 @@ def with_model(**values):
     [
         (with_model(__class__="os.system"), r"__class__"),
         (lambda config: {**config, "__class__": "os.system"}, r"__class__"),
-        (lambda config: {**config, "optim": {**config["optim"], "__reduce__": ["os.system", ["ls"]]}}, "__reduce__"),
+        (lambda config: {**config, "optim": {"__reduce__": ["os.system", ["ls"]]}}, "__reduce__"),
         (with_model(name="os"), "no family of models"),
         (with_model(name="..train"), "no family of models"),
         (with_model(name="!!python/name:os.system"), "no family of models"),
@@ -287,7 +295,9 @@ def with_model(**values):
         (lambda config: ["!!python/object/apply:os.system", ["ls"]], "not a JSON object"),
     ],
 )  # fmt: skip
-def test_a_config_that_would_be_code_is_refused(finished, tmp_path, monkeypatch, capsys, change, words):
+def test_a_config_that_would_be_code_is_refused(
+    finished, tmp_path, monkeypatch, capsys, change, words
+):
     """By all that reads it, in a line that names it, and nothing is run."""
     monkeypatch.chdir(tmp_path)
     path = finished / "config.json"
