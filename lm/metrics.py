@@ -113,8 +113,8 @@ def _repair(path: Path) -> None:
 def move_rows_aside(path: str | Path, *, after: int, scored: bool = True) -> Path | None:
     """Move the rows of steps > `after` of metrics.jsonl to metrics.<n>.jsonl; None if it has none.
 
-    So with rows of an evaluation at `after` that is not `scored`: it is made again. Return the side file, which
-    is whole on disk before a row leaves the file.
+    So with rows of an evaluation at `after` that is not `scored`: it is made again. Return the side file,
+    which is whole on disk before a row leaves the file.
     """
     path = Path(path)
     if not path.exists():
