@@ -287,6 +287,7 @@ def with_model(**values):
         (with_model(__class__="os.system"), r"__class__"),
         (lambda config: {**config, "__class__": "os.system"}, r"__class__"),
         (lambda config: {**config, "optim": {"__reduce__": ["os.system", ["ls"]]}}, "__reduce__"),
+        (with_model(**{"py/object": "os.system"}), "py/object"),
         (with_model(name="os"), "no family of models"),
         (with_model(name="..train"), "no family of models"),
         (with_model(name="!!python/name:os.system"), "no family of models"),
