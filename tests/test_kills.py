@@ -359,6 +359,7 @@ def test_kills_at_random_times(make, whole, seed):
             if killed == len(times):
                 return
             run = make()
+            times[killed] *= 0.7  # the machine is less busy than it was
         else:
             assert code == -signal.SIGKILL, run.said.read_text()
             killed += 1
