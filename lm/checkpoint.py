@@ -42,7 +42,9 @@ class Config:
     remote: str = (
         ""  # a second place: a folder or URL of this run's own, to which good ones are copied
     )
-    remote_every: int = 0  # steps; only checkpoints at its multiples are, and the last one; 0 = all
+    remote_every: int = (
+        0  # steps; only checkpoints at its multiples, the last, and what a start finds are; 0 = all
+    )
 
     def __post_init__(self):
         if self.keep < 1:
@@ -243,6 +245,8 @@ class Checkpointer:
         found = self._newest_good(say) if jax.process_index() == 0 else None
         if not (step := distributed.from_first("" if found is None else str(found))):
             return None
+        if self._remote and jax.process_index() == 0:
+            self._remote.copy(int(step))  # where a kill came before it was
         return unflatten(abstract, restore(self.folder, int(step), flatten(abstract)))
 
     def fetch(self) -> None:

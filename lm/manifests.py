@@ -50,10 +50,13 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent whatever happens."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file so that it is whole, as before or absent whatever happens."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    if isinstance(content, str):
+        partial.write_text(content, encoding="utf-8")
+    else:
+        partial.write_bytes(content)
     sync(partial)
     partial.replace(path)
     sync(path.parent)

@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -110,35 +110,44 @@ def _repair(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def move_rows_aside(path: str | Path, *, after: int) -> Path | None:
+def move_rows_aside(path: str | Path, *, after: int, scored: bool = True) -> Path | None:
     """Move the rows of steps > `after` of metrics.jsonl to metrics.<n>.jsonl; None if it has none.
 
-    Return the side file. It is whole on disk before a row leaves the file.
+    So with rows of an evaluation at `after` that is not `scored`: it is made again. Return the side file,
+    which is whole on disk before a row leaves the file.
     """
     path = Path(path)
     if not path.exists():
         return None
     _repair(path)
-    steps = [row["step"] for row in read_rows(path)]
-    lines = path.read_bytes().splitlines(keepends=True)
-    parts = [(step <= after, line) for step, line in zip(steps, lines, strict=True)]
+    kept = [_is_kept(row["step"], row, after, scored) for row in read_rows(path)]
+    parts = list(zip(kept, path.read_bytes().splitlines(keepends=True), strict=True))
     return _divide(path, parts, side=f"{path.stem}.*{path.suffix}")
 
 
-def move_events_aside(folder: str | Path, *, after: int) -> list[Path]:
+def _is_kept(step: float, names: Iterable[str], after: int, scored: bool) -> bool:
+    """Return whether what has these names at a step is neither later than `after` nor made again."""
+    again = step == after and not scored and any(name.startswith("eval") for name in names)
+    return step <= after and not again
+
+
+def move_events_aside(folder: str | Path, *, after: int, scored: bool = True) -> list[Path]:
     """Move the TensorBoard events of steps > `after` out of the event files in `folder`.
 
-    Return the side files, whose names no reader takes for event files.
+    Of an evaluation as `move_rows_aside`. Return the side files, whose names no reader takes for event files.
     """
     sides = []
     for path in sorted(Path(folder).glob("*tfevents*")):
-        parts = [(step <= after, record) for step, record in _records(path.read_bytes())]
+        parts = []
+        for event, record in _records(path.read_bytes()):
+            names = [value.tag for value in event.summary.value]
+            parts.append((_is_kept(event.step, names, after, scored), record))
         sides.append(_divide(path, parts, side=path.name.replace("tfevents", "aside.*")))
     return [side for side in sides if side]
 
 
-def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (step, bytes) of each whole record: length u64, its crc u32, event, its crc u32."""
+def _records(data: bytes) -> Iterator[tuple[Any, bytes]]:
+    """Yield (event, bytes) of each whole record: length u64, its crc u32, event, its crc u32."""
     from tensorboardX.proto.event_pb2 import Event
 
     start = 0
@@ -147,7 +156,7 @@ def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
         end = start + 12 + size + 4
         if end > len(data):
             return
-        yield Event.FromString(data[start + 12 : end - 4]).step, data[start:end]
+        yield Event.FromString(data[start + 12 : end - 4]), data[start:end]
         start = end
 
 
@@ -366,20 +375,21 @@ def open_writers(
     workdir: str | Path,
     *,
     resume_step: int | None,
+    scored: bool = True,
     num_steps: int,
     wandb_project: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Writers:
     """Open the writers of a run in `workdir`: metrics.jsonl, tensorboard/, the console.
 
-    `resume_step` is the restored checkpoint's step; rows of later steps are moved aside. None is a
-    run from its start: rows that an earlier try left are all moved aside. Only process 0 calls it.
+    `resume_step` is the restored checkpoint's step; rows of later steps are moved aside, and those of its own
+    evaluation unless it is `scored`. None is a run from its start: all rows are. Only process 0 calls it.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     kept = -1 if resume_step is None else resume_step
-    move_rows_aside(workdir / "metrics.jsonl", after=kept)
-    move_events_aside(workdir / "tensorboard", after=kept)
+    move_rows_aside(workdir / "metrics.jsonl", after=kept, scored=scored)
+    move_events_aside(workdir / "tensorboard", after=kept, scored=scored)
     writers: list[Writer] = [
         Jsonl(workdir / "metrics.jsonl"),
         TensorBoard(workdir / "tensorboard", first_step=kept + 1),

@@ -129,7 +129,8 @@ def _make_room(target: Path) -> str:
 def failed(target: Path, error: Exception) -> OSError:
     """Return the error of a save, in a line, and free the room that its part took."""
     if jax.process_index() == 0:
-        (target / manifests.MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be written may not be deleted either
+            (target / manifests.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
     why = (str(error).splitlines() or [type(error).__name__])[0]
     full = "No space left on device" in str(error) and "No space left" not in why

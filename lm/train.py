@@ -83,7 +83,8 @@ def run(
         state, first, resumed = begin(made, saver, init, abstract)
         others.barrier("restored")
         workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
-        opened = open_writers(workdir, made, first if resumed else None)
+        scores = saved_scores(workdir, first) if resumed else {}
+        opened = open_writers(workdir, made, first if resumed else None, bool(scores))
         writers = stack.enter_context(closing(opened))
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
@@ -93,7 +94,6 @@ def run(
         profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)
-        scores = saved_scores(workdir, first) if resumed else {}
         batches = place_ahead(made, first)
 
         for now in range(first, num_steps + 1):
@@ -169,14 +169,18 @@ def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.
 
 
 def open_writers(
-    workdir: Path, made: experiment.Experiment, resume_step: int | None
+    workdir: Path, made: experiment.Experiment, resume_step: int | None, scored: bool
 ) -> metrics.Writers:
-    """Return the writers of the first process; rows after `resume_step` are done again."""
+    """Return the writers of the first process; what comes after `resume_step` is done again.
+
+    So is the evaluation at it, unless it is `scored`: a kill may have come before that was noted.
+    """
     if jax.process_index() > 0:
         return metrics.Writers([])
     return metrics.open_writers(
         workdir,
         resume_step=resume_step,
+        scored=scored,
         num_steps=made.num_steps,
         wandb_project=made.cfg["train"].wandb_project,
         config=made.config.to_dict(),

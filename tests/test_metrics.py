@@ -143,10 +143,10 @@ def test_resuming_leaves_each_step_once_in_both_files(tmp_path):
     assert moved == [5, 6, 3, 4, 5, 6, 7, 8]
     aside = [path for path in (tmp_path / "tensorboard").iterdir() if "tfevents" not in path.name]
     assert sorted(
-        event_step
+        event.step
         for path in aside
-        for event_step, record in metrics._records(path.read_bytes())
-        if Event.FromString(record[12:-4]).HasField("summary")
+        for event, _ in metrics._records(path.read_bytes())
+        if event.HasField("summary")
     ) == sorted(moved)
 
 
@@ -157,6 +157,22 @@ def test_a_fresh_start_moves_everything_of_an_earlier_try(tmp_path):
         writers.close()
     assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 1
     assert len(events(tmp_path / "tensorboard")) == 1
+
+
+def test_an_evaluation_that_is_made_again_leaves_one_row(tmp_path):
+    """A kill between its row and the note in the checkpoint that there is one."""
+    for scored in (True, False):
+        writers = open_quiet(tmp_path, resume_step=None if scored else 4, scored=scored)
+        for step in (4, 5) if scored else (5,):
+            writers.write(step, {"train/loss": 3.0})
+        writers.write(4, {"eval/loss": 2.0, "eval/tokens": 8.0})
+        writers.close()
+    rows = [(row["step"], *row) for row in metrics.read_rows(tmp_path / "metrics.jsonl")]
+    assert sorted(rows) == [
+        (4, "step", "eval/loss", "eval/tokens"), (4, "step", "train/loss"), (5, "step", "train/loss"),
+    ]  # fmt: skip
+    found = sorted((step, tag) for tag, step, _ in events(tmp_path / "tensorboard"))
+    assert found == [(4, "eval/loss"), (4, "eval/tokens"), (4, "train/loss"), (5, "train/loss")]
 
 
 def test_events_tell_an_open_tensorboard_from_where_to_forget(tmp_path):

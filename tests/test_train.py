@@ -5,10 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,8 +16,6 @@ from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
 from lm.metrics import read_rows
-
-ROOT = Path(__file__).parent.parent
 
 
 def rows_of(workdir):
@@ -410,54 +404,6 @@ def test_losses_after_three_steps_are_golden(tiny, tmp_path):
 
 
 GOLDEN = [5.519066, 5.304986, 4.922070]
-
-SCRIPT = """
-import sys
-from lm.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def launch(text_file, workdir, *flags):
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable, "-m", "lm.main", "--config", str(ROOT / "experiments" / "shakespeare_char.py"),
-        "--workdir", str(workdir), f"--config.data.path={text_file}", "--config.train.num_steps=400",
-        "--config.model.num_layers=1", "--config.model.model_dim=32", "--config.model.num_heads=2",
-        "--config.eval.every_steps=100", "--config.eval.max_tokens=512",
-        "--config.checkpoint.every_steps=20", "--config.train.log_every_steps=1",
-        "--config.train.sample_tokens=0", *flags,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_step(workdir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if manifests.good_steps(workdir / "checkpoints")[-1:] >= [step]:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"never saved step {step}: {process.communicate()[0]}")
-
-
-@pytest.mark.slow
-def test_real_kills_change_nothing(text_file, tmp_path):
-    """SIGKILL twice and Ctrl-C once, as real processes: the same rows and the same arrays."""
-    whole = launch(text_file, tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0, whole.communicate()[0]
-    for step, number in ((20, signal.SIGKILL), (100, signal.SIGKILL), (180, signal.SIGINT)):
-        process = launch(text_file, tmp_path / "cut")
-        wait_for_step(tmp_path / "cut", step, process)
-        process.send_signal(number)
-        said = process.communicate(timeout=120)[0]
-        if number == signal.SIGINT:
-            assert process.returncode == 75, said
-            assert "to resume: python -m lm.main --config" in said
-    last = launch(text_file, tmp_path / "cut")
-    assert last.wait(timeout=300) == 0, last.communicate()[0]
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", 400)
 
 
 def test_a_mixture_reports_the_loss_of_each_corpus(tiny, text_file, tmp_path):

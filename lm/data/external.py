@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers as huggingface
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.data import llama2c, tokenizers
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
@@ -208,7 +209,7 @@ class HuggingFace(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
-        (Path(folder) / SAVED[self.name]).write_bytes(self.content)
+        manifests.write_whole(Path(folder) / SAVED[self.name], self.content)
 
     def _settings(self) -> dict[str, Any]:
         return {"roles": {role: [index] for role, index in self.specials.items()}}

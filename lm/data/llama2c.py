@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
 
@@ -96,7 +97,7 @@ class Llama2C(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
-        (Path(folder) / SAVED).write_bytes(self.content)
+        manifests.write_whole(Path(folder) / SAVED, self.content)
 
 
 def _read_pieces(content: bytes) -> tuple[list[bytes], list[float]]:

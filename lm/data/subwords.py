@@ -25,6 +25,7 @@ import sentencepiece
 import tokenizers as huggingface
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.data import external, tokenizers
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
@@ -126,7 +127,7 @@ class SentencePiece(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
-        (Path(folder) / "sentencepiece.model").write_bytes(self._model)
+        manifests.write_whole(Path(folder) / "sentencepiece.model", self._model)
 
     def _settings(self) -> dict[str, Any]:
         return {"symbols": self._symbols, "refuses": self._refuses}

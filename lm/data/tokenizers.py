@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import manifests
 from lm.config import ConfigError
 
 NAMES = ("byte", "char", "word", "sentencepiece", "byte_bpe", "file")
@@ -60,7 +61,7 @@ class Tokenizer:
         """Write what `load` needs into `folder`, which is made where missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         settings = {"name": self.name, **self._settings()}
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        manifests.write_whole(Path(folder) / "tokenizer.json", json.dumps(settings) + "\n")
 
     def _settings(self) -> dict[str, Any]:
         return {}

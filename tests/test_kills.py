@@ -1,0 +1,367 @@
+"""Training processes are killed at named points and at random times, and meet other troubles.
+
+Each time the same command finishes the run: rows, fingerprints, final parameters and the copies elsewhere are
+those of a run that was not killed, bit for bit, and it went on from the newest checkpoint that was whole. See
+`tests/killed.py`.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lm import manifests, metrics
+from lm.metrics import read_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVES = 12, 3
+SETTINGS = {
+    "task.length": 16, "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2,
+    "data.tokenizer": "byte", "data.batch_size": 8, "optim.peak_lr": 3e-2, "optim.warmup": 2,
+    "train.num_steps": STEPS, "train.log_every_steps": 1, "train.sample_tokens": 0,
+    "train.fingerprint_every_steps": 4, "train.on_bad_step": "skip", "train.spike_zscore": 0.1,
+    "train.spike_steps": 3, "train.spike_metric": "grad_norm", "train.recordings": 1,
+    "eval.every_steps": 4, "eval.max_tokens": 512, "eval.batch_size": 8,
+    "checkpoint.every_steps": SAVES, "checkpoint.keep": 1,
+}  # fmt: skip
+TIMED = ("tokens_per_second", "mfu")
+LOST = "lost"  # instead of a kill: the run's folder is gone
+ROW = "lm.metrics:Jsonl.append"
+FILES = "fsspec.implementations.local:LocalFileSystem"
+RECORD = "tensorboardX.record_writer:RecordWriter.write"
+REPLACE, TEXT = "pathlib:Path.replace", "pathlib:Path.write_text"
+
+
+def at(call, when="before", about="", number=1, kind=signal.SIGKILL):
+    return {"call": call, "when": when, "about": about, "number": number, "kind": kind}
+
+
+def row(step, when="before", of="train/", kind=signal.SIGKILL):
+    """When the row of a step is written, of which the names begin with `of`."""
+    return at(ROW, when, f"'step': {step}, '{of}", kind=kind)
+
+
+# By name: the steps that the last start may go on from, and what ends the starts before it.
+POINTS = {
+    "the first receipt": (0, at(REPLACE, about="receipts/0001.json")),
+    "half of the config": (0, at(TEXT, "half", "config.json")),
+    "the config, half of the data's": (0, at(TEXT, "half", "data.json")),
+    "half of the tokenizer, of a run that has checkpoints": (
+        {6, 9}, row(11), at(TEXT, "half", "whole/tokenizer/tokenizer.json"),
+    ),
+    "the first evaluation": (0, at("lm.data.pipeline:EvalBatches.__getitem__", number=2)),
+    "a batch of an evaluation": ({0, 3}, at("lm.data.pipeline:EvalBatches.__getitem__", number=7)),
+    "evaluated, no row": ({3, 6}, at("lm.train:score", "after", number=3)),
+    "half of an evaluation's row": ({3, 6}, row(8, "half", "eval/")),
+    "half of a row": ({3, 6}, row(8, "half")),
+    "a row": ({3, 6}, row(8, "after")),
+    "rows are not on the disk yet": ({3, 6}, at("lm.metrics:Writers.sync", number=3)),
+    "rows are on the disk": ({3, 6}, at("lm.metrics:Writers.sync", "after", number=3)),
+    "half of a record of TensorBoard": ({0, 3}, at(RECORD, "half", number=42)),
+    "TensorBoard's file": ({0, 3}, at("lm.metrics:TensorBoard.sync", number=2)),
+    "half of the trail's row": ({3, 6}, at(ROW, "half", "{'step': 8, 'fingerprints")),
+    "the trail's row": ({3, 6}, at(ROW, "after", "{'step': 8, 'fingerprints")),
+    "before a save": (3, at("lm.saving:Writer.start", number=2)),
+    "a checkpoint's folder": (3, at("lm.saving:_make_room", "after", number=2)),
+    "Orbax's save": (3, at("orbax.checkpoint:PyTreeCheckpointHandler.async_save", number=2)),
+    "Orbax writes": ({3, 6}, at("orbax.checkpoint:AsyncCheckpointer.save", "after", number=2)),
+    "Orbax has written the arrays": (3, at("orbax.checkpoint:PyTreeCheckpointHandler.finalize", number=2)),
+    "before the manifest": (3, at("lm.manifests:write", number=2)),
+    "a file is hashed": (3, at("lm.manifests:hash_file", "after", "checkpoints/6/", 2)),
+    "half of the manifest": (3, at(TEXT, "half", "checkpoints/6/manifest.json")),
+    "the manifest has another name": (3, at(REPLACE, about="checkpoints/6/manifest.json")),
+    "the manifest": (6, at(REPLACE, "after", "checkpoints/6/manifest.json")),
+    "a manifest is checked": (6, at("lm.manifests:problem", about="checkpoints'), 6")),
+    "before a checkpoint goes": ({6, 9, 12}, at("pathlib:Path.rename", about="3.deleting")),
+    "a checkpoint has another name": ({6, 9, 12}, at("pathlib:Path.rename", "after", "3.deleting")),
+    "half of a checkpoint is deleted": ({6, 9, 12}, at("shutil:rmtree", "half", "3.deleting")),
+    "a bad step is recorded": ({3, 6}, at("lm.recorder:_write_arrays")),
+    "a record has another name": ({3, 6}, at("pathlib:Path.rename", about="partial")),
+    "half of the skipped steps": ({3, 6}, at(TEXT, "half", "skipped.json")),
+    "the skipped steps": ({3, 6}, at(REPLACE, "after", "skipped.json")),
+    "half of a copied file": (12, at(f"{FILES}.put_file", "half", "remote/12/state")),
+    "half of a copied row": (12, at(f"{FILES}.put_file", "half", "remote/12/run/metrics")),
+    "a copy but its manifest": (12, at(f"{FILES}.pipe_file", about="remote/12/")),
+    "half of what is fetched": (
+        {3, 6, 9}, row(12, "after"), LOST,
+        at(f"{FILES}.get_file", "half", "/state"),
+    ),
+    "what is fetched but the rows": (
+        {3, 6, 9}, row(12, "after"), LOST,
+        at(f"{FILES}.get_file", "half", "run/metrics"),
+    ),
+    "rows are moved aside": ({3, 6}, row(8, "after"), at("os:replace", about="whole/metrics.jsonl")),
+    "rows of the trail are moved aside": (
+        {3, 6}, row(9, "after"), at("os:replace", about="whole/fingerprints.jsonl"),
+    ),
+    "events are moved aside": ({3, 6}, row(8, "after"), at("os:replace", "after", "tfevents")),
+    "a checkpoint is restored": ({3, 6}, row(8, "after"), at("lm.stored:_read")),
+    "the scores of a stopped evaluation": (
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, kind=signal.SIGTERM),
+        at("lm.manifests:add_metrics"),
+    ),
+    "half of the scores of a stopped evaluation": (
+        4, at("lm.data.pipeline:EvalBatches.__getitem__", number=7, kind=signal.SIGTERM),
+        at(TEXT, "half", "checkpoints/4/manifest.json"),
+    ),
+    "Ctrl-C, saved and resumed, and a kill": (
+        {5, 6, 9}, row(5, kind=signal.SIGINT), row(9),
+    ),
+    "the last save": (9, at("lm.saving:_make_room", about="checkpoints/12")),
+    "the end": (12, at("lm.train:say_sample")),
+}  # fmt: skip
+CACHE = {
+    "the tokenizer": at("lm.data.prepare:_tokenizer", "after"),
+    "half of the tokenizer": at(TEXT, "half", "tokenizer/tokenizer.json"),
+    "the shards": at("lm.data.writer:Writer.add", "after"),
+    "the end of a shard": at("lm.data.writer:Writer.end_shard"),
+    "the journal": at("lm.data.writer:Writer.end_shard", "after"),
+    "half of the manifest": at(TEXT, "half", "manifest.json"),
+    "the manifest": at(REPLACE, "after", "manifest.json"),
+    "half of a compiled program": at("jax._src.lru_cache:LRUCache.put", "half", "train_step"),
+}
+
+
+class Server:
+    """Starts training processes and says how they ended (see `tests.killed`)."""
+
+    def __init__(self, environment):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.killed"],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, **job) -> int:
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self, process) -> int:
+        late = threading.Timer(600, os.kill, (process, signal.SIGABRT))
+        late.start()
+        code = int(self._process.stdout.readline())
+        late.cancel()
+        return code
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+class Run:
+    """A run in `place`, which has its workdir, its remote, and what its processes say."""
+
+    def __init__(self, server, place, experiment, cache, **settings):
+        self.server, self.place, self.cache, self.ends = server, place, cache, 0
+        self.workdir, self.remote, self.said = (place / n for n in ("whole", "remote", "said"))
+        place.mkdir()
+        self.arguments = ["--config", str(experiment), "--workdir", str(self.workdir)]
+        settings |= {"checkpoint.remote": self.remote}
+        self.arguments += [f"--config.{name}={value}" for name, value in settings.items()]
+
+    def start(self, trouble=None) -> int:
+        self.said.unlink(missing_ok=True)
+        return self.server.start(
+            arguments=self.arguments, workdir=str(self.workdir), output=str(self.said), trouble=trouble,
+            variables={"LM_CACHE_DIR": str(self.cache)},
+        )  # fmt: skip
+
+    def end(self, trouble=None) -> int:
+        """Start it, and wait until it has ended; return how."""
+        return self.server.wait(self.start(trouble))
+
+    def check(self):
+        """What there is after a kill is whole, or says that it is not."""
+        for pattern in ("*.json", "receipts/*.json", "tokenizer/*.json", "recorder/[0-9]/*.json"):
+            for path in self.workdir.glob(pattern):
+                json.loads(path.read_text())
+
+    def newest(self) -> int:
+        """The newest good checkpoint, here or in the second place; all that say so are whole."""
+        steps = {0}
+        for folder in (self.workdir / "checkpoints", self.remote):
+            good = set(manifests.good_steps(folder))
+            assert not [step for step in good if manifests.problem(folder, step)]
+            steps |= good
+        return max(steps)
+
+    def resumed(self) -> int:
+        found = re.search(r"^resumed: at step (\d+)", self.said.read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+
+def rows_of(path):
+    """The rows of a file that has whole lines alone, without what differs from run to run."""
+    assert path.read_bytes().endswith(b"}\n")
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(path)]
+
+
+def events_of(folder):
+    """(step, name, value) of all event files, in the order of steps."""
+    found = []
+    for path in folder.glob("*tfevents*"):
+        for event, _ in metrics._records(path.read_bytes()):
+            values = [v for v in event.summary.value if v.tag not in TIMED]
+            found += [(event.step, v.tag, v.simple_value) for v in values]
+    return sorted(found)
+
+
+def assert_same(run, whole, *, events=True):
+    """A run that was killed has ended as the one that was not."""
+    said = run.said.read_text()
+    assert "Traceback" not in said, said
+    run.check()
+    for name in ("metrics.jsonl", "fingerprints.jsonl"):
+        assert rows_of(run.workdir / name) == rows_of(whole.workdir / name), name
+    for folder in (run.workdir / "checkpoints", run.remote):
+        one, other = manifests.read(folder, STEPS), manifests.read(whole.remote, STEPS)
+        assert not manifests.problem(folder, STEPS)
+        for part in ("arrays", "metrics", "skipped"):  # arrays: by their fingerprints
+            assert one[part] == other[part], f"{folder}: {part}"
+    for name in ("skipped.json", "config.json", "data.json"):
+        texts = [(r.workdir / name).read_text() for r in (run, whole)]
+        assert texts[0].replace(str(run.place), str(whole.place)) == texts[1]
+    if events:
+        assert events_of(run.workdir / "tensorboard") == events_of(whole.workdir / "tensorboard")
+    assert run.newest() == STEPS
+    left = {p.suffix[:6] for p in (run.workdir / "checkpoints").iterdir()}
+    assert left <= {"", ".aside"}, "what was being deleted or fetched is gone"
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    made = Server(environment)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def make(server, text_file, tmp_path_factory):
+    """Return a function that makes a run."""
+    place, cache = tmp_path_factory.mktemp("kills"), tmp_path_factory.mktemp("cache")
+    settings = dict(SETTINGS, **{"data.path": (str(text_file),)})
+    lines = [f"    config.{name} = {value!r}" for name, value in settings.items()]
+    sections = ", ".join(f"{name!r}: {{}}" for name in sorted({n.split(".")[0] for n in SETTINGS}))
+    experiment = place / "small.py"
+    experiment.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    config = ConfigDict({{{sections}}})\n    config.model.name = 'gpt'\n"
+        + "\n".join(lines) + "\n    return config\n"
+    )  # fmt: skip
+    numbers = iter(range(1000))
+
+    def made(cache=cache, **settings):
+        return Run(server, place / str(next(numbers)), experiment, cache, **settings)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(make):
+    """The run that is not killed, of which a first one has compiled the programs."""
+    assert make().end() == 0
+    run = make()
+    start = time.monotonic()
+    assert run.end() == 0, run.said.read_text()
+    run.seconds = time.monotonic() - start
+    assert manifests.read(run.remote, STEPS)["skipped"], "a step is skipped"
+    return run
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_a_point(make, whole, point):
+    steps, *ends = POINTS[point]
+    run = make()
+    for end in ends:
+        if end == LOST:
+            shutil.rmtree(run.workdir)
+            continue
+        code = run.end(end)
+        said = run.said.read_text()
+        assert code == (-signal.SIGKILL if end["kind"] == signal.SIGKILL else 75), said
+        assert ("to resume: python -m lm.main --config" in said) == (code == 75)
+        assert "Traceback" not in said, said
+        run.check()
+    newest = run.newest()
+    assert newest in (steps if isinstance(steps, set) else {steps})
+    assert run.end() == 0, run.said.read_text()
+    assert run.resumed() == newest
+    assert_same(run, whole, events=LOST not in ends)
+
+
+@pytest.mark.parametrize("point", CACHE)
+def test_a_kill_while_the_cache_is_written(make, whole, tmp_path, point):
+    run = make(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    if "program" not in point:
+        (tmp_path / "cache" / "xla").symlink_to(whole.cache / "xla")
+    assert run.end(CACHE[point]) == -signal.SIGKILL, run.said.read_text()
+    assert run.end() == 0, run.said.read_text()
+    assert_same(run, whole)
+
+
+TROUBLES = {  # by kind: how the run then ends, and what it says
+    "read_only": (2, "Read-only file system"),
+    "no_handles": (2, "Too many open files"),
+    "clock_set_back": (0, ""),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLES)
+def test_trouble_from_a_row_on(make, whole, kind):
+    """The run ends with one line, its last checkpoint whole, or goes on; the same command finishes it."""
+    run, (code, words) = make(), TROUBLES[kind]
+    ended = run.end(row(5, kind=kind))
+    said = run.said.read_text()
+    if "no name spaces here" in said:
+        pytest.skip("no name spaces here, to mount in")
+    assert ended == code, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (code > 0) and words in "".join(errors), said
+    assert f'File "{ROOT}/lm' not in said, said  # what fails in Orbax's threads they may show
+    run.check()
+    if code:
+        newest = run.newest()
+        assert newest < STEPS and run.end() == 0, run.said.read_text()
+        assert run.resumed() == newest
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_times(make, whole, seed):
+    """Ten of them, one of each tenth of the run's time in any order; a run is killed until it is done."""
+    draw = random.Random(seed)
+    times = [(part + draw.random()) / 10 * whole.seconds for part in range(10)]
+    draw.shuffle(times)
+    run, killed = make(), 0
+    for _ in range(40):
+        process = run.start()
+        if killed < len(times):
+            time.sleep(times[killed])
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(process, signal.SIGKILL)
+        code = run.server.wait(process)
+        if code == 0:
+            assert_same(run, whole)
+            if killed == len(times):
+                return
+            run = make()
+            times[killed] *= 0.7  # the machine is less busy than it was
+        else:
+            assert code == -signal.SIGKILL, run.said.read_text()
+            killed += 1
+            run.check()
+    raise AssertionError(f"{killed} kills in 40 starts")
