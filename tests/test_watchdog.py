@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lm import exits, manifests, preemption, signals
-from tests.test_train import assert_same_run, wait_for_step
+from tests.test_train import assert_same_run
 
 ROOT = Path(__file__).parent.parent
 HANGS = """
@@ -51,6 +51,16 @@ def start(text_file, workdir, *flags, hangs=("time", "", "time", "1000000000")):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for_step(workdir, step, process):
+    """Return when a run has saved `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if manifests.good_steps(workdir / "checkpoints")[-1:] >= [step]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never saved step {step}: {process.communicate()[0]}")
 
 
 CASES = {  # what hangs, the field, what is said to hang, the step that is saved then
