@@ -245,8 +245,11 @@ class Checkpointer:
         found = self._newest_good(say) if jax.process_index() == 0 else None
         if not (step := distributed.from_first("" if found is None else str(found))):
             return None
-        if self._remote and jax.process_index() == 0:
-            self._remote.copy(int(step))  # where a kill came before it was
+        if jax.process_index() == 0:  # where a kill came before it was done
+            for problem in retention.delete(self.folder, ()):
+                self.say(problem)
+            if self._remote:
+                self._remote.copy(int(step))
         return unflatten(abstract, restore(self.folder, int(step), flatten(abstract)))
 
     def fetch(self) -> None:
