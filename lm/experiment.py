@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     evaluate,
+    exact,
     fit,
     flags,
     hardware,
@@ -39,6 +40,7 @@ from lm.data import corpus, pipeline, settings
 class TrainConfig:
     num_steps: Duration = 1000  # updates
     accumulate_steps: int = 1  # parts that a batch is taken in, to fit the device
+    exact_reduction: int = 0  # shards of a batch, summed in one order on any mesh; 0 = as is fastest
     log_every_steps: int = 10  # updates between rows of metrics
     init_from: str = ""  # folder of a run or checkpoint to take parameters from; "" = fresh
     vectors: str = ""  # file of pretrained word vectors that the embedding starts from; "" = none
@@ -80,6 +82,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.{field}={getattr(self, field)}: choose one of {', '.join(known)}"
                 )
+        if (shards := self.exact_reduction) < 0 or shards & (shards - 1):
+            raise ConfigError(
+                f"train.exact_reduction={shards}: shards are summed in pairs; use a power of 2, or 0 = off"
+            )
         if self.peer_timeout_seconds < 1:
             raise ConfigError(
                 f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
@@ -290,19 +296,7 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
         abstract,
         placed,
     )
-    train_step: Callable = functools.partial(step.count_step, model=made.model)
-    if made.model.learns == "gradient":
-        train_step = functools.partial(
-            step.train_step,
-            model=made.model,
-            tx=made.tx,
-            objective=made.objective,
-            seed=made.config.seed,
-            accumulate=made.cfg["train"].accumulate_steps,
-            ema_decay=made.cfg["optim"].ema_decay,
-            schedule=made.schedule,
-            limit=made.spike_limit,
-        )
+    train_step = _step_of(made)
     if local_every:
         train_step = functools.partial(
             local_steps.train_step,
@@ -311,12 +305,56 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
             every=local_every,
             num_steps=made.num_steps,
         )
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
+    if made.cfg["train"].exact_reduction:
+        train_step = _exactly(made, placed).train_step
     return (
         jax.jit(init, out_shardings=placed),
-        jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
+        train_step,
         jit_eval_step(made.model, made.objective),
         abstract,
     )
+
+
+def _step_of(made: Experiment) -> Callable:
+    """Return the pure (state, batch) -> (state, metrics), of one group where groups train apart."""
+    if made.model.learns == "counting":
+        return functools.partial(step.count_step, model=made.model)
+    return functools.partial(step.train_step, **_of_gradients(made), **_of_update(made))
+
+
+def _of_gradients(made: Experiment) -> dict[str, Any]:
+    return {
+        "model": made.model,
+        "objective": made.objective,
+        "seed": made.config.seed,
+        "accumulate": made.cfg["train"].accumulate_steps,
+    }
+
+
+def _of_update(made: Experiment) -> dict[str, Any]:
+    return {
+        "tx": made.tx,
+        "ema_decay": made.cfg["optim"].ema_decay,
+        "schedule": made.schedule,
+        "limit": made.spike_limit,
+    }
+
+
+def _exactly(made: Experiment, placed: Any) -> exact.Reduction:
+    update = functools.partial(step.update, objective=made.objective, **_of_update(made))
+    of_shard = functools.partial(step.gradients, **_of_gradients(made))
+    return exact.Reduction(made.mesh, made.cfg["train"].exact_reduction, of_shard, update, placed)
+
+
+def gradients_of(made: Experiment) -> Callable:
+    """Return (state, batch) -> gradients of a step, to be called under the mesh."""
+    if made.cfg["train"].exact_reduction:
+        gradients = _exactly(made, None).gradients
+        return lambda state, batch: gradients(state, batch)[0]
+    pure = functools.partial(step.gradients, **_of_gradients(made))
+    placed = sharding.shardings(made.mesh, made.axes, made.shapes)
+    return jax.jit(lambda state, batch: pure(state, batch)[0], out_shardings=placed)
 
 
 def jit_eval_step(model: nn.Module, objective: step.Objective) -> Callable:
