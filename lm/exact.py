@@ -9,10 +9,10 @@ the same two numbers, and so hold the same bits:
     D = 2   g0 + g1 on one, g2 + g3 on the other; they exchange and add
     D = 4   g0, g1, g2, g3 on one each; exchanged at distance 1 and added, then at distance 2
 
-Norm, clipping and the optimizer are computed on whole arrays, alike on all devices. What rounds is compiled by
-itself, as programs in which nothing depends on D: a shard's gradients, and the update. For a compiler fuses
-and lays out what it sees at once, and where that differs sums are rounded otherwise. Between them stand
-programs that only move numbers and add two of them.
+Norm, clipping and the optimizer are computed on whole arrays, alike on all devices, and so is the state of
+step 0. What rounds is compiled by itself, as programs in which nothing depends on D: a shard's gradients,
+the update. For a compiler fuses and lays out what it sees at once, and where that differs sums are rounded
+otherwise. Between them stand programs that only move numbers and add two of them.
 
 The price: in the update every device holds the whole state and gradient, and before it the gradients of up to
 log2(S / D) + 1 shards; S products stand for one large; the whole gradient is sent log2(D) times. Losses that
@@ -37,9 +37,10 @@ NO_MESH = AbstractMesh((), ())  # what models see: nothing depends on the device
 
 
 class Reduction:
-    """Steps and gradients of a state and a batch on `mesh`.
+    """The first state, steps and gradients on `mesh`.
 
     Attributes:
+      init: makes the state of step 0, as `step.make_init`.
       shards: of a batch.
       of_shard: makes the gradients, as `step.gradients`.
       update: makes the new state of them, as `step.update`.
@@ -47,7 +48,13 @@ class Reduction:
     """
 
     def __init__(
-        self, mesh: Mesh, shards: int, of_shard: Callable, update: Callable, placed: TrainState
+        self,
+        mesh: Mesh,
+        shards: int,
+        init: Callable,
+        of_shard: Callable,
+        update: Callable,
+        placed: TrainState,
     ):
         self._placed, self._whole = placed, sharding.replicated(mesh)
         self._axes = sharding.mesh_axes("act_batch")
@@ -64,15 +71,18 @@ class Reduction:
             )
             return jax.jit(mapped, **how)
 
-        def gradients(params, now, weight, part, carry, number):
+        def gradients(params, now, weight, before, part, carry, number):
+            del before  # those of one shard wait for those of another: devices have room for one
             state = TrainState(now, jnp.ones((), bool), params, {}, {}, carry, {})
             shard = (number[0], shards, weight)
             grads, carry, sums = of_shard(state, part, shard=shard)
-            return jax.tree.map(lambda x: x[None], (grads, sums)), carry
+            return jax.tree.map(lambda x: x[None], ((grads, sums), sums["loss"][1])), carry
 
+        self._init = program(init, (), whole)
         self._pick = program(self._pick_here, (rows, whole), rows)
         self._weigh = program(lambda weights: weights.sum()[None], rows, rows)
-        self._gradients = program(gradients, (whole, whole, whole, rows, rows, rows), (rows, rows))
+        ins = (whole, whole, whole, rows, rows, rows, rows)
+        self._gradients = program(gradients, ins, (rows, rows), keep_unused=True)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._exchange = program(self._sum_of_devices, rows, whole)
         self._join = program(lambda *parts: jax.tree.map(_joined, *parts), rows, rows)
@@ -80,6 +90,10 @@ class Reduction:
         self._choose = jax.jit(
             lambda holds, a, b: jax.tree.map(lambda x, y: jnp.where(holds, x, y), a, b)
         )
+
+    def init(self) -> TrainState:
+        """Return the state of step 0."""
+        return jax.device_put(self._init(), self._placed)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Do one update, as `step.train_step`."""
@@ -95,11 +109,13 @@ class Reduction:
         params = jax.device_put(state.params, self._whole)
         mine = (batch, state.carry, self._numbers)
         parts = [self._pick(mine, index) for index in range(self._here)]
-        weight = self._sum(lambda index: self._weigh(parts[index][0]["weights"]))
-        carries = []
+        weigh = lambda index: self._weigh(parts[index][0]["weights"])  # noqa: E731
+        weight, before, carries = self._sum(weigh), weigh(0), []
 
         def of(index):
-            found, carry = self._gradients(params, state.step, weight, *parts[index])
+            nonlocal before
+            given = params, state.step, weight, before, *parts[index]
+            (found, before), carry = self._gradients(*given)
             carries.append(carry)
             return found
 

@@ -97,9 +97,13 @@ def _check_exact(cfg: Mapping[str, Any], mesh: Mesh) -> int:
         return 0
     name, field = cfg["model"].name, f"train.exact_reduction={shards}"
     if models.family(name).Model.learns == "counting":
-        raise ConfigError(f"{field}: model.name={name!r} learns by counting, the same anywhere; use 0")
+        raise ConfigError(
+            f"{field}: model.name={name!r} learns by counting, the same anywhere; use 0"
+        )
     if every := cfg["mesh"].local_steps:
-        raise ConfigError(f"{field} and mesh.local_steps={every}: groups train apart; use 0 for one")
+        raise ConfigError(
+            f"{field} and mesh.local_steps={every}: groups train apart; use 0 for one"
+        )
     devices = sharding.batch_shards(mesh)
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in sharding.RULES["act_groups"]:

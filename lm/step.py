@@ -199,15 +199,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    objective: Objective,
-    seed: int,
-    accumulate: int = 1,
-    **how: Any,
+    state, batch, *, model, objective, seed, accumulate=1, **how
 ) -> tuple[TrainState, Metrics]:
     """Do one update on a global batch (arrays [B, L]) and return the new state and its metrics.
 
@@ -217,7 +209,7 @@ def train_step(
     found = gradients(
         state, batch, model=model, objective=objective, seed=seed, accumulate=accumulate
     )
-    return update(state, *found, tx=tx, objective=objective, **how)
+    return update(state, *found, objective=objective, **how)
 
 
 def update(
