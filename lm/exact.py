@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm import sharding
 from lm.step import Batch, Metrics, TrainState
@@ -56,19 +56,23 @@ class Reduction:
         update: Callable,
         placed: TrainState,
     ):
-        self._placed, self._whole = placed, sharding.replicated(mesh)
-        self._axes = sharding.mesh_axes("act_batch")
-        self._here = shards // sharding.batch_shards(mesh)
+        # One axis, whatever those of `mesh`: the programs of data=8 are those of fsdp=8.
+        self._mesh = flat = Mesh(mesh.devices.reshape(-1), ("devices",))
+        self._placed, self._home = placed, sharding.replicated(mesh)
+        self._here = shards // flat.size
+        whole, rows = PartitionSpec(), PartitionSpec("devices")
+        self._whole, self._rows = NamedSharding(flat, whole), NamedSharding(flat, rows)
         numbers = np.arange(shards, dtype=np.int32)
         self._numbers = jax.make_array_from_callback(
-            (shards,), sharding.batch_sharding(mesh), lambda index: numbers[index]
+            (shards,), self._rows, lambda index: numbers[index]
         )
-        whole, rows = PartitionSpec(), PartitionSpec(self._axes)
 
         def program(function, ins, out, **how):
-            mapped = jax.shard_map(
-                _alone(function), mesh=mesh, in_specs=ins, out_specs=out, check_vma=False
-            )
+            def alone(*args):
+                with jax.sharding.use_abstract_mesh(NO_MESH):
+                    return function(*args)
+
+            mapped = jax.shard_map(alone, mesh=flat, in_specs=ins, out_specs=out, check_vma=False)
             return jax.jit(mapped, **how)
 
         def gradients(params, now, weight, before, part, carry, number):
@@ -93,29 +97,36 @@ class Reduction:
 
     def init(self) -> TrainState:
         """Return the state of step 0."""
-        return jax.device_put(self._init(), self._placed)
+        with jax.set_mesh(self._mesh):
+            return jax.device_put(self._init(), self._placed)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Do one update, as `step.train_step`."""
-        grads, carry, sums = self.gradients(state, batch)
-        given = jax.device_put(dataclasses.replace(state, carry={}), self._whole)
-        new, sums = self._update(given, grads, {}, sums)
-        new = jax.device_put(new, dataclasses.replace(self._placed, carry={}))
-        carry = self._choose(new.healthy, carry, state.carry)
-        return dataclasses.replace(new, carry=carry), sums
+        with jax.set_mesh(self._mesh):
+            before = jax.device_put(state.carry, self._rows)
+            grads, carry, sums = self._gradients_of(state, before, batch)
+            given = jax.device_put(dataclasses.replace(state, carry={}), self._whole)
+            new, sums = self._update(given, grads, {}, sums)
+            new = dataclasses.replace(new, carry=self._choose(new.healthy, carry, before))
+            return jax.device_put(new, self._placed), jax.device_put(sums, self._home)
 
-    def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Any, Metrics]:
-        """Return (gradients of the mean objective, new carry, metric sums), as `step.gradients`."""
-        params = jax.device_put(state.params, self._whole)
-        mine = (batch, state.carry, self._numbers)
+    def gradients(self, state: TrainState, batch: Batch) -> Any:
+        """Return the gradients of the mean objective of a batch, whole on every device."""
+        with jax.set_mesh(self._mesh):
+            carry = jax.device_put(state.carry, self._rows)
+            return jax.device_put(self._gradients_of(state, carry, batch)[0], self._home)
+
+    def _gradients_of(self, state, carry, batch) -> tuple[Any, Any, Metrics]:
+        """Return (gradients, new carry, metric sums), as `step.gradients`."""
+        params, now = jax.device_put((state.params, state.step), self._whole)
+        mine = (jax.device_put(batch, self._rows), carry, self._numbers)
         parts = [self._pick(mine, index) for index in range(self._here)]
         weigh = lambda index: self._weigh(parts[index][0]["weights"])  # noqa: E731
         weight, before, carries = self._sum(weigh), weigh(0), []
 
         def of(index):
             nonlocal before
-            given = params, state.step, weight, before, *parts[index]
-            (found, before), carry = self._gradients(*given)
+            (found, before), carry = self._gradients(params, now, weight, before, *parts[index])
             carries.append(carry)
             return found
 
@@ -140,22 +151,12 @@ class Reduction:
 
     def _sum_of_devices(self, total: Any) -> Any:
         total = jax.tree.map(lambda x: x[0], total)
-        devices, distance = jax.lax.axis_size(self._axes), 1
+        devices, distance = jax.lax.axis_size("devices"), 1
         while distance < devices:
             pairs = [(device, device ^ distance) for device in range(devices)]
-            others = jax.lax.ppermute(total, self._axes, pairs)
+            others = jax.lax.ppermute(total, "devices", pairs)
             total, distance = jax.tree.map(jnp.add, total, others), 2 * distance
         return total
-
-
-def _alone(function: Callable) -> Callable:
-    """Return `function`, which sees no mesh."""
-
-    def run(*args):
-        with jax.sharding.use_abstract_mesh(NO_MESH):
-            return function(*args)
-
-    return run
 
 
 def _joined(*parts: jax.Array) -> jax.Array:

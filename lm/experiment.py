@@ -367,8 +367,7 @@ def _exactly(made: Experiment) -> exact.Reduction:
 def gradients_of(made: Experiment) -> Callable:
     """Return (state, batch) -> gradients of a step, to be called under the mesh."""
     if made.cfg["train"].exact_reduction:
-        exactly = _exactly(made)
-        return lambda state, batch: exactly.gradients(state, batch)[0]
+        return _exactly(made).gradients
     of_step: Callable = functools.partial(step.gradients, **_of_gradients(made))
     placed = sharding.shardings(made.mesh, made.axes, made.shapes)
     return jax.jit(lambda state, batch: of_step(state, batch)[0], out_shardings=placed)

@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     mesh = experiment.section(config, "mesh")
     sizes = {axis: getattr(mesh, axis) for axis in sharding.ORDER}
     said = flags.set_flags(startup.platform(), sizes, mesh.xla_flags)
+    startup.set_threads(experiment.section(config, "train").exact_reduction)
     distributed.start(
         args.coordinator_address,
         args.num_processes,

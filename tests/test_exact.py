@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +118,10 @@ def test_other_counts_of_shards_and_the_usual_step_differ():
 
 
 def exact(tiny, mesh, **overrides):
-    """Return the config of a run of eight steps in two processes' worth of settings."""
-    config = tiny(
-        mesh=ConfigDict({"data": 1, **mesh}), data__batch_size=16, **overrides,
-        train__num_steps=8, train__fingerprint_every_steps=1, train__exact_reduction=8,
-    )  # fmt: skip
-    return config
+    """Return the config of a run of eight steps."""
+    fields = {"data__batch_size": 16, "train__num_steps": 8, "train__exact_reduction": 8}
+    fields |= {"train__fingerprint_every_steps": 1, "mesh": ConfigDict({"data": 1, **mesh})}
+    return tiny(**fields | overrides)
 
 
 @pytest.mark.slow
@@ -161,35 +158,32 @@ def assert_runs_alike(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
-def test_two_processes_have_the_bits_of_one(tiny, text_file, tmp_path, axis):
-    config = exact(tiny, {axis: 2})
+def test_processes_have_the_bits_of_one(tiny, tmp_path):
+    """Of products long enough that XLA on a CPU splits their sums by its threads (`startup.set_threads`)."""
+    config = exact(tiny, {}, data__batch_size=32, task__length=128, model__model_dim=128)
     file = tmp_path / "small.py"
     file.write_text(
         "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
         f"    return ConfigDict({config.to_dict()!r}, type_safe=False)\n"
     )
-    for processes in (1, 2):
-        words = [
-            "-m",
-            "lm.main",
-            "--config",
-            str(file),
-            "--workdir",
-            str(tmp_path / str(processes)),
-        ]
-        launch = ["-m", "tools.launch", f"--processes={processes}", "--grace=30"]
-        launch += [f"--devices_per_process={2 // processes}", f"--logs={tmp_path}/logs{processes}"]
-        flags = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
+    flags = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    for processes, devices, axis in [
+        (1, 8, "data"),
+        (2, 1, "data"),
+        (2, 1, "fsdp"),
+        (1, 2, "data"),
+    ]:
+        folder = tmp_path / f"{processes}_{devices}_{axis}"
         done = subprocess.run(
-            [sys.executable, *launch, "--", sys.executable, *words], cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
-            capture_output=True, text=True, timeout=300,
+            [sys.executable, "-m", "tools.launch", f"--processes={processes}", "--grace=30",
+             f"--devices_per_process={devices}", f"--logs={folder}.logs", "--",
+             sys.executable, "-m", "lm.main", "--config", str(file), "--workdir", str(folder),
+             "--config.mesh.data=1", f"--config.mesh.{axis}={processes * devices}"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        assert done.returncode == 0, (
-            shlex.join(done.args) + done.stdout[-3000:] + done.stderr[-3000:]
-        )
-    assert_runs_alike(tmp_path / "1", tmp_path / "2")
+        assert done.returncode == 0, f"{done.args}{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert_runs_alike(folder, tmp_path / "1_8_data")
 
 
 REFUSED = {

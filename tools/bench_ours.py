@@ -88,8 +88,9 @@ class Ours:
 
         `started` is the time in seconds since the epoch that the time to the first step counts from.
         """
-        distributed.start()  # where there are several of this process
         self.config = config_lib.from_json(config)
+        startup.set_threads(experiment.section(self.config, "train").exact_reduction)
+        distributed.start()  # where there are several of this process
         with self._data():
             self.made = made = experiment.build(self.config)
         cfg = made.cfg["model"]
