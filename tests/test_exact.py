@@ -18,8 +18,9 @@ from lm.config import ConfigError
 from tests.test_train import StopAfter, arrays_of, rows_of
 
 ROOT = Path(__file__).parent.parent
-TWO, ALL = {"data": 2}, [{"data": 4}, {"data": 8}, {"fsdp": 2}, {"fsdp": 4}, {"fsdp": 8}]
-MIXED = {"data": 2, "fsdp": 4}
+TWO, MIXED = {"data": 2}, {"data": 2, "fsdp": 4}
+SOME = [{"data": 4}, {"fsdp": 8}, MIXED]  # the programs go by the number of devices alone
+ALL = [*SOME, {"data": 8}, {"fsdp": 2}, {"fsdp": 4}]
 GPT = {"name": "gpt", "num_layers": 2, "model_dim": 32, "num_heads": 2, "dropout": 0.1}
 FAMILIES = {
     "gpt": {"train": {"accumulate_steps": 2, "z_loss": 1e-4}},
@@ -93,7 +94,7 @@ def test_meshes_give_the_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_give_the_same_bits_on_all_meshes(family):
-    assert_same([*ALL, MIXED], **FAMILIES[family])
+    assert_same(ALL if family == "gpt" else SOME, **FAMILIES[family])
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ FLOORS = {
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
+    ("lm.exact", "lm.step"),
     ("lm.train", "lm.description"),
     ("lm.description", "lm.experiment"),
     ("lm.checkpoint", "lm.saving"),
