@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import math
 import platform
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -18,6 +16,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     evaluate,
+    exact,
     fit,
     flags,
     hardware,
@@ -39,6 +38,9 @@ from lm.data import corpus, pipeline, settings
 class TrainConfig:
     num_steps: Duration = 1000  # updates
     accumulate_steps: int = 1  # parts that a batch is taken in, to fit the device
+    exact_reduction: int = (
+        0  # shards of a batch, summed in one order on any mesh; 0 = as is fastest
+    )
     log_every_steps: int = 10  # updates between rows of metrics
     init_from: str = ""  # folder of a run or checkpoint to take parameters from; "" = fresh
     vectors: str = ""  # file of pretrained word vectors that the embedding starts from; "" = none
@@ -86,6 +88,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.{field}={getattr(self, field)}: choose one of {', '.join(known)}"
                 )
+        if (shards := self.exact_reduction) < 0 or shards & (shards - 1):
+            raise ConfigError(
+                f"train.exact_reduction={shards}: shards are summed in pairs; use a power of 2, or 0 = off"
+            )
         if self.peer_timeout_seconds < 1:
             raise ConfigError(
                 f"train.peer_timeout_seconds={self.peer_timeout_seconds}: use a second or more"
@@ -274,41 +280,16 @@ def build_objective(task: Any) -> step.Objective:
 
 def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
     """Return jitted (init, train_step, eval_step), to be called under the mesh, and the abstract state."""
-    init = step.make_init(
-        made.model,
-        made.tx,
-        seed=made.config.seed,
-        shape=(made.num_steps, made.cfg["data"].batch_size, made.task.row_length),
-        average=made.cfg["optim"].ema_decay > 0,
-        stateful=made.stateful,
-        watched=made.spike_limit is not None,
-    )
+    init = _init_of(made)
     local_every = made.cfg["mesh"].local_steps
     if local_every:
         outer = local_steps.outer_optimizer(made.cfg["optim"])
         replicas = sharding.ways(made.mesh, "replicas")
         of_one, begin = init, functools.partial(local_steps.begin, outer=outer, replicas=replicas)
         init = lambda: begin(of_one())  # noqa: E731
-    abstract = jax.eval_shape(init)
-    placed = step.state_shardings(made.mesh, abstract, made.axes)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        placed,
-    )
-    train_step: Callable = functools.partial(step.count_step, model=made.model)
-    if made.model.learns == "gradient":
-        train_step = functools.partial(
-            step.train_step,
-            model=made.model,
-            tx=made.tx,
-            objective=made.objective,
-            seed=made.config.seed,
-            accumulate=made.cfg["train"].accumulate_steps,
-            ema_decay=made.cfg["optim"].ema_decay,
-            schedule=made.schedule,
-            limit=made.spike_limit,
-        )
+    abstract = _placed(made, init)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    train_step = _step_of(made)
     if local_every:
         train_step = functools.partial(
             local_steps.train_step,
@@ -317,12 +298,85 @@ def jitted(made: Experiment) -> tuple[Callable, Callable, Callable, Any]:
             every=local_every,
             num_steps=made.num_steps,
         )
+    eval_step = jit_eval_step(made.model, made.objective)
+    if made.cfg["train"].exact_reduction:
+        exactly = _exactly(made)
+        return exactly.init, exactly.train_step, eval_step, abstract
     return (
         jax.jit(init, out_shardings=placed),
         jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)),
-        jit_eval_step(made.model, made.objective),
+        eval_step,
         abstract,
     )
+
+
+def _init_of(made: Experiment) -> Callable:
+    """Return the pure function that makes the state of step 0, of one group where groups train apart."""
+    return step.make_init(
+        made.model,
+        made.tx,
+        seed=made.config.seed,
+        shape=(made.num_steps, made.cfg["data"].batch_size, made.task.row_length),
+        average=made.cfg["optim"].ema_decay > 0,
+        stateful=made.stateful,
+        watched=made.spike_limit is not None,
+    )
+
+
+def _placed(made: Experiment, init: Callable) -> Any:
+    """Return the abstract state that `init` makes, each leaf with its sharding."""
+    abstract = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        step.state_shardings(made.mesh, abstract, made.axes),
+    )
+
+
+def _step_of(made: Experiment) -> Callable:
+    """Return the pure (state, batch) -> (state, metrics), of one group where groups train apart."""
+    if made.model.learns == "counting":
+        return functools.partial(step.count_step, model=made.model)
+    return functools.partial(step.train_step, **_of_gradients(made), **_of_update(made))
+
+
+def _of_gradients(made: Experiment) -> dict[str, Any]:
+    return {
+        "model": made.model,
+        "objective": made.objective,
+        "seed": made.config.seed,
+        "accumulate": made.cfg["train"].accumulate_steps,
+    }
+
+
+def _of_update(made: Experiment) -> dict[str, Any]:
+    return {
+        "tx": made.tx,
+        "ema_decay": made.cfg["optim"].ema_decay,
+        "schedule": made.schedule,
+        "limit": made.spike_limit,
+    }
+
+
+def _exactly(made: Experiment) -> exact.Reduction:
+    init = _init_of(made)
+    return exact.Reduction(
+        made.mesh,
+        made.cfg["train"].exact_reduction,
+        init=init,
+        of_shard=functools.partial(step.gradients, **_of_gradients(made)),
+        update=functools.partial(step.update, objective=made.objective, **_of_update(made)),
+        placed=jax.tree.map(lambda leaf: leaf.sharding, _placed(made, init)),
+    )
+
+
+def gradients_of(made: Experiment) -> Callable:
+    """Return (state, batch) -> gradients of a step, to be called under the mesh."""
+    if made.cfg["train"].exact_reduction:
+        return _exactly(made).gradients
+    of_step: Callable = functools.partial(step.gradients, **_of_gradients(made))
+    placed = sharding.shardings(made.mesh, made.axes, made.shapes)
+    return jax.jit(lambda state, batch: of_step(state, batch)[0], out_shardings=placed)
 
 
 def jit_eval_step(model: nn.Module, objective: step.Objective) -> Callable:
@@ -343,46 +397,3 @@ def environment(made: Experiment) -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),  # whose own text the embedded sources are
     }
-
-
-def describe(made: Experiment) -> str:
-    """Return the resolved config, the table of parameters, the FLOPs and one batch in words."""
-    placed = sharding.shardings(made.mesh, made.axes, made.shapes)
-    rows = [("parameter", "shape", "axes", "bytes/device")]
-    total = 0
-    for (path, leaf), axes, place in zip(
-        jax.tree_util.tree_leaves_with_path(made.shapes),
-        jax.tree.leaves(made.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
-        jax.tree.leaves(placed),
-        strict=True,
-    ):
-        size = math.prod(place.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        total += size
-        rows.append((sharding.path_name(path), str(leaf.shape), " ".join(axes), f"{size:,}"))
-    rows.append(("all", f"{step.count_parameters(made.shapes):,} parameters", "", f"{total:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    table = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    abstract = jitted(made)[-1]
-    state = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(abstract)
-    )
-    flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
-    return "\n\n".join(
-        [
-            config_lib.to_json(made.config).rstrip(),
-            table,
-            f"mesh: {sharding.shown(made.mesh)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
-            f"{flops:.3g} training FLOPs a position; the state takes {state / 2**30:.3f} GiB a device "
-            "(gradients and activations come on top)",
-            describe_batch(made),
-        ]
-    )
-
-
-def describe_batch(made: Experiment, width: int = 0) -> str:
-    """Return the first row of the first batch in words, lines cut to `width` (0 = whole)."""
-    return pipeline.describe_batch(made.batches[0], made.corpus.tokenizer, width=width)

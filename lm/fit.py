@@ -46,7 +46,7 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
         )
     _check_local_steps(cfg)
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
-    shards = sharding.batch_shards(mesh)
+    shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)
     rows, parts = cfg["data"].batch_size, cfg["train"].accumulate_steps
     if parts > rows:
         raise ConfigError(
@@ -60,7 +60,7 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
         if size % divisor:
             raise ConfigError(
                 f"{field}={size} does not divide by {divisor} (train.accumulate_steps x the devices "
-                f"that split a batch); use a multiple of {divisor}"
+                f"that split a batch, or train.exact_reduction); use a multiple of {divisor}"
             )
     return tasks.kind_for(kinds, accepts)
 
@@ -95,6 +95,34 @@ def _check_local_steps(cfg: Mapping[str, Any]) -> None:
             f"mesh.local_steps={every}: the parameters where groups meet are an average already; use "
             "optim.ema_decay=0"
         )
+
+
+def _check_exact(cfg: Mapping[str, Any], mesh: Mesh) -> int:
+    """Refuse what does not go with train.exact_reduction; return it."""
+    if not (shards := cfg["train"].exact_reduction):
+        return 0
+    name, field = cfg["model"].name, f"train.exact_reduction={shards}"
+    if models.family(name).Model.learns == "counting":
+        raise ConfigError(
+            f"{field}: model.name={name!r} learns by counting, the same anywhere; use 0"
+        )
+    if every := cfg["mesh"].local_steps:
+        raise ConfigError(
+            f"{field} and mesh.local_steps={every}: groups train apart; use 0 for one"
+        )
+    devices = sharding.batch_shards(mesh)
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in sharding.RULES["act_groups"]:
+            raise ConfigError(
+                f"{field} and mesh.{axis}={size}: shards are of rows alone; use mesh.{axis}=1, and mesh.data "
+                "or mesh.fsdp for the devices"
+            )
+    if shards % devices:
+        raise ConfigError(
+            f"{field}: {devices} devices split a batch, which must divide it; use a power of 2 of devices, "
+            "and as many shards or more"
+        )
+    return shards
 
 
 def _check_stages(cfg: Mapping[str, Any], stages: int, parts: int) -> None:

@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         )
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
-    from lm import experiment, sharding, train
+    from lm import description, experiment, sharding, train
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)
@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     mesh = experiment.section(config, "mesh")
     sizes = {axis: getattr(mesh, axis) for axis in sharding.ORDER}
     said = flags.set_flags(startup.platform(), sizes, mesh.xla_flags)
+    startup.set_threads(experiment.section(config, "train").exact_reduction)
     distributed.start(
         args.coordinator_address,
         args.num_processes,
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     )
     print("\n".join(said), end="\n" if said else "")
     if args.dry_run:
-        print(experiment.describe(experiment.build(config)))
+        print(description.describe(experiment.build(config)))
         return 0
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)

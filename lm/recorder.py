@@ -101,6 +101,7 @@ def _settings(made: experiment.Experiment) -> dict[str, Any]:
         "seed": made.config.seed,
         "objective": dataclasses.asdict(made.objective),
         "accumulate": made.cfg["train"].accumulate_steps,
+        "exact": made.cfg["train"].exact_reduction,
         "groups": sharding.ways(made.mesh, "replicas") if made.cfg["mesh"].local_steps else 1,
         "shards": sharding.batch_shards(made.mesh),
         "length_parts": sharding.ways(made.mesh, "act_length"),
@@ -116,11 +117,4 @@ def _gradient_norms(
     """Return the norms of the step's gradients; {} where groups train apart, each with its own."""
     if state.local or made.model.learns != "gradient":
         return {}
-    parts = made.cfg["train"].accumulate_steps
-
-    @jax.jit
-    def gradients(state, batch):
-        rng = jax.random.fold_in(jax.random.key(made.config.seed), state.step)
-        return step.gradients(state, batch, made.model, made.objective, rng, parts)[0]
-
-    return anatomy.norms(gradients(state, batch))
+    return anatomy.norms(experiment.gradients_of(made)(state, batch))

@@ -50,6 +50,16 @@ def _reserve_huge_pages() -> None:
         libc.free(ctypes.c_void_p(start))
 
 
+def set_threads(shards: int) -> None:
+    """Let XLA on a CPU have as many threads as a batch has `shards` (train.exact_reduction); 0 = as it likes.
+
+    It has one a core, or more where it simulates more devices, and splits a product's sums among them: so
+    their rounding went by the count of devices. A number that stands in the environment (NPROC) is left.
+    """
+    if shards and platform() == "cpu":
+        os.environ.setdefault("NPROC", str(shards))
+
+
 def platform() -> str:
     """Guess without jax: what is asked for, else of which accelerator a plug-in is installed, else "cpu"."""
     asked = os.environ.get("JAX_PLATFORMS", "").split(",")[0]

@@ -199,31 +199,29 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: Any) -> TrainState:
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    objective: Objective,
-    seed: int,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
-    schedule: Callable[[jax.Array], Any] | None = None,
-    limit: spikes.Limit | None = None,
+    state, batch, *, model, objective, seed, accumulate=1, **how
 ) -> tuple[TrainState, Metrics]:
     """Do one update on a global batch (arrays [B, L]) and return the new state and its metrics.
 
     The batch is taken in `accumulate` parts whose gradients are summed and divided by the weight of
-    the whole, so that the update is that of one big batch, ragged weights included. After a loss or
-    gradient that is not finite, or a spike beyond `limit`, nothing changes any more, and `healthy` says so.
-    `schedule` gives the learning rate to report.
+    the whole, so that the update is that of one big batch, ragged weights included. `how` is for `update`.
     """
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    if (replica := sharding.replica()) is not None:
-        rng = jax.random.fold_in(rng, replica)
-    grads, carry, sums = gradients(state, batch, model, objective, rng, accumulate)
+    found = gradients(
+        state, batch, model=model, objective=objective, seed=seed, accumulate=accumulate
+    )
+    return update(state, *found, objective=objective, **how)
+
+
+def update(
+    state, grads, carry, sums, *, tx, objective, ema_decay=0.0, schedule=None, limit=None
+) -> tuple[TrainState, Metrics]:
+    """Return the state after an update with the gradients, carry and sums of a batch, and its metrics.
+
+    After a loss or gradient that is not finite, or a spike beyond `limit`, nothing changes any more, and
+    `healthy` says so. `schedule` gives the learning rate to report.
+    """
     grad_norm = optax.tree.norm(grads)
-    loss_sum, weight = sums["loss"]
+    sums, (loss_sum, weight) = dict(sums), sums["loss"]
     healthy = state.healthy & jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
     running = state.spikes
     if limit is not None:
@@ -263,16 +261,23 @@ def count_step(state: TrainState, batch: Batch, *, model: nn.Module) -> tuple[Tr
     return state, {"tokens": tokens, "healthy": state.healthy}
 
 
-def gradients(state, batch, model, objective, rng, accumulate):
-    """Return (gradients of the mean objective, new carry, metric sums) over the parts of a batch."""
-    whole = jnp.maximum(batch["weights"].sum(), 1e-9)
+def gradients(state, batch, *, model, objective, seed, accumulate=1, shard=None):
+    """Return (gradients of the mean objective, new carry, metric sums) over the parts of a batch.
+
+    Where it is a shard of one, `shard` is (its number, of how many, the weight of all).
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    apart, num_shards, whole = shard or (sharding.replica(), 1, batch["weights"].sum())
+    rng = rng if apart is None else jax.random.fold_in(rng, apart)
+    whole, num_parts = jnp.maximum(whole, 1e-9), accumulate * num_shards
 
     def loss(params, part, carry, rng):
         objective_sum, (carry, sown, sums) = forward(
             model, {"params": params, **carry}, part, objective, rngs={"dropout": rng}
         )
         extra = sum((total / weight).sum() for total, weight in sown.values())
-        return objective_sum / whole + extra / accumulate, (carry, {**sums, **_summed(sown)})
+        value = objective_sum / whole + extra / num_parts
+        return value, (carry, {**sums, **_summed(sown)})
 
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:

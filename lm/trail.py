@@ -5,7 +5,6 @@ gradient of that batch. They are computed by programs of their own, so that the 
 gives the same bits, with and without them.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,7 @@ class Fingerprints:
         self._gradients = None
         # Groups that train apart have gradients of their own, inside the step.
         if made.model.learns == "gradient" and not made.cfg["mesh"].local_steps:
-            of_gradients = functools.partial(
-                _of_gradients,
-                model=made.model,
-                objective=made.objective,
-                seed=made.config.seed,
-                accumulate=made.cfg["train"].accumulate_steps,
-            )
-            self._gradients = jax.jit(of_gradients, out_shardings=whole)
+            self._gradients = experiment.gradients_of(made)
 
     def of_state(self, state: step.TrainState) -> dict[str, str]:
         """Return those of every array of a state, as a checkpoint's manifest names them."""
@@ -43,18 +35,13 @@ class Fingerprints:
         found = _shown(self._arrays({f"batch.{name}": array for name, array in batch.items()}))
         found |= self.of_state(state)
         if self._gradients is not None:
-            found |= _shown(self._gradients(state, batch))
+            grads = stored.flatten(self._gradients(state, batch))
+            found |= _shown(self._arrays({f"gradients.{name}": x for name, x in grads.items()}))
         return found
 
 
 def _of_arrays(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: fingerprint.of(array) for name, array in arrays.items()}
-
-
-def _of_gradients(state, batch, *, model, objective, seed, accumulate) -> dict[str, jax.Array]:
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    grads, _, _ = step.gradients(state, batch, model, objective, rng, accumulate)
-    return _of_arrays({f"gradients.{name}": x for name, x in stored.flatten(grads).items()})
 
 
 def _shown(found: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lm import (
     checkpoint,
     complete,
+    description,
     distributed,
     evaluate,
     experiment,
@@ -282,7 +283,7 @@ def announce(
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     if resumed:
         say(f"resumed: at step {first}")
-    say(experiment.describe_batch(made, width=160))
+    say(description.describe_batch(made, width=160))
     say("compiling the training step; the first one takes seconds to minutes by the model's size")
 
 

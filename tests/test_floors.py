@@ -17,6 +17,7 @@ FLOORS = {
     "lm.receipt": 4,
     "lm.trail": 4,
     "lm.experiment": 4,
+    "lm.description": 4,
     "lm.initial": 4,
     "lm.complete": 4,
     "lm.convert": 4,
@@ -31,6 +32,7 @@ FLOORS = {
     "lm.remote": 1,
     "lm.step": 2,
     "lm.local_steps": 2,
+    "lm.exact": 2,
     "lm.models": 2,
     "lm.nn": 1,
     "lm.optim": 1,
@@ -62,6 +64,9 @@ FLOORS = {
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
     ("lm.train", "lm.experiment"),
+    ("lm.exact", "lm.step"),
+    ("lm.train", "lm.description"),
+    ("lm.description", "lm.experiment"),
     ("lm.checkpoint", "lm.saving"),
     ("lm.train", "lm.workdir"),
     ("lm.train", "lm.receipt"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, experiment, moments, optim, sharding, train, workdir
+from lm import config, description, experiment, moments, optim, sharding, train, workdir
 from lm.stored import flatten
 from tests.test_optim import AXES, SHAPES, build, by_name, random_tree
 from tests.test_train import StopAfter, arrays_of, assert_same_run
@@ -115,7 +115,7 @@ def test_a_device_holds_half_the_bytes_and_says_so(tiny, fsdp):
         assert per_device["moments"] == pytest.approx(
             per_device["params"] * (1 if dtype else 2), abs=64
         )
-        text = experiment.describe(made)
+        text = description.describe(made)
         said[dtype] = float(text.split("the state takes ")[1].split()[0])
     assert said["bfloat16"] == pytest.approx(said[""] * 2 / 3, abs=1e-3)
 

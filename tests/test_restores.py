@@ -55,9 +55,10 @@ def sides(text_file):
             places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             train_step = jax.jit(train_step.__wrapped__, out_shardings=(places, None))
             train_step = train_step.lower(abstract, batches[0]).compile(quickly.OPTIONS)
-            state = init.lower().compile(quickly.OPTIONS)()
+            # One program at a time: simulated devices that run two can wait for each other for ever.
+            state = jax.block_until_ready(init.lower().compile(quickly.OPTIONS)())
             for batch in batches[:2]:
-                state, _ = train_step(state, batch)
+                state, _ = jax.block_until_ready(train_step(state, batch))
             found = Side(mesh, abstract, train_step, batches[2], state, on_host(state), 0.0)
         return found._replace(loss=loss_after(found, state))
 
@@ -90,7 +91,7 @@ def on_host(state):
 def loss_after(side, state):
     """Return the loss of one more step."""
     with sharding.use(side.mesh):
-        _, sums = side.train_step(state, side.batch)
+        _, sums = jax.block_until_ready(side.train_step(state, side.batch))
     return float(sums["loss"][0] / sums["loss"][1])
 
 

@@ -17,18 +17,19 @@ from lm.nn import pipeline
 from tools import bench
 from tools.bench_pipe import Side, SideError
 
+EXACT = "exact"
 _DEVICES = "--xla_force_host_platform_device_count"
 
 
 def parse(text: str, known: Sequence[str]) -> dict[str, int]:
-    """Return the sizes of a mesh such as "fsdp=4,stage=2"."""
+    """Return the sizes of a mesh such as "fsdp=4,stage=2", and of "exact" the shards."""
     sizes = {}
     for item in text.split(","):
         name, _, size = item.partition("=")
-        if name not in known or not size.isdecimal() or int(size) < 1:
+        if name not in (*known, EXACT) or not size.isdecimal() or int(size) < 1:
             raise ConfigError(
                 f"--mesh {text}: {item} is no axis and its size; write such as data=8 or fsdp=4,tensor=2, of "
-                f"{', '.join(known)}"
+                f"{', '.join(known)}, and exact=8 for train.exact_reduction"
             )
         sizes[name] = int(size)
     return sizes
@@ -44,14 +45,15 @@ def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> s
     facts, turns = {}, {}
     with contextlib.ExitStack() as stack:
         for name, sizes in asked.items():
-            count = math.prod(sizes.values())
+            count = math.prod(size for axis, size in sizes.items() if axis != EXACT)
             flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}={count}"
             visible = ",".join(map(str, range(count)))  # on accelerators
             side = stack.enter_context(
                 Side("tools.bench_ours", XLA_FLAGS=flags, CUDA_VISIBLE_DEVICES=visible)
             )
-            sizes = {"data": 1, **sizes}
-            assignments = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+            fields = {f"mesh.{axis}": size for axis, size in {"data": 1, **sizes}.items()}
+            fields["train.exact_reduction"] = fields.pop(f"mesh.{EXACT}", 0)
+            assignments = [f"{field}={value}" for field, value in fields.items()]
             own = config_lib.override(config, assignments, SCHEMA)
             text = config_lib.to_json(own)
             try:
@@ -77,6 +79,11 @@ def _describe(
         )
         ratios = [a / b for a, b in zip(one, values, strict=True)]
         shown = "{:.2f} [{:.2f}, {:.2f}] of one device's speed".format(*bench.spread(ratios))
+        usual = ",".join(part for part in name.split(",") if not part.startswith(EXACT))
+        if usual != name and usual in seconds:
+            beside = [a / b for a, b in zip(values, seconds[usual], strict=True)]
+            shown += "; {:.2f} [{:.2f}, {:.2f}] times as long as ".format(*bench.spread(beside))
+            shown += usual
         lines.append(f"{name:24} {times}; {shown}{_bubble(facts[name]['shape'], asked[name])}")
     return "\n".join(lines)
 

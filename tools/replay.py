@@ -109,6 +109,7 @@ class Recorded:
                 )
             )
         self.record = read_json(folder / recorder.FILE)
+        self.record.setdefault("exact", 0)  # of an older version
         number = self.record["step"]
         if problem := manifests.problem(folder / "checkpoints", number):
             raise ConfigError(f"{folder}: damaged: {problem}")
@@ -124,7 +125,7 @@ class Recorded:
         """Yield the parts of the batch in the order in which their gradients are summed."""
         import numpy as np
 
-        groups, count = self.record["groups"], self.record["accumulate"]
+        groups, count = self.record["exact"] or self.record["groups"], self.record["accumulate"]
         for group, rows in enumerate(np.split(np.arange(len(self.batch["inputs"])), groups)):
             for index in range(count):
                 yield Part(group, index, rows[index::count])
@@ -137,7 +138,8 @@ class Recorded:
             self.model, {"params": params, **carry}, batch, self.objective, rngs={"dropout": rng}
         )
         extra = sum((value / weight).sum() for value, weight in sown.values())
-        return total / whole + extra / self.record["accumulate"], sums
+        num_parts = self.record["accumulate"] * (self.record["exact"] or 1)
+        return total / whole + extra / num_parts, sums
 
     def arguments(self, part: Part) -> tuple[Any, ...]:
         """Return the arguments of `loss` for a part, or for some of its rows."""
@@ -145,7 +147,7 @@ class Recorded:
         import jax.numpy as jnp
 
         rng = jax.random.fold_in(jax.random.key(self.record["seed"]), self.record["step"])
-        if self.record["groups"] > 1:
+        if self.record["groups"] > 1 or self.record["exact"]:
             rng = jax.random.fold_in(rng, part.group)
         if self.record["accumulate"] > 1:
             rng = jax.random.fold_in(rng, part.index)
@@ -208,10 +210,8 @@ class Recorded:
         taken = self.take(part)
         print(f"reproduced: loss {taken.loss:.6g}, {len(taken.bad)} gradients are not finite")
         if count > 1:
-            names = [
-                (f"group {p.group} " if self.record["groups"] > 1 else "") + f"part {p.index}"
-                for p in bad
-            ]
+            kind = "shard" if self.record["exact"] else "group" * (self.record["groups"] > 1)
+            names = [(f"{kind} {p.group} " if kind else "") + f"part {p.index}" for p in bad]
             print(f"in {len(bad)} of its {count} parts: {', '.join(names[:_SHOWN])}")
         self.show_inputs()
         alone = {int(r): self.take(self.row(p, r)) for p in bad for r in p.rows}

@@ -83,6 +83,7 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     from lm.data import corpus
 
     config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
+    startup.set_threads(config.train.exact_reduction)
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     made = experiment.build(config)
     data = receipt.read_json(workdir / "data.json")
