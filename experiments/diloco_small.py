@@ -6,6 +6,10 @@ outer steps are then a kind of momentum.
 Command: python -m tools.launch --processes 2 --devices_per_process 1 -- \
   python -m lm.main --config experiments/diloco_small.py
 Hardware: two CPU cores.
+Result: 2.36 bits per byte after 300 steps, where averaging at the meetings
+  (--config.optim.outer_lr=1 --config.optim.outer_momentum=0) has 2.16 and meeting at every step
+  (--config.mesh.local_steps=0 --config.mesh.dcn=1) 2.08. Ten meetings from scratch are too few for the
+  paper's outer momentum; it is made for hundreds.
 """
 
 from ml_collections import ConfigDict
