@@ -378,7 +378,9 @@ def _comments(cls: type) -> dict[str, str]:
     by_line = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     definition = typing.cast(ast.ClassDef, ast.parse(source).body[0])
     return {
-        node.target.id: by_line.get(node.end_lineno or 0) or by_line.get(node.lineno, "")
+        node.target.id: next(
+            filter(None, map(by_line.get, range(node.end_lineno or 0, node.lineno - 1, -1))), ""
+        )
         for node in definition.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
