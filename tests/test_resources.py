@@ -64,7 +64,6 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.xfail(reason="known: once the preparation waited for ever for a worker that was gone")
 def test_a_worker_that_takes_too_much_memory(source, tmp_path):
     """One line and exit code 2, no manifest; the same command goes on, to the same bytes."""
     process = prepare(source, tmp_path / "out")

@@ -275,7 +275,7 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
     # Not fork: jax's threads may run here already.
     context = multiprocessing.get_context("spawn")
     setup = (folder / "tokenizer", encoder.rule, encoder.labelled, encoder.cleaner)
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, setup)
+    pool: Any = ProcessPoolExecutor(workers, context, _begin_worker, setup)
     try:
 
         def run(waiting: Iterable[Chunk], tokens: bool = True) -> Iterator[Worked]:
@@ -288,13 +288,30 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
                     yield running.popleft().result()
 
         yield run
-    except BrokenProcessPool:
+    except (BrokenProcessPool, OSError):
+        if (
+            not pool._broken
+        ):  # an error of its own; a pool that breaks closes what `submit` may just write to
+            raise
+        _let_go(pool)
         raise ConfigError(
             "a worker that encodes was killed, perhaps for memory; use fewer workers, and go on with the "
             "same command"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _let_go(pool: Any) -> None:
+    """Let a pool that lost a worker end: its thread waits for ever to hand a chunk to nobody.
+
+    Nobody are a worker that was started meanwhile and waits for what the lost one held, and before Python
+    3.11.5 (gh-94777) the pool itself, which can read what it writes.
+    """
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    with contextlib.suppress(OSError):  # its thread may do the same just now
+        pool._call_queue._reader.close()
 
 
 @contextlib.contextmanager
