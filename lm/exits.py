@@ -26,7 +26,7 @@ MEANINGS = {
     DATA_ENDED: "the data ended before the last step; what was trained is saved",
     RESUMABLE: "stopped by SIGINT, SIGTERM or a preemption notice, and saved; the same command resumes",
     LOST: "another process of the run died, hung or left; the same command resumes",
-    HUNG: "a step, save, evaluation, compilation or batch took longer than allowed; the same command resumes",
+    HUNG: "a step, batch, compilation, evaluation, save or stop took too long; the same command resumes",
     STOPPED: "stopped by SIGINT before training began: nothing to save",
     TERMINATED: "stopped by SIGTERM before training began: nothing to save",
     UNREAD: "nobody reads the output",

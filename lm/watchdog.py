@@ -150,7 +150,7 @@ class Watchdog:
                 if (writing := self._writing()) is not None:
                     while self._writing() == writing:
                         time.sleep(0.05)
-                    said[0] = f"the checkpoint of step {writing} was still written"
+                    said[0] = f"the checkpoint of step {writing} was waited for"
                 if state is not None and jax.process_count() == 1:
                     self._save(step, state)
                     said[0] = f"step {step} is saved"
