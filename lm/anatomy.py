@@ -147,7 +147,11 @@ def _inside(equation: Any, operands: list[Any]) -> Iterator[tuple[Any, list[Any]
 
 def _turns(parameters: Mapping[str, Any], operands: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Yield what each turn of a scan does, and the values it gets."""
-    body, constant, carried = (parameters[key] for key in ("jaxpr", "num_consts", "num_carry"))
+    body = parameters["jaxpr"]
+    if "ft_in" in parameters:  # of jax 0.12; before, two numbers
+        constant, carried = (len(part) for part in parameters["ft_in"].unpack()[:2])
+    else:
+        constant, carried = parameters["num_consts"], parameters["num_carry"]
     fixed, carry = operands[:constant], operands[constant : constant + carried]
     length = parameters["length"]
     order = range(length)[::-1] if parameters["reverse"] else range(length)

@@ -77,8 +77,10 @@ def test_scanned_and_rematerialised_layers_equal_the_plain_loop(options):
     if options.get("scan"):
         expected_gradient = restack(expected_gradient)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    jax.tree.map(  # an element may cancel: rounding is of the array's size
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-6 * max(1, np.abs(b).max())
+        ),
         gradient,
         expected_gradient,
     )
