@@ -43,9 +43,9 @@ class Writer:
             raise OSError(problem)
         arrays = flatten(state)
         try:
-            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
-            # Of the devices' own bits, which no step has taken yet; after the copy, which is waited for.
+            # On their way before the copy, so that what is stored is held against the devices' own bits.
             found = fingerprint.of_all(arrays)
+            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             self._renew()
             raise failed(target, error) from error
