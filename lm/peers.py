@@ -164,6 +164,8 @@ class Peers(Alone):
         """Tell the others that this process ends by `error`; where that is of their end, say so and end."""
         words = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if isinstance(error, jax.errors.JaxRuntimeError | OSError):
+            # At once: exchanges that are still under way may end this process before it knows who is lost.
+            print(f"error: {self._name(self._index)} ends: {words}", file=sys.stderr, flush=True)
             end = time.monotonic() + 4 * self._pause
             while time.monotonic() < end:  # what failed may be a word with a process that is gone
                 if lost := self._lost(3 * self._pause):

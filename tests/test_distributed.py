@@ -211,8 +211,12 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, 
         job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
         assert job.wait(30) == 128 + signal.SIGKILL
-        for index in (1, 2, 3):
-            assert "process 0 (" in job.said(index) and "ends:" in job.said(index)
+        others = [job.said(index) for index in (1, 2, 3)]
+        assert all(
+            f"process {index} (" in said and "ends:" in said for index, said in enumerate(others, 1)
+        )
+        # One whose exchange with another survivor fails is ended by gloo before it knows who is lost.
+        assert any("process 0 (" in said for said in others)
     with Job(experiment, workdir, 2) as job:
         job.wait_for("/60  loss")
         job.send(1, signal.SIGTERM)
