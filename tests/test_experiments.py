@@ -70,3 +70,11 @@ def test_every_experiment_is_complete_and_frozen(path):
     config = config_lib.load(path)
     assert config_lib.notices(config, train.SCHEMA) == []
     experiment.freeze(config_lib.complete(config, train.SCHEMA))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_field_says_what_it_means(path):
+    """`--help` has nothing else to show of it."""
+    fields = config_lib.catalogue(train.SCHEMA, config_lib.flatten(config_lib.load(path)))
+    assert len(fields) > 80
+    assert [name for name, field in fields.items() if not field.comment] == []
