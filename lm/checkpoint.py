@@ -33,7 +33,9 @@ class Config:
     keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
-    timeout_seconds: float = 3600.0  # for writing one, after which the run ends; 0 = any
+    timeout_seconds: float = (
+        3600.0  # for writing one, and its last copy; then the run ends; 0 = any
+    )
     grace_seconds: float = 120.0  # from a stop's signal to its saved step, as above; 0 = any
     remote: str = (
         ""  # a second place: a folder or URL of this run's own, to which good ones are copied
@@ -201,7 +203,7 @@ class Checkpointer:
         finally:
             self._writer.close()
             if self._remote:
-                self._remote.close()
+                self._remote.close(self.cfg.timeout_seconds)
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -58,15 +58,20 @@ class Remote:
         with self._changed:
             return {step for step in (self._due, self._now) if step is not None}
 
-    def close(self) -> None:
-        """Wait until what is due is copied, or has failed as often as it may; say which."""
+    def close(self, seconds: float = 0.0) -> None:
+        """Wait until what is due is copied, is given up, or `seconds` are over; say which."""
         with self._changed:
             self._closing = True
             if self._due is not None or self._now is not None:
                 self._say(f"waiting for the copy to {self._url}")
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds or None)
+        for step in sorted(self.needed()):
+            self._say(
+                f"checkpoint {step} is not copied to {self._url}: that takes longer than {seconds:g} s "
+                "(checkpoint.timeout_seconds); given up"
+            )
 
     def _work(self) -> None:
         while True:

@@ -43,7 +43,7 @@ class Writer:
             raise OSError(problem)
         arrays = flatten(state)
         try:
-            # Of the devices' own bits, which no step has taken yet. A process alone makes them after the copy,
+            # Of the devices' own bits, which no step has taken yet. One process makes them after the copy,
             # which a step waits for; of several, nothing may run beside the writer.
             alone = jax.process_count() == 1
             found = {} if alone else fingerprint.of_all(arrays)

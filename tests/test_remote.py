@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 import uuid
 
@@ -191,6 +192,19 @@ def test_what_is_copied_is_not_deleted_meanwhile(tmp_path, said, monkeypatch):
         held.append(True)
     assert "checkpoint 2 is not copied" in said[0] and "3 is newer" in said[0]
     assert remote.Remote(url, saver.folder, said.append).steps() == [1, 3]
+
+
+def test_a_last_copy_that_hangs_is_given_up_in_time(tmp_path, said, monkeypatch):
+    freed = threading.Event()
+    monkeypatch.setattr(remote.Remote, "_put", lambda *_: freed.wait())
+    cfg = checkpoint.Config(remote=f"memory://{uuid.uuid4().hex}", timeout_seconds=0.5)
+    began = time.monotonic()
+    with checkpoint.Checkpointer(tmp_path, cfg, said.append) as saver:
+        saver.save(1, state(1), {}, wait=True)
+    freed.set()
+    assert 0.5 <= time.monotonic() - began < 30
+    assert manifests.good_steps(tmp_path / "checkpoints") == [1]
+    assert "checkpoint 1 is not copied" in said[-1] and "timeout_seconds" in said[-1]
 
 
 def test_an_address_of_nothing_is_a_line():
