@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -46,15 +48,29 @@ def prepare(source, out, workers=2):
     )  # fmt: skip
 
 
-def kill_a_worker(process):
-    """End its first worker as the kernel does one that takes too much memory."""
+def kill(worker):
+    """End it as the kernel does one that takes too much memory."""
+    os.kill(worker, signal.SIGKILL)
+
+
+def give_no_more(worker):
+    """Refuse it what it asks for once it works, as a limit of the batch system does."""
+    while len(os.listdir(f"/proc/{worker}/task")) == 1:  # the second thread waits for its parent
+        time.sleep(0.01)
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
+    size = pages * os.sysconf("SC_PAGE_SIZE")
+    resource.prlimit(worker, resource.RLIMIT_AS, (size, size))
+
+
+def trouble(process, make):
+    """Do `make` to its first worker."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         found = subprocess.run(
             ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True
         )
         for worker in map(int, found.stdout.split()):
-            os.kill(worker, signal.SIGKILL)
+            make(worker)
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate())
@@ -64,17 +80,25 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_worker_that_takes_too_much_memory(source, tmp_path):
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """What a preparation writes that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = prepare(source, out, workers=0)
+    assert process.wait(600) == 0, process.communicate()
+    return files(out)
+
+
+@pytest.mark.parametrize("make", [kill, give_no_more])
+def test_a_worker_that_takes_too_much_memory(source, whole, tmp_path, make):
     """One line and exit code 2, no manifest; the same command goes on, to the same bytes."""
     process = prepare(source, tmp_path / "out")
-    kill_a_worker(process)
+    trouble(process, make)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2, said
-    assert "Traceback" not in said and said.count("error: ") == 1, said
-    assert "killed, perhaps for memory; use fewer workers" in said
+    assert len(re.findall("^error: ", said, re.MULTILINE)) == 1, said
+    assert "memory; use fewer workers, and go on with the same command" in said
     assert not (tmp_path / "out" / "manifest.json").exists()
     again = prepare(source, tmp_path / "out")
     assert again.wait(600) == 0, again.communicate()
-    whole = prepare(source, tmp_path / "whole", workers=0)
-    assert whole.wait(600) == 0, whole.communicate()
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == whole

@@ -288,15 +288,15 @@ def _pool(encoder: Encoder, folder: Path, workers: int) -> Iterator[Run]:
                     yield running.popleft().result()
 
         yield run
-    except (BrokenProcessPool, OSError):
-        if (
-            not pool._broken
-        ):  # an error of its own; a pool that breaks closes what `submit` may just write to
+    except (BrokenProcessPool, OSError, MemoryError) as error:
+        # A pool that breaks closes what `submit` may just write to; other errors are their own.
+        if not pool._broken and not isinstance(error, MemoryError):
             raise
-        _let_go(pool)
+        if pool._broken:
+            _let_go(pool)
+        what = "was killed, perhaps for memory" if pool._broken else "has no memory left"
         raise ConfigError(
-            "a worker that encodes was killed, perhaps for memory; use fewer workers, and go on with the "
-            "same command"
+            f"a worker that encodes {what}; use fewer workers, and go on with the same command"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
