@@ -126,7 +126,8 @@ class Checkpointer:
         tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
         for left in reversed(range(tries)):
             try:
-                self._writer.start(step, state, more, self._good)
+                # What is read back is good after that.
+                self._writer.start(step, state, more, (lambda _: None) if verify else self._good)
                 if not wait:
                     return
                 self._finish(step, state, verify)
@@ -145,6 +146,8 @@ class Checkpointer:
                 if jax.process_index() == 0:
                     aside = manifests.move_aside(self.folder / str(step))
                 raise OSError(f"checkpoint {step}: {problem}; moved to {aside}")
+            if jax.process_index() == 0:
+                self._good(step)
         self._succeeded()
 
     def _succeeded(self) -> None:
@@ -266,7 +269,7 @@ class Checkpointer:
     ) -> int | None:
         """Return the newest good step, moving aside what is not good; of `other` too, brought here."""
         here = manifests.all_steps(self.folder)
-        there, unread = _steps_of(other)
+        there, unread = other.seen() if other else ([], "")
         for step in sorted({*here, *there}, reverse=True):
             if step in here:
                 if not (problem := manifests.problem(self.folder, step)):
@@ -279,7 +282,7 @@ class Checkpointer:
                     then = f"it stays where it is: {error}"
                 say(f"checkpoint {step} is not used: {problem}; {then}")
             if other and step in there:
-                if not (problem := other.fetch(step)):
+                if not (problem := other.fetch(step, newest=step > max(here, default=-1))):
                     say(f"checkpoint {step} is taken from {self.cfg.remote}")
                     return step
                 say(f"checkpoint {step} of {self.cfg.remote} is not used: {problem}")
@@ -289,14 +292,6 @@ class Checkpointer:
                 "it can be read, or set checkpoint.remote='' to begin anew"
             )
         return None
-
-
-def _steps_of(other: remote.Remote | None) -> tuple[list[int], str]:
-    """Return the steps that are there, and what keeps them from being seen."""
-    try:
-        return (other.steps() if other else []), ""
-    except OSError as error:
-        return [], str(error)
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:

@@ -38,6 +38,7 @@ class Ended(Exception):
 
     code: int
     error = True  # else it was asked for
+    stop_asked = False  # a signal came meanwhile
 
 
 class Interrupted(Ended):

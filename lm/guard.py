@@ -29,6 +29,7 @@ from lm import (
     receipt,
     recorder,
     sharding,
+    signals,
     step,
     watchdog,
 )
@@ -46,15 +47,18 @@ class RolledBack(Ended):
 
 
 def again_when_rolled_back(run: Callable) -> Callable:
-    """Return `run`, which is called again as often as it raises RolledBack."""
+    """Return `run`, called again as often as it raises RolledBack; where a signal came it then stops."""
 
     @functools.wraps(run)
     def repeated(*args, **options):
+        asked = False
         while True:
             try:
-                return run(*args, **options)
+                with signals.already(asked):
+                    return run(*args, **options)
             except RolledBack as back:
                 print(back)
+                asked = back.stop_asked
 
     return repeated
 
@@ -174,7 +178,9 @@ class Guard:
                 self._workdir, self._made, bad, at_step(state, bad), self._before,
                 why=why, metrics=self._log.bad,
             )  # fmt: skip
-        except OSError as error:
+        except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, OSError):
+                raise  # the others are told so
             print(f"notice: step {bad + 1} could not be recorded: {error}", file=sys.stderr)
         else:
             if folder:

@@ -5,6 +5,7 @@ SHA-256 of every file, shape, type and fingerprint of every array, the metrics. 
 it is not good. Nothing here deletes: what is not good is moved aside.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -15,6 +16,10 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 FORMAT = 3
+# Errors of reading that say nothing of the file: try again.
+PASSING = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN,
+)  # fmt: skip
 READ = (2, 3)  # formats that are read: 2 has no fingerprints
 
 
@@ -88,10 +93,15 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def read(folder: Path, step: int) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint; None where there is none that makes sense."""
+    """Return the manifest of a checkpoint; None where there is none that makes sense.
+
+    Raises OSError of what passes (`PASSING`), and so says nothing of the file.
+    """
     try:
         return parsed((folder / str(step) / MANIFEST).read_bytes(), step)
-    except OSError:
+    except OSError as error:
+        if error.errno in PASSING:
+            raise
         return None
 
 
@@ -148,5 +158,7 @@ def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
             if path.stat().st_size != size or hash_file(path) != digest:
                 return f"file {name} is not what was written"
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             return f"file {name} cannot be read: {error.strerror}"
     return ""

@@ -23,6 +23,7 @@ from lm import config as config_lib
 from lm.data import origins
 
 FOLDER, FILE = "recorder", "record.json"
+WANTED = "wanted"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -43,15 +44,16 @@ def write(
     """
     folder = workdir / FOLDER / str(number)
     draft = folder.with_name(f"{number}.partial")
-    wanted = False
+    wanted = ""
     if jax.process_index() == 0:
-        kept = [p for p in (workdir / FOLDER).glob("*") if p.name.isdecimal()]
-        wanted = not folder.exists() and len(kept) < made.cfg["train"].recordings
-        if wanted:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-    if not distributed.from_first("yes" if wanted else ""):
+        try:
+            wanted = _make_room(folder, draft, made.cfg["train"].recordings)
+        except OSError as error:
+            wanted = f"{error}"
+    if not (wanted := distributed.from_first(wanted)):
         return None
+    if wanted != WANTED:
+        raise OSError(wanted)
     try:
         described = {
             "step": number,
@@ -73,6 +75,16 @@ def write(
             shutil.rmtree(draft, ignore_errors=True)
         raise
     return folder
+
+
+def _make_room(folder: Path, draft: Path, most: int) -> str:
+    """Make the empty folder `draft` where `folder` is wanted; return WANTED, else nothing."""
+    kept = [path for path in folder.parent.glob("*") if path.name.isdecimal()]
+    if folder.exists() or len(kept) >= most:
+        return ""
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return WANTED
 
 
 def _write_arrays(

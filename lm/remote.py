@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +116,8 @@ class Remote:
         if manifest is None:
             raise OSError("it is not good here any more")
         there = f"{self._root}/{step}"
-        if (found := self._manifest(step)) and found["arrays"] == manifest["arrays"]:
+        found = self._manifest(step)
+        if found and found["arrays"] == manifest["arrays"] and self._is_whole(there, found):
             return
         if self._fs.exists(there):
             if found:  # an older one of the same step: no copy from here on
@@ -136,10 +138,21 @@ class Remote:
         self._fs.makedirs(there.rpartition("/")[0], exist_ok=True)
         self._fs.put_file(str(path), there)
         self._sync(there)
-        if digest:
-            with self._fs.open(there, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise OSError(f"file {path.name} did not arrive whole")
+        if digest and not self._has(there, digest):
+            raise OSError(f"file {path.name} did not arrive whole")
+
+    def _has(self, there: str, digest: str) -> bool:
+        with self._fs.open(there, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+    def _is_whole(self, there: str, manifest: dict) -> bool:
+        """Return whether every file of a copy is what its manifest says."""
+        try:
+            return all(
+                self._has(f"{there}/{n}", digest) for n, (_, digest) in manifest["files"].items()
+            )
+        except FileNotFoundError:
+            return False
 
     def _sync(self, there: str) -> None:
         """Bring a file to the disk, and its name, where the place is a folder."""
@@ -163,8 +176,35 @@ class Remote:
             raise OSError(f"{self._url}: {error}") from error
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def fetch(self, step: int) -> str:
-        """Bring the checkpoint of `step` here, whole; return what is wrong with it, "" for nothing."""
+    def seen(self) -> tuple[list[int], str]:
+        """Return the steps that are there, and what keeps them from being seen."""
+        try:
+            return self.steps(), ""
+        except OSError as error:
+            return [], str(error)
+
+    def fetch(self, step: int, newest: bool = True) -> str:
+        """Bring the checkpoint of `step` here, whole; return what is wrong with it, "" for nothing.
+
+        Args:
+          newest: there was none as new here; else the files of the run's folder that are here stay.
+
+        Raises:
+          ConfigError: it cannot be brought here, which says nothing of it.
+        """
+        for left in reversed(range(TRIES)):
+            try:
+                return self._fetch(step, newest)
+            except Exception as error:  # every file system raises its own
+                problem = (str(error).splitlines() or [type(error).__name__])[0]
+            if left:
+                time.sleep(WAIT)
+        raise ConfigError(
+            f"checkpoint.remote: checkpoint {step} of {self._url} cannot be brought here: {problem}; try "
+            "again when it can, or set checkpoint.remote='' to go on without it"
+        )
+
+    def _fetch(self, step: int, newest: bool) -> str:
         target = self._folder / f"{step}.{FETCHING}"
         try:
             manifest = self._manifest(step)
@@ -174,27 +214,33 @@ class Remote:
             for name in manifest["files"]:
                 path = target / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(f"{self._root}/{step}/{name}", str(path))
+                try:
+                    self._fs.get_file(f"{self._root}/{step}/{name}", str(path))
+                except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                    return f"file {name} is missing"
                 manifests.sync(path)
             manifests.write_whole(target / manifests.MANIFEST, json.dumps(manifest, indent=1))
             if problem := manifests.files_problem(target, manifest):
                 return problem
-            self._fetch_run(step)
+            self._fetch_run(step, newest)
             target.rename(self._folder / str(step))
             manifests.sync(self._folder)
-        except Exception as error:  # every file system raises its own
-            return (str(error).splitlines() or [type(error).__name__])[0]
         finally:
             shutil.rmtree(target, ignore_errors=True)
         return ""
 
-    def _fetch_run(self, step: int) -> None:
-        """Bring the files of the run's folder that are not here."""
+    def _fetch_run(self, step: int, newest: bool) -> None:
+        """Bring the files of the run's folder; those of an older part of the run are moved aside."""
         there = f"{self._root}/{step}/{RUN}"
         for path in self._fs.ls(there, False) if self._fs.exists(there) else []:
             here = self._folder.parent / path.rstrip("/").rpartition("/")[2]
-            if not here.exists():
-                partial = here.with_name(f"{here.name}.partial")
-                self._fs.get_file(path, str(partial))
-                manifests.sync(partial)
-                partial.replace(here)
+            if here.exists() and not newest:
+                continue
+            partial = here.with_name(f"{here.name}.partial")
+            self._fs.get_file(path, str(partial))
+            manifests.sync(partial)
+            if here.exists() and here.read_bytes() == partial.read_bytes():
+                partial.unlink()
+                continue
+            manifests.move_aside(here)
+            partial.replace(here)

@@ -5,13 +5,26 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import preemption
+from lm import exits, preemption
+
+_ASKED: ContextVar[bool] = ContextVar("asked", default=False)
+
+
+@contextlib.contextmanager
+def already(asked: bool) -> Iterator[None]:
+    """Let a run that begins in this context be `asked` to stop from its start."""
+    token = _ASKED.set(asked)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
 
 
 class Stop:
@@ -22,17 +35,19 @@ class Stop:
       waits: the request waits for the step; else it stops the process at once.
     """
 
-    asked = waits = False
+    waits = False
 
     def __init__(self) -> None:
+        self.asked = _ASKED.get()
         self._mesh: Mesh | None = None
         self._before: jax.Array | None = None
 
     def ask(self, why: str = "") -> None:
         """Ask to stop after the step; a second time changes nothing."""
-        if not self.asked:
-            os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
-        self.asked = True
+        first, self.asked = not self.asked, True
+        if first:
+            with contextlib.suppress(OSError):  # nobody may read it
+                os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
 
     def begin(self, mesh: Mesh) -> None:
         """Let requests wait for the step from now on, and all processes of `mesh` answer together."""
@@ -78,6 +93,9 @@ def stop_signals() -> Iterator[Stop]:
     preemption.watch(lambda notice: stop.ask(f"notice of {notice}: "), closed)
     try:
         yield stop
+    except exits.Ended as error:
+        error.stop_asked = stop.asked
+        raise
     finally:
         closed.set()
         for number, handler in old.items():

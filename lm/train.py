@@ -76,6 +76,7 @@ def run(
         eval_every = made.steps_of("eval", "every_steps") or num_steps
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
         stack.enter_context(workdirs.alone_in(workdir))
+        watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
         saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
         saver.fetch()
         workdirs.check_resume(workdir, made)
@@ -89,9 +90,9 @@ def run(
         writers = stack.enter_context(closing(opened))
         announce(writers.say, made, first, resumed)
         log = Log(made, writers)
-        watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(made.cfg), others)))
         guard = Guard(made, workdir, saver, log, train_step, first, watch)
         watch.start(saver.writing, stop, guard.rescue)
+        stack.callback(watch.at, watchdog.ENDING, num_steps)
         profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)

@@ -113,7 +113,7 @@ class Watchdog:
     def _now(self) -> list[tuple[str, int]]:
         """Return what is done now."""
         found = [self._doing]
-        if self._stop.asked:
+        if self._stop.asked and self._doing[0] != ENDING:
             found.append((STOPPING, 0))
         if (step := self._writing()) is not None and self._doing != (SAVING, step):
             found.append((SAVING, step))

@@ -97,6 +97,8 @@ def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Comple
 def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     """Refuse to resume where the new config would silently make another run.
 
+    Of what came from checkpoint.remote to an empty folder also another optim or train: it may be another run.
+
     Raises:
       ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
     """
@@ -123,6 +125,16 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
         causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
         refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
+    came = made.cfg["checkpoint"].remote and not (workdir / receipt.FOLDER).exists()
+    if other := [
+        key
+        for key, *_ in changes
+        if came and key.startswith(("optim.", "train.")) and key != "train.num_steps"
+    ]:
+        raise ConfigError(
+            f"checkpoint.remote={made.cfg['checkpoint'].remote} holds a run with another {', '.join(other)}; "
+            "give this run a place of its own, or set these back"
+        )
     if refused:
         raise ConfigError(
             f"workdir={workdir} holds a run of another config: {'; '.join(refused)}; "

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified, kept and retired, read in either layout, on any mesh."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import checkpoint, fingerprint, initial, manifests, sharding, train
+from lm import checkpoint, fingerprint, initial, manifests, sharding, stored, train
 from lm.config import ConfigError
 
 
@@ -289,3 +290,29 @@ def test_manifest_holds_what_it_promises(saver):
         if p.is_file()
     }
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
+
+
+def test_the_one_before_is_kept_until_the_last_has_been_read_back(tmp_path, monkeypatch):
+    """A save whose bits are not the devices' is none, however well its files are hashed."""
+    with checkpoint.Checkpointer(tmp_path, checkpoint.Config(keep=1), lambda _: None) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        monkeypatch.setattr(stored, "problem", lambda *_: "array params.a is not what was saved")
+        with pytest.raises(OSError, match=r"array params\.a"):
+            saver.save(2, state(2), {}, wait=True, verify=True)
+        assert manifests.good_steps(saver.folder) == [1]
+        monkeypatch.undo()
+        saver.save(3, state(3), {}, wait=True, verify=True)
+        assert manifests.good_steps(saver.folder) == [3]
+
+
+def test_a_fault_that_passes_is_not_taken_for_damage(saver, monkeypatch):
+    save_all(saver, {1: 1.0, 2: 2.0})
+
+    def fails(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "hash_file", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            saver.restore_latest(placed(state()))
+    assert manifests.good_steps(saver.folder) == [1, 2]

@@ -98,6 +98,7 @@ NEIGHBOURS = {
     ("lm.peers", "lm.config"),
     ("lm.flags", "lm.config"),
     ("lm.signals", "lm.preemption"),
+    ("lm.signals", "lm.exits"),
     ("lm.peers", "lm.distributed"),
     ("lm.metrics", "lm.config"),
     ("lm.command", "lm.config"),

@@ -1,15 +1,17 @@
 """A bad step changes nothing, is skipped or undone; a run that is killed on the way is the same one."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from lm import manifests, spikes, train
+from lm import manifests, recorder, spikes, train
 from lm.config import ConfigError
 from lm.data import pipeline
-from lm.exits import Diverged
+from lm.exits import Diverged, Interrupted
 from tests.test_train import arrays_of, assert_same_run, rows_of
 from tools import verify
 
@@ -277,3 +279,35 @@ def test_a_damaged_list_is_named(tiny, tmp_path):
     (tmp_path / "skipped.json").write_text("{")
     with pytest.raises(ConfigError, match=r"skipped\.json: damaged"):
         train.run(tiny(), tmp_path)
+
+
+def test_a_stop_that_is_asked_for_outlives_a_rollback(tiny, tmp_path, poison, monkeypatch, capfd):
+    """The signal comes while the bad step is recorded, just before the run begins again."""
+    poison(BAD)
+    write = recorder.write
+
+    def slow(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*args, **options)
+
+    monkeypatch.setattr(recorder, "write", slow)
+    config = tiny(train__on_bad_step="rollback")
+    with pytest.raises(Interrupted, match="is saved"):
+        train.run(config, tmp_path / "run")
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+    train.run(config, tmp_path / "run")
+    assert set(losses(tmp_path / "run")) == {1, 2, 3, 5, 6}
+
+
+def test_a_recording_that_fails_is_said_and_the_run_goes_on(
+    tiny, tmp_path, poison, monkeypatch, capsys
+):
+    poison(BAD)
+
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(recorder, "_gradient_norms", fails)
+    train.run(tiny(train__on_bad_step="skip"), tmp_path / "run")
+    assert "could not be recorded: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+    assert skips(tmp_path / "run")[6] == 1

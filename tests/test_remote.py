@@ -1,5 +1,6 @@
 """The second place: what is good here is there, whole or not at all; and a run goes on from there."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -234,3 +235,65 @@ def test_a_run_whose_folder_is_lost_goes_on_to_the_same_end(tiny, tmp_path):
     with pytest.raises(ConfigError, match="seed 0 -> 1"):
         train.run(tiny(checkpoint__remote=url, seed=1), tmp_path / "third")
     assert np.array_equal(rows(tmp_path / "run"), rows(tmp_path / "whole"))
+
+
+def test_what_cannot_be_brought_here_is_no_damage_and_nothing_begins_anew(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    url = str(tmp_path / "there")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "run")
+    calls = []
+
+    def fails(self, *args):
+        calls.append(args)
+        raise PermissionError("403 Forbidden")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.implementations.local.LocalFileSystem, "get_file", fails)
+        with pytest.raises(ConfigError, match=r"checkpoint 6 of .* cannot be brought here: 403"):
+            train.run(tiny(checkpoint__remote=url), tmp_path / "other")
+    assert len(calls) == remote.TRIES
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+    train.run(tiny(checkpoint__remote=url), tmp_path / "other")
+    assert f"checkpoint 6 is taken from {url}" in capsys.readouterr().out
+
+
+def test_a_damaged_copy_is_made_again_with_the_same_step(tmp_path, url, said):
+    save(tmp_path / "run", url, [1], said)
+    edit(url, f"1/{a_file(tmp_path / 'run', 1)}", lambda data: bytes(len(data)))
+    save(tmp_path / "again", url, [1], said)
+    assert resumed(tmp_path / "other", url, said) == 1.0
+    assert not said
+
+
+def test_a_run_of_other_settings_does_not_take_the_place_of_another(tiny, tmp_path):
+    """Nor where it is tried again: the checkpoint has come by then."""
+    url = str(tmp_path / "there")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"holds a run with another optim\.peak_lr; give"):
+            train.run(tiny(checkpoint__remote=url, optim__peak_lr=0.05), tmp_path / "other")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "other")
+
+
+def test_what_is_older_here_gives_way_to_the_rows_of_what_comes(tiny, tmp_path):
+    """A machine that was taken away comes back after another one has gone on."""
+    url = str(tmp_path / "there")
+    with pytest.MonkeyPatch.context() as patch:
+        original = train.place_ahead
+
+        def three(made, first):
+            yield from itertools.islice(original(made, first), 3 - first)
+            raise InterruptedError
+
+        patch.setattr(train, "place_ahead", three)
+        with pytest.raises(InterruptedError):
+            train.run(tiny(checkpoint__remote=url), tmp_path / "first")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "second")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "first")
+    steps = [
+        [row["step"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
+        for name in ("first", "second")
+    ]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "first" / "metrics.jsonl.aside0").exists()

@@ -75,6 +75,8 @@ CASES = {  # what hangs, the field, what is said to hang, the step that is saved
                             "checkpoint.timeout_seconds", "saving, step 10,", 5),
     "a save on its thread": (("lm.manifests", "", "write", "1"),
                              "checkpoint.timeout_seconds", "saving, step 5,", None),
+    "the end": (("lm.metrics", "Writers", "close", "1"),
+                "train.compile_timeout_seconds", "ending, step 12,", 12),
 }  # fmt: skip
 
 
@@ -185,6 +187,18 @@ def metadata():
     yield server
     server.shutdown()
     server.server_close()
+
+
+def test_a_stop_is_asked_for_though_nobody_reads_it(monkeypatch):
+    """As by Ctrl-C, which also ends the `tee` that reads."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    stop = signals.Stop()
+    stop.ask()
+    assert stop.asked
 
 
 @pytest.mark.parametrize("platform", preemption.PLATFORMS, ids=lambda platform: platform.vendor)

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,11 +64,11 @@ def run(
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
         rows.sort(key=lambda row: math.inf if row.get(metric) is None else row[metric])
         _save(Path(workdir), rows)
-        if codes[name] == exits.STOPPED:
+        if codes[name] in (exits.STOPPED, exits.RESUMABLE, exits.TERMINATED):
             print(f"interrupted; the same command goes on with {name}")
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
-    return max(codes.values())
+    return exits.worst(list(codes.values()))
 
 
 def finished(folder: Path) -> bool:
@@ -113,23 +114,38 @@ def _run_point(
     command: Sequence[str],
     path: str | Path,
     folder: Path,
-    given: Iterable[str],
+    given: Sequence[str],
     *,
     swept: Iterable[str],
 ) -> int:
     flags = [f"--config.{assignment}" for assignment in given]
     flags += [f"--swept={','.join(swept)}"]
+    if place := _remote(
+        path, given
+    ):  # of its own: of one place the second point would go on with the first
+        flags.append(f"--config.checkpoint.remote={place.rstrip('/')}/{folder.name}")
     child = subprocess.Popen([*command, "--config", str(path), "--workdir", str(folder), *flags])
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     interrupted = False
-    while True:
-        try:
-            code = child.wait()
-            break
-        except KeyboardInterrupt:  # the point has it too, and saves before it ends
-            interrupted = True
+    try:
+        while True:
+            try:
+                code = child.wait()
+                break
+            except KeyboardInterrupt:  # the point has it too, and saves before it ends
+                interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if interrupted:
         return exits.STOPPED
     return code if code >= 0 else 128 - code
+
+
+def _remote(path: str | Path, given: Iterable[str]) -> str:
+    """Return the checkpoint.remote of a point, "" for none."""
+    key = "checkpoint.remote"
+    asked = [text.partition("=")[2] for text in given if text.partition("=")[0] == key]
+    return asked[-1] if asked else config_lib.flatten(config_lib.load(path)).get(key, "")
 
 
 def _result(workdir: Path, name: str, point: Point, code: int) -> dict[str, Any]:

@@ -182,6 +182,42 @@ def test_interrupt_lets_the_point_save_and_stops_there(place):
     assert ran(place) == flags(0.1)
 
 
+def test_a_stop_reaches_the_point_and_ends_the_sweep(place):
+    """As a scheduler's, which knows the sweep alone."""
+    (place / "out" / "make_0.1").write_text(
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n(folder / 'began').touch(); time.sleep(60)"
+    )
+    code = (
+        "import sys; from tools import sweep; sys.exit(sweep.run("
+        f"{str(place / 'mine.py')!r}, {str(place / 'out')!r}, "
+        f"command=({sys.executable!r}, {str(place / 'main.py')!r})))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (place / "out" / "peak_lr=0.1" / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    parent.terminate()
+    printed, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 75
+    assert "the same command goes on with peak_lr=0.1" in printed
+    assert ran(place) == flags(0.1)
+
+
+def test_every_point_has_a_remote_of_its_own(place):
+    """Else the second would go on with the first one's last checkpoint."""
+    assert run(place, fixed=["checkpoint.remote=gs://bucket/mine/"]) == 0
+    assert [line[-1] for line in ran(place)] == [
+        f"--config.checkpoint.remote=gs://bucket/mine/peak_lr={rate}" for rate in (0.1, 0.2, 0.3)
+    ]
+
+
+def test_a_failure_is_told_rather_than_a_stop(place):
+    for rate, code in ((0.1, 3), (0.2, 76)):
+        (place / "out" / f"make_{rate}").write_text(f"sys.exit({code})")
+    assert run(place) == 3
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
