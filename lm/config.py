@@ -256,6 +256,8 @@ def _tuple(items: Sequence[Any], hint: Any, *, read: Callable[[Any, Any], Any]) 
 
 def _parse_duration(value: Duration) -> tuple[Fraction, str]:
     match = _DURATION.fullmatch(str(value).strip())
+    if match and float(match[1]) >= 2**63:  # of a large exponent a fraction takes for ever
+        raise ValueError(f"too many: {value}")
     amount, unit = Fraction(match[1] if match else "none"), match[2] if match else ""
     if amount >= 2**63 or (unit in ("", "step", "steps") and amount.denominator != 1):
         raise ValueError(f"too many, or a part of a step: {value}")

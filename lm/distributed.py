@@ -26,6 +26,7 @@ from lm.config import ConfigError
 from lm.exits import LOST
 
 START_SECONDS = 60  # least time to wait for the other processes to start
+NOWHERE = "where the others are is not known; give --coordinator_address, HOST:PORT of process 0"
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False
 _asked = itertools.count()
@@ -58,6 +59,8 @@ def start(
     count = _number("num_processes", num_processes)
     index = _number("process_id", process_id)
     if not address and (count == 1 or not clustered()):
+        if (count or 1) > 1:
+            raise ConfigError(f"--num_processes={count}: {NOWHERE}")
         return False
     # jax's own end of a process that is not heard of comes after ours, which says who that is.
     patience = int(max(START_SECONDS, timeout))

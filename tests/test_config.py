@@ -146,6 +146,7 @@ def test_unknown_key_names_the_nearest(key):
         ("optim.warmup=-5", "duration"),
         ("optim.warmup=0.5", "duration"),
         ("optim.warmup=. epochs", "duration"),
+        ("optim.warmup=1e99999999 tokens", "duration"),
         ("optim.decay=.*", "tuple[tuple[str, float], ...]"),
     ],
 )

@@ -205,6 +205,13 @@ def test_a_cluster_of_one_is_no_cluster(monkeypatch, tasks, joins):
     assert not distributed.start(num_processes=1), "asked to be alone in any cluster"
 
 
+def test_several_that_do_not_know_where_the_others_are():
+    with pytest.raises(
+        ConfigError, match=r"--num_processes=2: where .* give --coordinator_address"
+    ):
+        distributed.start(num_processes=2, process_id=0)
+
+
 def test_a_pod_that_is_no_part_of_an_indexed_job_is_alone(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert not distributed.clustered()

@@ -11,6 +11,7 @@ Nothing is left behind, even where this process is killed.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -82,7 +83,10 @@ def visible_gpus(outside: Mapping[str, str]) -> list[str]:
     if outside.get("JAX_PLATFORMS") == "cpu":
         return []
     if "CUDA_VISIBLE_DEVICES" in outside:
-        return [name for name in outside["CUDA_VISIBLE_DEVICES"].split(",") if name]
+        named = (name.strip() for name in outside["CUDA_VISIBLE_DEVICES"].split(","))
+        return list(
+            itertools.takewhile(lambda name: name not in ("", "-1"), named)
+        )  # as CUDA reads it
     numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     return sorted((number for number in numbers if number.isdecimal()), key=int)
 

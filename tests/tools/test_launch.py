@@ -51,6 +51,13 @@ def test_each_process_knows_who_it_is(tmp_path):
     assert "1 of 2\n" in (tmp_path / "process_1.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("named", "found"), [("0, 1", ["0", "1"]), ("-1", []), ("2,-1,3", ["2"]), ("", [])]
+)
+def test_gpus_are_named_as_cuda_reads_them(named, found):
+    assert launch.visible_gpus({"CUDA_VISIBLE_DEVICES": named}) == found
+
+
 def test_environments_of_gpus():
     outside = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
     every = launch.environments(2, 2, 1234, outside)

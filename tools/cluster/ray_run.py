@@ -17,7 +17,8 @@ import sys
 
 import ray
 
-AGAIN = (75, 76, 77, 128 + 9)  # stopped and saved; another process was lost; hung; killed
+# Stopped and saved; another process was lost; hung; stopped before training began; killed.
+AGAIN = (75, 76, 77, 128 + 15, 128 + 9)
 
 
 class Process:
