@@ -1,6 +1,7 @@
 """Evaluation: the same for every batch size, padding and stream order, in bytes and in tokens."""
 
 import functools
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm import evaluate, experiment, models, sharding, step, tasks
+from lm import evaluate, experiment, models, sharding, step, tasks, train
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, settings
 from lm.tasks import causal_lm
+from tools import evaluate as tool
 
 LENGTH = 16
 WORDS = ["the", "naïve", "café", "—", "größer", "als", "日本語", "and", "a", "cat"]
@@ -183,3 +185,20 @@ def test_sums_are_added_in_float64():
 def test_a_wrong_value_is_an_error_that_names_the_field(field):
     with pytest.raises(ConfigError, match=rf"eval\.{field}=-1"):
         evaluate.Config(**{field: -1})
+
+
+@pytest.mark.parametrize("field", ["fold", "clean", "validation_path"])
+def test_another_text_is_scored_whole_however_the_runs_own_was_split(
+    tiny, text_file, tmp_path, field
+):
+    words = text_file.read_text().split()
+    path, other, out = (tmp_path / name for name in ("own.jsonl", "other.txt", "scores.json"))
+    records = [{"text": " ".join(words[at : at + 20])} for at in range(0, 2000, 20)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    other.write_text("\x07 ".join(words[:500]))  # which its cleaning would take out
+    own = {"fold": "0/5", "clean": ("control",), "validation_path": (str(path),)}[field]
+    train.run(tiny(data__path=(str(path),), **{f"data__{field}": own}), tmp_path / "run")
+    flags = ["--workdir", str(tmp_path / "run"), f"--config.data.path={other}"]
+    flags += ["--config.eval.max_tokens=0", "--json", str(out)]
+    assert tool.main(flags) == 0
+    assert json.loads(out.read_text())["tokens"] >= len(other.read_bytes())

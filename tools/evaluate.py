@@ -56,7 +56,9 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     if other:
+        # All of that text, as it is: not a part, nor what the run's own cleaning leaves of it.
         config.data.mixture, config.data.mixture_stages = (), ()
+        config.data.fold, config.data.validation_path, config.data.clean = "", (), ()
     config = config_lib.complete(
         config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
     )
