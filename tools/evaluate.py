@@ -9,6 +9,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
     return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
+
+
+def _take_whole(data: Any) -> None:
+    """Let a corpus be all of a text as it is: not a part, nor what the run's own cleaning leaves of it."""
+    data.mixture, data.mixture_stages, data.validation_path, data.clean = (), (), (), ()
+    data.fold = ""
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
@@ -56,9 +63,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     if other:
-        # All of that text, as it is: not a part, nor what the run's own cleaning leaves of it.
-        config.data.mixture, config.data.mixture_stages = (), ()
-        config.data.fold, config.data.validation_path, config.data.clean = "", (), ()
+        _take_whole(config.data)
     config = config_lib.complete(
         config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
     )
