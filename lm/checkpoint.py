@@ -33,9 +33,7 @@ class Config:
     keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
-    timeout_seconds: float = (
-        3600.0  # for writing one, and its last copy; then the run ends; 0 = any
-    )
+    timeout_seconds: float = 3600.0  # for writing one, else the run ends; for a last copy; 0 = any
     grace_seconds: float = 120.0  # from a stop's signal to its saved step, as above; 0 = any
     remote: str = (
         ""  # a second place: a folder or URL of this run's own, to which good ones are copied

@@ -84,9 +84,8 @@ def visible_gpus(outside: Mapping[str, str]) -> list[str]:
         return []
     if "CUDA_VISIBLE_DEVICES" in outside:
         named = (name.strip() for name in outside["CUDA_VISIBLE_DEVICES"].split(","))
-        return list(
-            itertools.takewhile(lambda name: name not in ("", "-1"), named)
-        )  # as CUDA reads it
+        # As CUDA reads it: up to the first that is none.
+        return list(itertools.takewhile(lambda name: name not in ("", "-1"), named))
     numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     return sorted((number for number in numbers if number.isdecimal()), key=int)
 

@@ -120,9 +120,8 @@ def _run_point(
 ) -> int:
     flags = [f"--config.{assignment}" for assignment in given]
     flags += [f"--swept={','.join(swept)}"]
-    if place := _remote(
-        path, given
-    ):  # of its own: of one place the second point would go on with the first
+    # A place of its own: in one for all the second point would go on with the first.
+    if place := _remote(path, given):
         flags.append(f"--config.checkpoint.remote={place.rstrip('/')}/{folder.name}")
     child = subprocess.Popen([*command, "--config", str(path), "--workdir", str(folder), *flags])
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())

@@ -22,6 +22,15 @@ CLUSTER = ROOT / "tools" / "cluster"
 TPU = ["--zone", "us-east5-a", "--type", "v5p-32", "--nfs", "10.0.0.2:/share", "--dry_run"]
 
 
+def test_slurm_and_ray_start_again_after_the_same_codes():
+    again = re.search(r"^AGAIN = (.*)$", (CLUSTER / "ray_run.py").read_text(), re.MULTILINE)
+    codes = re.findall(r"(\d+)-RUNNING", (CLUSTER / "slurm.sh").read_text())
+    assert again
+    terms = [text.split("+") for text in again[1].strip("()").split(",")]
+    assert {sum(map(int, term)) for term in terms} == {int(code) for code in codes}
+    assert len(codes) == 5
+
+
 @pytest.mark.parametrize("name", ["slurm.sh", "tpu.sh"])
 def test_scripts_are_bash(name):
     done = subprocess.run(["bash", "-n", CLUSTER / name], capture_output=True, text=True)
