@@ -52,6 +52,12 @@ class TopLevel:
     seed: int = 0  # seed of all that is random: parameters, order of the data, dropout
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed out of range; jax's keys take only 32 bits of one."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: use a whole number from 0 to {2**32 - 1}")
+
+
 class Field(NamedTuple):
     name: str
     type: Any

@@ -186,6 +186,7 @@ def _converter(batches, task, num_steps: int | None) -> Callable[[Duration, str]
 
 def freeze(config: ConfigDict) -> dict[str, Any]:
     """Return the frozen dataclass of each section of a complete config."""
+    config_lib.check_seed(config.seed)
     return {
         name: config_lib.freeze(choose(config[name]), config[name], where=name)
         for name, choose in SCHEMA.items()

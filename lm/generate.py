@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lm.config import ConfigError
+from lm.config import ConfigError, check_seed
 from lm.nn.embed import MASKED_LOGIT
 
 FILTERED = -jnp.inf
@@ -193,8 +193,7 @@ def check_sampling(
         raise ConfigError(f"max_tokens={max_tokens}: use {MOST_TOKENS:,} or fewer")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: use a probability in (0, 1]")
-    if not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed={seed}: use a whole number of less than 2**63")
+    check_seed(seed)
 
 
 def _bucket(length: int, limit: int) -> int:

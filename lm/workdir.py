@@ -5,16 +5,17 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from lm import checkpoint, complete, distributed, experiment, manifests, peers, receipt, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import tokenizers
+from lm.data import corpus, tokenizers
 from lm.receipt import read_json
 
 # What a resumed run may not change; inside it, what only says how the same numbers are computed; and
@@ -121,7 +122,9 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     if before.get("replicas", groups) != groups:
         refused.append(f"mesh.dcn, the groups that train apart, {before['replicas']} -> {groups}")
     data = read_json(workdir / "data.json")
-    if data.get("fingerprint") != made.corpus.fingerprint:
+    if data.get("fingerprint") == made.corpus.fingerprint:
+        refused += _mixed_anew(workdir, made, old, changes)
+    else:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
         causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
         refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
@@ -141,10 +144,25 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
             "choose another --workdir, or set these back"
         )
     for key, before, after in changes:
-        if key.startswith(LISTED) or key in FREE:
+        if key.startswith(LISTED) or key in FREE or key in corpus.MIXING:
             print(f"resuming with {key}: {before!r} -> {after!r}")
     for change in environment:
         print(f"resuming with another {change}")
+
+
+def _mixed_anew(
+    workdir: Path, made: experiment.Experiment, old: ConfigDict, changes: Sequence[tuple]
+) -> list[str]:
+    """Return what is wrong where the rows read so far were mixed otherwise than is now asked for."""
+    changed = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key in corpus.MIXING]
+    if not changed or made.batches.mixture is None:
+        return []
+    before = corpus.mixture_of(experiment.section(old, "data"), made.corpus)
+    step = manifests.good_steps(workdir / "checkpoints")[-1]
+    row = step * made.batches.batch_size
+    if before is not None and before.until(row) == made.batches.mixture.until(row):
+        return []
+    return [f"{', '.join(changed)} (from step {step} on: a stage in data.mixture_stages)"]
 
 
 def write_files(

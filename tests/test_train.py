@@ -216,6 +216,8 @@ def test_an_earlier_versions_run_resumes(tiny, tmp_path):
     ("changes", "words"),
     [
         ({"seed": 1}, "seed 0 -> 1"),
+        ({"seed": -1}, "seed=-1: use a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296: use a whole number"),
         ({"model__model_dim": 64}, "model.model_dim 32 -> 64"),
         ({"task__length": 8}, "task.length 16 -> 8"),
         ({"data__batch_size": 16}, "data.batch_size 8 -> 16"),
@@ -432,6 +434,30 @@ def test_a_mixture_reports_the_loss_of_each_corpus(tiny, text_file, tmp_path):
     ]
     whole = sum(loss * tokens for loss, tokens in parts) / sum(tokens for _, tokens in parts)
     assert scores["eval/loss"] == pytest.approx(whole)
+
+
+def test_a_mixture_changes_only_from_here_on(tiny, text_file, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(text_file.read_text()[::-1])
+    paths = (str(text_file), str(tmp_path / "other.txt"))
+
+    def run(steps, *weights, **changes):
+        mixed = tuple(zip(paths, weights, strict=True))
+        config = tiny(data__path=(), data__mixture=mixed, train__num_steps=steps, **changes)
+        return train.run(config, tmp_path / "run")
+
+    run(2, 3.0, 1.0)
+    for wrong in (
+        {"weights": (1.0, 1.0)},
+        {"weights": (3.0, 1.0), "data__mixture_temperature": 2.0},
+        {"weights": (3.0, 1.0), "data__mixture_stages": ((1, (1.0, 0.0)),)},
+    ):
+        weights = wrong.pop("weights")
+        with pytest.raises(ConfigError, match=r"data\.mixture.* -> .*from step 2 on: a stage in"):
+            run(3, *weights, **wrong)
+    capsys.readouterr()
+    run(3, 6.0, 2.0, data__mixture_stages=((2, (1.0, 0.0)),))  # the same proportions
+    said = capsys.readouterr().out
+    assert "resuming with data.mixture: " in said and "resuming with data.mixture_stages: ()" in said
 
 
 def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatch):

@@ -60,6 +60,10 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     return corpus
 
 
+# The fields that say how corpora are mixed; the rest of `data` changes their fingerprint.
+MIXING = ("data.mixture", "data.mixture_stages", "data.mixture_temperature")
+
+
 def _members(
     cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Config], Tokenizer | None]:

@@ -37,6 +37,10 @@ class Mixture:
             corpora[here], indices[here] = owner, index + self.counts(first)[owner]
         return corpora, indices
 
+    def until(self, row: int) -> "Mixture":
+        """Return what of this mixture decides the rows before `row`."""
+        return Mixture(tuple(stage for stage in self.stages if stage[0] < row))
+
     def counts(self, num_rows: int) -> np.ndarray:
         """Return how many of the first `num_rows` rows are of each corpus: int64 [corpora]."""
         total = np.zeros(len(self.stages[0][1]), np.int64)
