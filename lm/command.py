@@ -1,10 +1,11 @@
 """What every command shares: its `--config.section.field=value` flags, their help, its exit code."""
 
+import contextlib
 import os
 import select
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from lm import config as config_lib
 from lm import exits
@@ -63,6 +64,45 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
         )
         print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
         return exits.USER_ERROR
+
+
+class _Output:
+    """A text stream that goes on where nobody reads it any more: what it is given goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def unread_goes_on() -> Iterator[None]:
+    """Within, no output that nobody reads is an error: Ctrl-C ends a run and the `tee` behind it, and the run
+    has to be saved."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Output(streams[0]), _Output(streams[1])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def _reader_is_gone() -> bool:

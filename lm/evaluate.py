@@ -70,6 +70,8 @@ def score(
         totals = measure(
             eval_step, params, watch(batches), mesh=mesh, token_bytes=token_bytes, carry=carry
         )
+        if not text.tokenizer.counts_bytes:
+            totals = {name: total for name, total in totals.items() if name[:5] != "bytes"}
         together = {name: together.get(name, 0.0) + value for name, value in totals.items()}
         if text.mixed:
             name = text.names[number]
@@ -112,8 +114,8 @@ def scores_of(totals: Mapping[str, float]) -> dict[str, float]:
     """Return the scores that sums and weights mean.
 
     They are loss (nats a token), perplexity, accuracy, the tokens scored; bits_per_byte where the targets are
-    a text; `exact`, the share of rows that are all right, where the task asks for it; what else the model
-    reports. Raises ConfigError where nothing was scored.
+    a text whose bytes the tokenizer counts; `exact`, the share of rows that are all right, where the task
+    asks for it; what else the model reports. Raises ConfigError where nothing was scored.
     """
     tokens = totals.get("loss/weight", 0.0)
     if not tokens:

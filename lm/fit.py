@@ -160,6 +160,11 @@ def check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: M
             f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: task.name={cfg['task'].name!r} "
             "does not score a whole text, so it has no bits per byte; use eval/loss"
         )
+    if not text.tokenizer.counts_bytes and cfg["checkpoint"].best_metric.endswith("bits_per_byte"):
+        raise ConfigError(
+            f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: the ids of {text.tokenizer.name} do "
+            "not tell how many bytes they stand for; use eval/loss"
+        )
     try:
         if prompt := cfg["train"].sample_prompt:
             text.tokenizer.encode(prompt)

@@ -73,6 +73,13 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
     if args.dry_run:
         print(description.describe(experiment.build(config)))
         return 0
+    return _train(args, config, assignments)
+
+
+@command.unread_goes_on()
+def _train(args: argparse.Namespace, config: config_lib.ConfigDict, assignments: list[str]) -> int:
+    from lm import train
+
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
     fields = [f"--config.{assignment}" for assignment in assignments]

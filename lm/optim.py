@@ -147,6 +147,11 @@ def build(
     return optax.chain(*parts), schedule
 
 
+def updates_done(opt_state: Any) -> jax.Array:
+    """Return how many updates an optimizer of `build` has made: int32 []."""
+    return opt_state[-1].count
+
+
 def match(rules: Rules, params: Any, *, field: str) -> Any:
     """Return the tree of the value that the first matching rule gives to each parameter.
 

@@ -36,13 +36,14 @@ def look(running: Any, value: jax.Array, limit: Limit) -> tuple[jax.Array, jax.A
     """Return (whether `value` is a spike, its z-score, what is known with it).
 
     The newest `limit.steps` values weigh alike at first, then by an exponential of that time. Of groups that
-    train apart the value is their mean.
+    train apart the value is their mean. One that is not finite is no spike, and nothing is known by it.
     """
     if sharding.replica() is not None:
         value = jax.lax.pmean(value, sharding.REPLICAS)
     share = jnp.maximum(1.0 / (running["seen"] + 1), 1.0 / limit.steps)
     distance = value - running["mean"]
-    known = running["seen"] >= limit.steps
+    counts = jnp.isfinite(value)  # without a scored token there is no loss
+    known = counts & (running["seen"] >= limit.steps)
     deviation = jnp.sqrt(jnp.maximum(running["variance"], 1e-12))
     zscore = jnp.where(known, distance / deviation, 0.0)
     new = {
@@ -50,4 +51,5 @@ def look(running: Any, value: jax.Array, limit: Limit) -> tuple[jax.Array, jax.A
         "variance": (1 - share) * (running["variance"] + share * jnp.square(distance)),
         "seen": running["seen"] + 1,
     }
+    new = {name: jnp.where(counts, value, running[name]) for name, value in new.items()}
     return zscore > limit.zscore, zscore, new

@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lm import losses, sharding, spikes
+from lm import losses, optim, sharding, spikes
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
@@ -226,6 +226,7 @@ def update(
     running = state.spikes
     if limit is not None:
         value = grad_norm if limit.metric == "grad_norm" else loss_sum / weight
+        value = jnp.where(weight > 0, value, jnp.nan)
         spike, zscore, running = spikes.look(running, value, limit)
         healthy &= ~spike
         sums["zscore"] = (zscore, jnp.ones(()))
@@ -247,7 +248,10 @@ def update(
     for name in objective.corpora:
         sums[f"{name}/tokens"] = (sums[f"{name}/loss"][1], one)
     if schedule is not None:  # made here: on the host it would wait behind the step that runs
-        sums["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
+        updates_done = optim.updates_done(
+            state.opt_state
+        )  # fewer than steps where some were skipped
+        sums["learning_rate"] = (jnp.asarray(schedule(updates_done), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
 
 

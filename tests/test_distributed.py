@@ -74,7 +74,10 @@ class Job:
         return (self.logs / f"process_{index}.log").read_text()
 
     def wait(self, seconds=120):
-        return self.launcher.wait(seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.launcher.wait(seconds)
+        said = [self.said(index) for index in range(self.processes)]
+        raise AssertionError(f"not ended in {seconds} s:\n" + "\n".join(said))
 
     def wait_for_checkpoint(self, step):
         manifest = self.workdir / "checkpoints" / str(step) / "manifest.json"
@@ -205,12 +208,12 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, 
     with Job(experiment, workdir, 2) as job:
         job.wait_for_checkpoint(15)
         job.send(1, signal.SIGKILL)
-        assert job.wait(30) == 128 + signal.SIGKILL
+        assert job.wait(90) == 128 + signal.SIGKILL
         assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
     with Job(experiment, workdir, 4) as job:
         job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
-        assert job.wait(30) == 128 + signal.SIGKILL
+        assert job.wait(90) == 128 + signal.SIGKILL
         others = [job.said(index) for index in (1, 2, 3)]
         assert all(
             f"process {index} (" in said and "ends:" in said for index, said in enumerate(others, 1)

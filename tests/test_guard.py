@@ -56,6 +56,13 @@ def test_a_bad_step_keeps_its_number_without_an_update(tiny, tmp_path, poison, m
     assert set(good) == {1, 2, 3, 4, 5, 6} and set(bad) == {1, 2, 3, 5, 6}
     assert all(good[step] == bad[step] for step in (1, 2, 3)) and good[5] != bad[5]
     assert skips(tmp_path / "bad") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}
+    rates = {
+        name: [
+            row["train/learning_rate"] for row in rows_of(tmp_path / name) if "train/loss" in row
+        ]
+        for name in ("good", "bad")
+    }
+    assert rates["bad"] == rates["good"][:5]  # that of the update that was made
     before, after = (
         arrays_of(tmp_path / "good", 2),
         arrays_of(tmp_path / "bad", 4),
@@ -201,6 +208,8 @@ def test_spikes_are_told_by_a_running_zscore():
     assert spike
     np.testing.assert_allclose(zscore, (5.5 - values.mean()) / values.std(), rtol=1e-4)
     assert not spikes.look(running, np.float32(4.0), limit)[0]  # far below is no harm
+    spike, zscore, same = spikes.look(running, np.float32(np.nan), limit)  # nothing was scored
+    assert not spike and zscore == 0 and same == running
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import errno
 import gzip
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,3 +243,20 @@ def test_a_typing_mistake_is_told_before_jax_is_imported(tmp_path):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_that_ends_the_tee_behind_a_run_too_saves_it(experiment, tmp_path, text_file):
+    words = [sys.executable, "-m", "lm.main", "--config", str(tmp_path / "small.py")]
+    words += ["--workdir", str(tmp_path / "run"), f"--config.data.path={text_file}"]
+    words += ["--config.train.num_steps=100000", "--config.train.log_every_steps=1"]
+    script = f"trap : INT; {shlex.join(words)} 2>&1 | tee {tmp_path}/log; exit ${{PIPESTATUS[0]}}"
+    shell = subprocess.Popen(["bash", "-c", script], cwd=ROOT, start_new_session=True)
+    rows, end = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while not (rows.exists() and '"step": 20,' in rows.read_text()):
+        assert shell.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(shell.pid, signal.SIGINT)
+    assert shell.wait(60) == exits.RESUMABLE
+    assert "is saved" not in (tmp_path / "log").read_text(), "tee was ended too"
+    (step,) = manifests.good_steps(tmp_path / "run/checkpoints")
+    assert step >= 20

@@ -457,7 +457,9 @@ def test_a_mixture_changes_only_from_here_on(tiny, text_file, tmp_path, capsys):
     capsys.readouterr()
     run(3, 6.0, 2.0, data__mixture_stages=((2, (1.0, 0.0)),))  # the same proportions
     said = capsys.readouterr().out
-    assert "resuming with data.mixture: " in said and "resuming with data.mixture_stages: ()" in said
+    assert (
+        "resuming with data.mixture: " in said and "resuming with data.mixture_stages: ()" in said
+    )
 
 
 def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatch):

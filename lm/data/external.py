@@ -6,7 +6,7 @@ read a text without it, and `stop_tokens` are both. A token for a text's class (
 
 Some put a space before a text. `decode` takes it away where the ids begin with `end_of_text`; other ids are
 taken for what follows a text. `token_bytes` counts it: sums over a text are then one byte more. They are
-exact for byte-level BPE without normalisation, and a good guess where text is changed (WordPiece).
+exact where every byte has a token and text is not normalised, and a guess elsewhere (`counts_bytes`).
 """
 
 import contextlib
@@ -35,6 +35,13 @@ OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
 _CHUNK = 1 << 16  # characters; a longer text is cut at the next place where that changes no id
 _BATCH = 1 << 21  # characters
+_KEEP_BYTES = {
+    "Sequence",
+    "Prepend",
+    "Replace",
+    "NFC",
+}  # normalisers; nearly all text is NFC already
+
 # Such places, with what may stand before and after; the first that a tokenizer's words allow counts.
 _ENDS = ("cat", "é", "12", "不", "end.", "x_")
 _CUTS = (
@@ -99,9 +106,11 @@ class HuggingFace(Tokenizer):
         self._unknown = {self.specials.get("unk", self.end_of_text)} - set(ends)
         self._special = flagged - self._unknown
         self.fingerprint = f"huggingface-{digest(content)}-{self.end_of_text}"
-        decoder = settings.get("decoder")
-        self._set_sizes(_holds_type(decoder, "ByteLevel"), set(added))
-        self._word_pieces = _holds_type(decoder, "WordPiece")
+        decoder = _types(settings.get("decoder"))
+        self._set_sizes("ByteLevel" in decoder, set(added))
+        self._word_pieces = "WordPiece" in decoder
+        whole = "ByteLevel" in decoder or "<0x00>" in vocabulary
+        self.counts_bytes = whole and _types(settings.get("normalizer")) <= _KEEP_BYTES
         # What stands for a special token that the model itself found in a text.
         self._plain = {
             i: [j for c in self._tokens[i] for j in self._id_of(c)] for i in self._special
@@ -253,12 +262,12 @@ def _first_known(
     return found
 
 
-def _holds_type(decoder: Any, name: str) -> bool:
-    """Return whether a decoder of a tokenizer.json is, or contains, one of this type."""
-    if not isinstance(decoder, dict):
-        return False
-    parts = decoder.get("decoders") or []
-    return decoder.get("type") == name or any(_holds_type(part, name) for part in parts)
+def _types(part: Any) -> set[str]:
+    """Return the types of a part of a `tokenizer.json`, and of those in it."""
+    if not isinstance(part, dict):
+        return set()
+    inside = (inner for value in part.values() if isinstance(value, list) for inner in value)
+    return {part.get("type", ""), *(name for inner in inside for name in _types(inner))}
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

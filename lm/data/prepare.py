@@ -180,6 +180,8 @@ def _tokenizer(
         return tokenizers.load(place)
     if given is None:
         given = train(cfg, [source])
+    mark.unlink(missing_ok=True)  # before what it speaks of
+    shutil.rmtree(place, ignore_errors=True)
     given.save(place)
     for file in place.iterdir():
         manifests.sync(file)

@@ -57,6 +57,7 @@ class SentencePiece(Tokenizer):
         self._model, self._symbols, self._refuses = model, list(symbols), refuses
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._unknown = self._processor.unk_id()
+        self.counts_bytes = refuses or self._has_bytes
         self.vocab_size = self._processor.get_piece_size()
         self.end_of_text = self._processor.eos_id()
         self.stop_tokens = (self.end_of_text,)

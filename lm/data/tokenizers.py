@@ -26,8 +26,9 @@ class Tokenizer:
 
     `end_of_text` is the id between documents, counted in `vocab_size`; a text that is made ends before any
     of `stop_tokens`. `token_bytes` int32 [vocab_size] is how many bytes of UTF-8 text each id stands for (0
-    for end of text), so the sum over an encoded text is the text's size. `fingerprint` is a hex digest of
-    all that encoding depends on.
+    for end of text). If the tokenizer `counts_bytes`, the sum over an encoded text is the text's size; else,
+    with whole words or one id for all that is unknown, it is a guess, of which no score is made.
+    `fingerprint` is a hex digest of all that encoding depends on.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Tokenizer:
     stop_tokens: tuple[int, ...]
     token_bytes: np.ndarray
     fingerprint: str
+    counts_bytes: bool = True
     specials: Mapping[str, int] = {}  # ids by the tasks' names: cls, sep, mask, sentinel_0, ...
 
     def encode(self, text: str) -> np.ndarray:

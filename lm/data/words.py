@@ -21,7 +21,7 @@ _MOST_WORDS = 1 << 22  # counted at once, about half a gigabyte; then rare ones 
 class Word(tokenizers.Tokenizer):
     """The words given; <unk> and <eos> are the first ids, end of text is the last."""
 
-    name = "word"
+    name, counts_bytes = "word", False
 
     def __init__(self, words: Sequence[str]):
         self.words = [UNKNOWN_WORD, NEWLINE, *words]

@@ -88,8 +88,8 @@ class MoE(nn.Module):
     """y = sum_e g_e MLP_e(x) [+ MLP_shared(x)], as the module's docstring says.
 
     Sows pairs (sum, weight): the losses `balance_loss` and `router_z_loss`, times their weights; the reports
-    `expert_load` (the fullest expert's tokens over the mean) and, with capacity, `tokens_dropped` (the share
-    of choices that found no room); and as intermediate `experts`, the choices of each token [B, L, K].
+    `expert_load` (the tokens of a row's fullest expert over the mean) and, with capacity, `tokens_dropped`
+    (the share of choices that found no room); and as intermediate `experts`, the choices of each token [B, L, K].
     """
 
     num_experts: int
@@ -177,8 +177,8 @@ class MoE(nn.Module):
         ):
             if weight := getattr(self, name):
                 self.sow("losses", name, (weight * loss_B.sum(), rows))
-        count_E = count_BE.sum(0)
-        self.sow("reports", "expert_load", (count_E.max(), jnp.maximum(count_E.mean(), 1e-9)))
+        # Of each row, so that no batch size changes it.
+        self.sow("reports", "expert_load", (count_BE.max(1).sum(), count_BE.mean(1).sum()))
 
 
 class Kernel(nn.Module):

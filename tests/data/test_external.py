@@ -122,6 +122,7 @@ def test_a_document_decodes_to_itself_and_holds_no_special_token(kind, text, req
         assert tokenizer.decode([tokenizer.end_of_text, *ids]) == text
     prefix = kind != "gpt2" and text != ""
     assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + prefix
+    assert tokenizer.counts_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,6 +212,20 @@ def test_the_token_of_a_class_is_not_the_end_of_a_text(tmp_path):
     assert ids == [5, 6, 8, 10, 1, 11, 7, 9]
     assert tokenizer.decode([7]) == "sat" and tokenizer.decode([3, 5, 6, 8]) == "the cats"
     np.testing.assert_array_equal(tokenizer.token_bytes[[5, 8, 3]], [3, 1, 0])
+    assert not tokenizer.counts_bytes
+
+
+def test_what_loses_bytes_of_a_text_does_not_count_them(tmp_path):
+    assert not opened(unigram(), tmp_path / "unigram").counts_bytes  # <unk> may be anything
+    for name, normalizer, counts in (
+        ("none", None, True),
+        ("nfc", normalizers.Sequence([normalizers.NFC()]), True),
+        ("lower", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), False),
+    ):
+        library = byte_level()
+        if normalizer:
+            library.normalizer = normalizer
+        assert opened(library, tmp_path / name).counts_bytes is counts
 
 
 def test_t5_s_extra_ids_are_sentinels(tmp_path):

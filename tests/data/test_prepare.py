@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.data import corpus, packing, prepare, shards
 from lm.data.settings import Config
@@ -294,6 +295,25 @@ def test_a_start_that_made_no_shard_does_not_bind_its_folder(tmp_path, text, sma
     assert files(folder) == files(tmp_path / "other")
     with pytest.raises(ConfigError, match="it is a prepared corpus"):
         corpus.prepare_in(tmp_path / "third", Config(path=(str(folder),)))
+
+
+def test_a_tokenizer_half_replaced_is_not_taken_for_the_old_one(tmp_path, text, small, monkeypatch):
+    """A start that made no shard has left its tokenizer; the next one, of other settings, dies over it."""
+    folder, other = tmp_path / "prepared", dataclasses.replace(text, vocab_size=330)
+
+    def no_shard(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "Encoder", no_shard)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare_in(folder, text)
+        patched.setattr(manifests, "sync", no_shard)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare_in(folder, other)
+    corpus.prepare_in(folder, text)
+    corpus.prepare_in(tmp_path / "other", text)
+    assert files(folder) == files(tmp_path / "other")
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

@@ -175,6 +175,7 @@ def test_an_unknown_character_is_its_bytes_or_one_piece_or_refused(tmp_path):
     assert some.decode(some.encode(text)) == "if x == '\ufffd': \ufffd"
     assert list(some.encode(text)).count(0) == 2  # neighbours are one
     assert some.token_bytes[0] == 3 and ids["bytes"].token_bytes[0] == 0
+    assert not some.counts_bytes and ids["bytes"].counts_bytes
 
     strict = train("unigram", ["a \u4e00 b\n" + PROSE[0]], unknown="refuse", vocab_size=300)
     assert strict.decode(strict.encode("a \u4e00 b")) == "a \u4e00 b"  # rare, but seen

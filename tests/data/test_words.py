@@ -30,6 +30,15 @@ def test_a_run_ends_with_a_sample_and_goes_on(tiny, tmp_path, capsys):
     assert all(word in completer.tokenizer.words for word in text.split(" "))
 
 
+def test_bits_per_byte_are_not_guessed(tiny, tmp_path):
+    config = tiny(data__tokenizer="word", data__vocab_size=64)
+    scores = train.run(config, tmp_path / "run")
+    assert "eval/loss" in scores and "eval/bits_per_byte" not in scores
+    config.checkpoint = {"best_metric": "eval/bits_per_byte"}
+    with pytest.raises(ConfigError, match=r"the ids of word do not tell how many bytes.*eval/loss"):
+        train.run(config, tmp_path / "best")
+
+
 def test_a_vocabulary_larger_than_the_text_is_as_large_as_the_text():
     tokenizer = words.train([TEXT], vocab_size=100)
     assert tokenizer.vocab_size == 9 + 3

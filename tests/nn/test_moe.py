@@ -97,18 +97,18 @@ def test_losses_are_means_over_rows_of_what_their_tokens_lose():
     params, _, sown = run(module)
     _, p, chosen, _ = by_hand(module, params, tokens())
     balance = z = 0.0
-    load = np.zeros(E)
+    fullest = mean = 0
     for row in range(ROWS):
         places = np.flatnonzero(SEGMENTS[row])
         share = sum(np.bincount(chosen[row, place], minlength=E) for place in places)
-        load += share
+        fullest, mean = fullest + share.max(), mean + share.mean()
         balance += E * (share / share.sum() * p[row, places].mean(0)).sum() / 1
         logits = tokens()[row, places] @ params["router"]["kernel"]
         z += np.square(np.asarray(jax.nn.logsumexp(logits, axis=-1))).mean()
     (found,), weight = sown["losses"]["balance_loss"], ROWS
     np.testing.assert_allclose(found, (balance, weight), rtol=1e-5)
     np.testing.assert_allclose(sown["losses"]["router_z_loss"][0], (z, weight), rtol=1e-5)
-    np.testing.assert_allclose(sown["reports"]["expert_load"][0], (load.max(), load.mean()))
+    np.testing.assert_allclose(sown["reports"]["expert_load"][0], (fullest, mean))
 
 
 def test_shared_experts_meet_every_token():
@@ -225,8 +225,7 @@ def test_accumulation_is_one_batch(factor):
     whole = train(model, one_device(), num_steps=2, look=False)
     parts = train(model, one_device(), num_steps=2, look=False, accumulate=4)
     assert {"balance_loss", "router_z_loss"} <= set(whole[0][0])
-    for row in (*parts[0], *whole[0]):  # of each part the fullest expert is another
-        assert row.pop("expert_load") >= 1
+    assert all(row["expert_load"] >= 1 for row in whole[0])
     assert_alike(parts, whole)
 
 

@@ -91,7 +91,7 @@ def test_the_numbers_and_names_of_the_jobset_agree(jobset):
     assert int(port) == container["ports"][0]["containerPort"]
     assert container["command"][2] == main.__name__
     rule = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert rule["containerName"] == container["name"] and rule["values"] == [2, 3, 4]
+    assert rule["containerName"] == container["name"] and rule["values"] == [1, 2, 3, 4]
 
 
 # A Slurm of one node of two CPUs, of the user who runs the tests. A requeued job has KillWait to save, and
