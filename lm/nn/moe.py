@@ -89,7 +89,7 @@ class MoE(nn.Module):
 
     Sows pairs (sum, weight): the losses `balance_loss` and `router_z_loss`, times their weights; the reports
     `expert_load` (the tokens of a row's fullest expert over the mean) and, with capacity, `tokens_dropped`
-    (the share of choices that found no room); and as intermediate `experts`, the choices of each token [B, L, K].
+    (the share of choices without room); and as intermediate `experts`, the choices of each token [B, L, K].
     """
 
     num_experts: int
