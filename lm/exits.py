@@ -29,7 +29,7 @@ MEANINGS = {
     HUNG: "a step, batch, compilation, evaluation, save or stop took too long; the same command resumes",
     STOPPED: "stopped by SIGINT before training began: nothing to save",
     TERMINATED: "stopped by SIGTERM before training began: nothing to save",
-    UNREAD: "nobody reads the output",
+    UNREAD: "nobody reads the output of a tool; a run goes on",
 }
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -54,14 +55,19 @@ WORDS = [
 
 
 def pytest_configure(config):
-    """Compile once for all tests, the plain ones quickly: `-m slow` and users' runs take XLA's default."""
+    """Compile once for all tests, and quickly: `-m optimized`, `-m measure` and users take XLA's default."""
     from lm import hardware
 
     chosen = "optimization_level" in os.environ["XLA_FLAGS"]
-    if "not slow" in config.option.markexpr and not chosen:
+    if not chosen and not re.search("(?<!not )(optimized|measure)", config.option.markexpr):
         os.environ["XLA_FLAGS"] += f" {quickly.FLAGS}"
     hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes minutes by itself, beside which the other worker does the rest."""
+    items.sort(key=lambda item: "test_every_model_has_its_row" not in item.name)
 
 
 def pytest_collection_finish(session):

@@ -1,10 +1,13 @@
-"""How a program is compiled that takes longer to compile than to run: hardly optimized, in one part."""
+"""How a program is compiled that takes longer to compile than to run: hardly optimized, in one part, and run
+by one thread a device: eight simulated devices are more threads than there are cores, and where all of XLA's
+wait for each other none may be left for what they wait for."""
 
 from jaxlib.version import __version_info__ as jaxlib_version
 
 OPTIONS = {
     "xla_backend_optimization_level": 0,  # XLA's default is 3
     "xla_cpu_parallel_codegen_split_count": 1,  # each part has a price
+    "xla_cpu_multi_thread_eigen": False,
 }
 if jaxlib_version < (
     0,

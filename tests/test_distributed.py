@@ -163,6 +163,7 @@ def test_two_processes_train_as_one(experiment, whole):
         assert a == pytest.approx(b, rel=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
 def test_any_number_of_processes_gives_the_same_bits(experiment, whole, tmp_path, processes):

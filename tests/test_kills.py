@@ -22,6 +22,7 @@ import pytest
 
 from lm import manifests, metrics
 from lm.metrics import read_rows
+from tests import quickly
 
 pytestmark = pytest.mark.slow
 
@@ -242,7 +243,8 @@ def assert_same(run, whole, *, events=True):
 
 @pytest.fixture(scope="module")
 def server():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = quickly.FLAGS
     made = Server(environment)
     yield made
     made.close()

@@ -23,6 +23,7 @@ from lm import config as config_lib
 from lm import experiment, main, placement, sharding, step
 from lm.config import ConfigError
 from lm.nn.transformer import SCANNED, UNROLLED
+from tests import quickly
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "12"))  # of each kind; 60 and more find more
 DEVICES = 8
@@ -123,7 +124,10 @@ def plain(config, accumulate):
     return {**config, **changed}
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # without fusion emitters sums are less exact
+# Without fusion emitters sums are less exact.
+QUICKLY = {"xla_backend_optimization_level": 0} | {
+    name: True for name in quickly.OPTIONS if name == "xla_cpu_use_fusion_emitters"
+}
 
 
 def compile_quickly(function, *args):

@@ -12,7 +12,6 @@ import pytest
 
 from lm import checkpoint, experiment, placement, sharding, stored
 from lm.nn.transformer import SCANNED
-from tests import quickly
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +53,9 @@ def sides(text_file):
             # Not donated, so that one state may be saved as often as is wanted; it refuses other places.
             places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             train_step = jax.jit(train_step.__wrapped__, out_shardings=(places, None))
-            train_step = train_step.lower(abstract, batches[0]).compile(quickly.OPTIONS)
+            train_step = train_step.lower(abstract, batches[0]).compile()
             # One program at a time: simulated devices that run two can wait for each other for ever.
-            state = jax.block_until_ready(init.lower().compile(quickly.OPTIONS)())
+            state = jax.block_until_ready(init())
             for batch in batches[:2]:
                 state, _ = jax.block_until_ready(train_step(state, batch))
             found = Side(mesh, abstract, train_step, batches[2], state, on_host(state), 0.0)

@@ -131,6 +131,7 @@ def test_load_gives_config_model_and_params(tiny, tmp_path):
     assert logits.shape == (1, 4, 384) and np.isfinite(logits).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at):
     config = tiny(optim__ema_decay=0.9)
@@ -143,6 +144,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, sto
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
 
 
+@pytest.mark.optimized
 def test_a_stateful_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     config = tiny(
         model={"name": "rnn", "cell": "lstm", "num_layers": 1, "model_dim": 32},
@@ -173,6 +175,7 @@ def test_a_killed_run_loses_only_what_was_not_saved(tiny, tmp_path):
     assert {row["step"] for row in moved} == {3, 4, 5, 6}
 
 
+@pytest.mark.optimized
 def test_resumes_on_another_mesh(tiny, tmp_path):
     config = tiny()
     train.run(config, tmp_path / "whole")
@@ -361,6 +364,7 @@ def test_a_profile_ends_with_the_run(tiny, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.optimized
 def test_layers_scanned_or_unrolled_resume_each_other(tiny, tmp_path):
     config = tiny()
     train.run(tiny(train__num_steps=4), tmp_path)

@@ -16,6 +16,7 @@ def assert_same(ours, theirs, where):
     np.testing.assert_allclose(ours[where], theirs[where], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.optimized
 def test_logits_are_those_of_the_fixture(name, parity, folders, tmp_path):
     fixture = parity(name)
     folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)

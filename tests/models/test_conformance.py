@@ -19,7 +19,6 @@ from lm.config import ConfigError
 from lm.convert import exporter, importer
 from lm.nn.embed import pad_vocab
 from lm.nn.transformer import SCANNED, UNROLLED
-from tests import quickly
 from tools import evaluate
 
 VOCAB, LENGTH = 99, 12
@@ -311,8 +310,7 @@ def programs(name, mesh, tx, *, rows, length, **fields):
     placed = step.state_shardings(mesh, jax.eval_shape(init), axes)
     objective = step.Objective(max_scored=length, vocab_size=VOCAB)
     function = functools.partial(step.train_step, model=model, tx=tx, objective=objective, seed=0)
-    jit = functools.partial(jax.jit, compiler_options=quickly.OPTIONS)
-    return jit(init, out_shardings=placed), jit(function, out_shardings=(placed, None))
+    return jax.jit(init, out_shardings=placed), jax.jit(function, out_shardings=(placed, None))
 
 
 def steps(name, mesh, *, count, tx, rows=8, length=LENGTH, **fields):

@@ -19,7 +19,6 @@ from lm.config import ConfigError
 from lm.models import gpt, t5
 from lm.nn import moe
 from lm.nn.transformer import SOWN
-from tests import quickly
 
 D, E, F, ROWS, LENGTH, VOCAB = 6, 4, 5, 3, 8, 99
 SEGMENTS = np.array([[1] * 8, [1, 1, 1, 2, 2, 0, 0, 0], [0, 1, 1, 0, 1, 1, 1, 1]], np.int32)
@@ -183,8 +182,7 @@ def jitted_step(model, mesh, accumulate=1, tx=None):
     function = functools.partial(
         step.train_step, model=model, tx=tx, objective=objective, seed=0, accumulate=accumulate
     )
-    quick = functools.partial(jax.jit, compiler_options=quickly.OPTIONS)
-    return quick(init, out_shardings=placed)(), quick(function, out_shardings=(placed, None))
+    return jax.jit(init, out_shardings=placed)(), jax.jit(function, out_shardings=(placed, None))
 
 
 def train(model, mesh, *, num_steps=5, look=True, **options):
@@ -192,10 +190,7 @@ def train(model, mesh, *, num_steps=5, look=True, **options):
     with sharding.use(mesh):
         state, one = jitted_step(model, mesh, **options)
         batch, rows = placement.place_batch(mesh, batch_of()), []
-        apply = jax.jit(
-            lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1],
-            compiler_options=quickly.OPTIONS,
-        )
+        apply = jax.jit(lambda p, b: model.apply({"params": p}, b, mutable=["intermediates"])[1])
         experts = jax.device_get(apply(state.params, batch)) if look else {}
         for _ in range(num_steps):
             state, sums = one(state, batch)
