@@ -115,7 +115,7 @@ def _make(folder: Path, num_tokens: int, length: int) -> None:
     writer = Writer(folder, {"key": "synthetic"}, tokens.dtype, tokenizer.end_of_text)
     count = len(lengths)
     splits, origins = np.zeros(count, np.uint8), np.zeros(count, ORIGIN)
-    nothing = (Counter[str](), frozenset[str]())
+    nothing = (Counter[str](), np.full(count, None))
     writer.add(Encoded(tokens, lengths, lengths - 1, splits, origins, (1, 0), *nothing))
     writer.end_shard()
     writer.finish()

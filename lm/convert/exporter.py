@@ -23,7 +23,10 @@ from lm.data.tokenizers import Tokenizer
 from lm.nn.transformer import SCANNED, UNROLLED
 
 # Fields of a model's config that do not change what it computes once it is trained.
-FREE = {"name", "scan", "remat", "kernel", "dtype", "mask", "dropout", "residual_init"}
+FREE = {
+    "name", "scan", "remat", "kernel", "dtype", "mask", "dropout", "residual_init", "microbatches",
+    "stage_repeats", "context_parallel",
+}  # fmt: skip
 
 
 def from_run(workdir: str | Path, target: str | Path, step: int | str = "last") -> Converted:
@@ -156,7 +159,7 @@ def _write_as_before(
         unused = dict(safetensors_file.read(kept / UNUSED, entries))
 
     def stored_as(dtype: str, tensor: str) -> np.ndarray:
-        if tensor in constants:
+        if tensor in constants and tensor not in unused:
             return constants[tensor]().astype(DTYPES[dtype])
         tensor = copies.get(tensor, tensor)
         if tensor not in arrays:

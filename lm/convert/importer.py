@@ -4,6 +4,7 @@ The run keeps, in its folder `huggingface/`, the files beside the weights and ho
 so that the way back gives the same files.
 """
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -121,7 +122,9 @@ def _check_names(folder: Folder, architecture: Any, cfg: Any, parts: list[Part])
         renamed[name] = names[0] if names[0] in known else names[1]
     found = {theirs: folder.entries[name].shape for name, theirs in renamed.items()}
     shapes = {**wanted, **{name: shape for name, shape in spare.items() if name in found}}
+    times = collections.Counter(renamed.values())
     problems = {
+        "there twice, by an older name too": [name for name in times if times[name] > 1],
         "missing": [name for name in wanted if name not in found],
         "not known": [name for name in found if name not in known],
         "of another shape": [
@@ -224,12 +227,14 @@ def _keep(
     manifests.write_whole(target / LAYOUT, json.dumps(layout) + "\n")
     unused = {name: part.unused for part in architecture.parts(cfg) for name, _ in part.theirs}
     unused = {name: rows for name, rows in unused.items() if rows}
-    spare = architecture.spare(cfg)
-    names = [name for name, theirs in renamed.items() if theirs in spare or theirs in unused]
-    kept = {
-        renamed[name]: array[: unused.get(renamed[name], len(array))]
-        for name, array in folder.read(names)
-    }
+    spare, constants = architecture.spare(cfg), architecture.constants(cfg)
+    wanted = {*spare, *unused, *constants}
+    kept = {}
+    for name, array in folder.read([name for name, theirs in renamed.items() if theirs in wanted]):
+        theirs = renamed[name]
+        made = constants[theirs]().astype(array.dtype) if theirs in constants else None
+        if made is None or made.tobytes() != array.tobytes():  # another library rounds otherwise
+            kept[theirs] = array[: unused.get(theirs, len(array))]
     if kept:
         safetensors_file.write(target / UNUSED, kept, order=list(kept), metadata=None)
     return left_out

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # numpy then knows bfloat16, which the library's reader asks it for
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lm.config import ConfigError
 
@@ -130,7 +130,9 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 63 for item in value
+    )
 
 
 def _check_places(path: Path, entries: Mapping[str, Entry], size: int) -> None:
@@ -161,9 +163,14 @@ def _refused(path: Path, why: str) -> ConfigError:
 
 def read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, array) of tensors of a file whose header is checked, bit for bit as they are stored."""
-    with safe_open(path, framework="np") as file:
-        for name in names:
-            yield name, file.get_tensor(name)
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (
+        SafetensorError
+    ) as error:  # of a header that Python's JSON takes and the library's does not
+        raise _refused(path, shown(str(error))) from None
 
 
 def dtype_name(array: np.ndarray) -> str:

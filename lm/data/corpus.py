@@ -256,7 +256,17 @@ def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | 
 
     source: Any = opened(cfg.path)
     if cfg.validation_path:
-        source = sources.Joined(source, opened(cfg.validation_path))
+        other = opened(cfg.validation_path)
+        if other.name != source.name:
+            raise ConfigError(
+                f"data.validation_path={','.join(cfg.validation_path)}: {other.name}, and data.path is "
+                f"{source.name}; use files of one kind"
+            )
+        if both := sorted({*source.parts} & {*other.parts}):
+            raise ConfigError(
+                f"data.validation_path: {both[0]} is in data.path too; train on it or evaluate on it"
+            )
+        source = sources.Joined(source, other)
     if tokenizer is None and cfg.tokenizer == "file":
         tokenizer = external.open_tokenizer(cfg.tokenizer_path)
     return source, tokenizer

@@ -111,14 +111,14 @@ def jsonl(file: str, start: int, reading: Reading) -> Iterator[Document]:
 
 
 def _lines(handle: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yield each line and its size; of one longer than `max_bytes` only its begin, in little memory."""
-    while raw := handle.readline(max_bytes + 1):
+    """Yield each line and its size; nothing of one with more than `max_bytes`, its end left out."""
+    while raw := handle.readline(max_bytes + 2):
         size = len(raw)
-        if size > max_bytes:
-            rest = raw = raw[:100]
-            while rest and not rest.endswith(b"\n"):
-                rest = handle.readline(1 << 20)
-                size += len(rest)
+        if size > max_bytes and len(raw.removesuffix(b"\n").removesuffix(b"\r")) > max_bytes:
+            while raw and not raw.endswith(b"\n"):
+                raw = handle.readline(1 << 20)
+                size += len(raw)
+            raw = b""
         yield raw, size
 
 
@@ -279,16 +279,22 @@ def _tsv(lines: Iterable[str]) -> Iterator[list[str]]:
             yield line.removesuffix("\n").removesuffix("\r").split("\t")
 
 
-def _csv(lines: Iterable[str], name: str, reading: Reading) -> Iterator[list[str] | Document]:
+def _csv(lines: _TextLines, name: str, reading: Reading) -> Iterator[list[str] | Document]:
     csv.field_size_limit(2**31 - 1)  # of characters: a cell may be a book
-    # A lone carriage return ends a line as well, in files of old.
-    split = (
-        part
-        for line in lines
-        for part in (io.StringIO(line, newline="") if "\r" in line else (line,))
-    )
-    rows = csv.reader(split, strict=True)
+    size = 0  # of the row that is read: a quote that is not closed takes every line after it
+
+    def parts() -> Iterator[str]:
+        nonlocal size
+        for line in lines:
+            size += len(line)
+            if size > reading.max_bytes + 2:
+                raise files.Damaged(reading.too_long(f"{name}:{lines.number}"))
+            # A lone carriage return ends a line as well, in files of old.
+            yield from io.StringIO(line, newline="") if "\r" in line else (line,)
+
+    rows = csv.reader(parts(), strict=True)
     while True:
+        size = 0
         try:
             cells = next(rows)
         except StopIteration:

@@ -49,6 +49,9 @@ class Encoder:
         ids = self.tokenizer.encode_all(texts)
         sizes = np.array([len(text.encode()) for text in texts], np.int64)
         splits_of = [self.rule.split_of(item) for _, item in kept]
+        labels = np.full(len(texts), None)
+        if self.labelled:
+            labels[1::2] = texts[1::2]
         origins = np.array([(item.part, item.record) for _, item in kept], ORIGIN)
         encoded = Encoded(
             tokens=np.concatenate([end[:0], *(part for one in ids for part in (one, end))]).astype(
@@ -60,7 +63,7 @@ class Encoder:
             origins=np.repeat(origins, repeats),
             following=chunk.following,
             counts=chunk.counts,
-            labels=frozenset(item.texts[1] for _, item in kept if self.labelled),
+            labels=labels,
         )
         numbers = np.repeat(np.array([number for number, _ in kept], np.int64), repeats)
         return Worked(encoded, numbers, cleaned)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers as huggingface
+from tokenizers import pre_tokenizers
 
 from lm import manifests
 from lm.config import ConfigError
@@ -35,12 +36,9 @@ OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
 _CHUNK = 1 << 16  # characters; a longer text is cut at the next place where that changes no id
 _BATCH = 1 << 21  # characters
-_KEEP_BYTES = {
-    "Sequence",
-    "Prepend",
-    "Replace",
-    "NFC",
-}  # normalisers; nearly all text is NFC already
+_NO_UTF8 = set("ÀÁõö÷øùúûüýþÿ")  # what stands for the bytes that UTF-8 has not
+# Normalisers that leave a text's bytes as they are; nearly all text is in form C already.
+_KEEP_BYTES = {"Sequence", "Prepend", "Replace", "NFC"}
 
 # Such places, with what may stand before and after; the first that a tokenizer's words allow counts.
 _ENDS = ("cat", "é", "12", "不", "end.", "x_")
@@ -109,7 +107,9 @@ class HuggingFace(Tokenizer):
         decoder = _types(settings.get("decoder"))
         self._set_sizes("ByteLevel" in decoder, set(added))
         self._word_pieces = "WordPiece" in decoder
-        whole = "ByteLevel" in decoder or "<0x00>" in vocabulary
+        if getattr(self._library.model, "dropout", None):
+            self._library.model.dropout = None  # it would encode a text otherwise each time
+        whole = _holds_bytes("ByteLevel" in decoder, settings.get("model"), vocabulary)
         self.counts_bytes = whole and _types(settings.get("normalizer")) <= _KEEP_BYTES
         # What stands for a special token that the model itself found in a text.
         self._plain = {
@@ -148,7 +148,9 @@ class HuggingFace(Tokenizer):
     def _encode_parts(self, parts: Sequence[str]) -> Iterator[np.ndarray]:
         """Yield the ids of each; the library, which takes about 100 bytes a character, gets a few at once."""
         for batch in _batched(parts):
-            for one in self._library.encode_batch_fast(batch, add_special_tokens=False):
+            with _refusing():
+                encoded = self._library.encode_batch_fast(batch, add_special_tokens=False)
+            for one in encoded:
                 yield self._without_special(np.array(one.ids, np.int32))
 
     def _parts(self, text: str) -> list[str]:
@@ -260,6 +262,23 @@ def _first_known(
             if index in ids:
                 found[role] = index
     return found
+
+
+def _holds_bytes(byte_level: bool, model: Any, vocabulary: Mapping[str, int]) -> bool:
+    """Return whether there is a token for every byte that UTF-8 has.
+
+    Raises ConfigError where the others, for want of an unknown token too, would vanish from a text.
+    """
+    if not byte_level:
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        return bool(model.get("byte_fallback")) and all(name in vocabulary for name in names)
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - _NO_UTF8 - vocabulary.keys()
+    if missing and model.get("type") == "BPE" and model.get("unk_token") is None:
+        raise ConfigError(
+            f"it has no token for {len(missing)} bytes and none for what is unknown: text would be lost; "
+            "train it with the whole alphabet of bytes"
+        )
+    return not missing
 
 
 def _types(part: Any) -> set[str]:

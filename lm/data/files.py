@@ -20,7 +20,8 @@ import zstandard
 
 from lm.config import ConfigError
 
-_CHUNK = 1 << 16  # bytes that are read, and at least decompressed, at a time
+_CHUNK = 1 << 16  # bytes that are read at a time
+_PIECE = 1 << 11  # bytes of zstd that are decompressed at a time: at most 64 MiB come of them
 # What tells one content of a remote file from another, as the file systems name it.
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "sha256", "generation", "blob_id", "content_md5")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
@@ -33,11 +34,16 @@ class Damaged(ConfigError):
 def expand(path: Sequence[str]) -> Iterator[str]:
     """Yield the files that paths, URLs and globs name, a glob's in order of name.
 
-    Raises ConfigError for a missing file, a folder, a glob that matches nothing.
+    Raises ConfigError for a missing file, a folder, a glob that matches nothing, a file named twice.
     """
+    seen = set()
     for item in path:
         item = item.removeprefix("file://")
-        yield from _remote_files(item) if is_remote(item) else _local_files(item)
+        for file in _remote_files(item) if is_remote(item) else _local_files(item):
+            if (place := file if is_remote(file) else os.path.realpath(file)) in seen:
+                raise ConfigError(f"data.path: {printable(file)} is named twice; name it once")
+            seen.add(place)
+            yield file
 
 
 def is_remote(path: str) -> bool:
@@ -206,7 +212,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._ready:
-            data = self._unread or self._raw.read(_CHUNK)
+            data = self._unread or self._raw.read(_PIECE)
             if not data:
                 if self._inside:
                     raise EOFError("the last zstd frame is cut off")

@@ -80,7 +80,21 @@ def read(place: Place, start: int, reading: Reading) -> Iterator[Document]:
         data, number = data.select(range(start, len(data))), start
     else:
         data = data.shard(num_shards=place.shards, index=place.shard)
-    for table in data.with_format("arrow").iter(batch_size=_BATCH):
+    tables = iter(data.with_format("arrow").iter(batch_size=_BATCH))
+    while True:
+        try:
+            table = next(tables)
+        except StopIteration:
+            return
+        except ValueError as error:  # Arrow's, and of `datasets` that of other columns
+            message = " ".join(str(error).split())[:300]
+            yield reading.broken(
+                "damaged file",
+                f"data.path: {where}, after row {number}: {type(error).__name__} ({message}); repair it",
+            )
+            return
+        except Exception as error:  # of the network; they have no class in common
+            raise _not_there(place.path, place.dataset, error) from error
         if number + table.num_rows > start:
             rows = _named_labels(table, data.features).slice(max(0, start - number))
             columns = parquet.columns_of(rows, reading, where)

@@ -7,6 +7,8 @@ from typing import ClassVar
 from lm.config import ConfigError
 from lm.data import cleaning, mixture, sources, splits, subwords, tokenizers
 
+MOST_TOKENS = 1 << 24  # of a vocabulary
+
 
 @dataclass(frozen=True)
 class Config:
@@ -80,6 +82,8 @@ class Config:
                 f"data.validation_fraction={self.validation_fraction}: not a fraction; "
                 "use a number from 0 to 1, such as 0.1"
             )
+        if self.vocab_size > MOST_TOKENS:
+            raise ConfigError(f"data.vocab_size={self.vocab_size}: use {MOST_TOKENS} or fewer")
         least = {
             "max_document_bytes": 1,
             "vocab_size": 1,

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
     origins: np.ndarray  # [texts], ORIGIN
     following: tuple[int, int]  # part and record of the document that comes next
     counts: Counter  # of what was read and done
-    labels: frozenset[str]
+    labels: np.ndarray  # [texts], the label that a text is, None of the others
 
     def only(self, kept: np.ndarray) -> "Encoded":
         """Return the texts where `kept` [texts] is true."""
@@ -44,6 +44,7 @@ class Encoded(NamedTuple):
             sizes=self.sizes[kept],
             splits=self.splits[kept],
             origins=self.origins[kept],
+            labels=self.labels[kept],
         )
 
 
@@ -107,7 +108,7 @@ class Writer:
             progress.bytes[split] += int(encoded.sizes[here].sum())
         progress.following = encoded.following
         progress.counts = dict(Counter(progress.counts) + encoded.counts)
-        progress.labels = sorted({*progress.labels, *encoded.labels})
+        progress.labels = sorted({*progress.labels, *encoded.labels} - {None})
 
     def end_shard(self) -> None:
         """Make what was written last, and say so in the journal."""

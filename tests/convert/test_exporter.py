@@ -89,10 +89,13 @@ def test_old_gpt2_files_have_no_prefix_masks_and_a_second_head(parity, folders, 
         importer.to_run(tmp_path / "wrong", tmp_path / "other")
 
 
-def test_old_llama_files_have_their_frequencies(parity, folders, tmp_path):
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_old_llama_files_have_their_frequencies(dtype, parity, folders, tmp_path):
     fixture = parity("llama_llama3")
     cfg = gpt.Config(**architectures.architecture("llama").read(Settings(fixture.config, "")))
-    frequencies = cfg.rotary.frequencies(8).astype(np.float16)
+    frequencies = cfg.rotary.frequencies(8).astype(dtype)
+    if dtype == np.float32:  # as another library rounds them
+        frequencies = np.nextafter(frequencies, np.inf, dtype=dtype)
     weights = {**fixture.weight, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
     theirs = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
     importer.to_run(theirs, tmp_path / "run")
@@ -319,6 +322,12 @@ def test_a_run_that_began_from_a_folder_goes_out_with_its_tokenizer(
     )
     moved = np.abs(first["transformer.wte.weight"] - last["transformer.wte.weight"]).max()
     assert 1e-4 < moved < 0.2
+
+
+def test_how_a_model_was_computed_is_no_part_of_it():
+    ways = {"microbatches": 8, "stage_repeats": 2, "context_parallel": "gather", "scan": True}
+    cfg = gpt.Config(**{**LLAMA, "num_layers": 4, "vocab_size": 50, "max_length": 16, **ways})
+    assert exporter._expressed("gpt", cfg)
 
 
 def test_numbers_that_16_bits_do_not_hold_are_written_in_32():

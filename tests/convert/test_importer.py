@@ -9,8 +9,9 @@ import pytest
 
 from lm import checkpoint, train
 from lm.config import ConfigError
+from lm.convert import architectures, importer, safetensors_file
 from lm.convert import folder as folder_lib
-from lm.convert import importer, safetensors_file
+from lm.convert.settings import Settings
 from tools import convert, evaluate
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -232,6 +233,8 @@ BAD = {
     "rope of no object": (config(rope_parameters=[1]), "rope_parameters=[1], expected an object"),
     "rope without factor": (config(rope_parameters={"rope_type": "linear"}), "rope_parameters: factor=None"),
     "rope without frequency": (config(rope_parameters={**ROPE, "rope_type": "llama3"}), "low_freq_factor=None"),
+    "two ropes": (config(rope_scaling={"rope_type": "dynamic"}), "rope_scaling: rope_type='dynamic', expected"),
+    "both ways": (config(is_causal=False), "is_causal=False, expected True"),
     "partial rope": (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5, expected 1.0"),
     "factor below 1": (config(rope_parameters={**ROPE, "factor": 0.5}), "model.rope_factor=0.5"),
     "infinite epsilon": (config(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a number"),
@@ -271,6 +274,15 @@ def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(
     assert not list((tmp_path / "new").iterdir()) if (tmp_path / "new").exists() else True
 
 
+def test_a_tensor_that_is_there_by_an_older_name_too_is_refused(parity, folders, tmp_path):
+    fixture = parity("bert")
+    name = "bert.embeddings.LayerNorm.weight"
+    weights = {**fixture.weight, "bert.embeddings.LayerNorm.gamma": 3 * fixture.weight[name]}
+    folder = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    with pytest.raises(ConfigError, match=f"there twice, by an older name too: {name}; get"):
+        importer.to_run(folder, tmp_path / "run")
+
+
 def test_no_folder_is_one_line(tmp_path, capsys):
     assert convert.main(["--from", str(tmp_path / "no"), "--to", str(tmp_path / "run")]) == 2
     assert "no such folder" in capsys.readouterr().err
@@ -294,3 +306,32 @@ def test_files_beside_the_weights_are_kept_while_they_are_small_and_the_rest_is_
     assert "not copied: README.md, vocab.json\n" in capsys.readouterr().out
     kept = {path.name for path in (tmp_path / "run" / "huggingface").iterdir()}
     assert kept == {"config.json", "tokenizer.json", "added_tokens.json", "layout.json"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "field", "value"),
+    [
+        ("gpt2", {"num_attention_heads": 4}, "num_heads", 4),
+        ("gpt2", {"n_head": 6}, "num_heads", 6),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                   "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling", "linear"),
+        ("llama", {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": None}, "rope_base", 500.0),
+        ("t5", {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}, "activation", "geglu"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_two_names_is_read_as_transformers_reads_it(kind, settings, field, value):
+    assert architectures.architecture(kind).read(Settings(settings, ""))[field] == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {"is_causal": False}),
+        ("t5", {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}),
+        ("t5", {"dense_act_fn": "silu"}),
+        ("t5", {"feed_forward_proj": "gated-silu", "is_gated_act": False}),
+    ],
+)
+def test_a_setting_that_makes_another_model_is_refused(kind, settings):
+    with pytest.raises(ConfigError, match="the only one that is known here"):
+        architectures.architecture(kind).read(Settings(settings, ""))

@@ -78,6 +78,9 @@ def test_all_numbers_of_16_bits_are_exact_in_float32(tmp_path, dtype):
 
 
 TWO = {"a": entry(), "b": entry(offsets=(8, 16))}
+LONG_SHAPE = b'{"a": {"dtype": "F32", "shape": [%s, %s], "data_offsets": [0, 8]}}' % (
+    2 * (b"9" * 4000,)
+)
 MANY = b"{" + b",".join(b'"%d":{}' % i for i in range(100_000)) + b"}"
 BAD = {
     "empty": (b"", "0 bytes are no safetensors file"),
@@ -107,6 +110,7 @@ BAD = {
     "backwards": (header({"a": entry(offsets=(8, 0))}, bytes(8)), "data_offsets [8, 0]"),
     "one offset": (header({"a": entry(offsets=(8,))}, bytes(8)), "data_offsets [8]"),
     "byte count": (header({"a": entry(shape=(3,))}, bytes(8)), "takes 12 bytes, not 8"),
+    "shape of 4,000 digits": (header(LONG_SHAPE, bytes(8)), "the shape [999"),
     "wide shape": (header({"a": entry(shape=(2**62, 2**62))}, bytes(8)), "bytes, not 8"),
     "out of the file": (header({"a": entry()}, bytes(7)), "tensor 'a' ends at 8, and the file's data at 7"),
     "far out": (header({"a": entry(shape=(2**40,), offsets=(0, 2**42))}), "'a' ends at 4,398,"),
@@ -166,3 +170,17 @@ def test_what_passes_the_check_is_what_the_library_reads(tmp_path_factory, chang
     for name, array in safetensors_file.read(path, checked.entries):
         assert array.shape == checked.entries[name].shape
         assert array.dtype == DTYPES[checked.entries[name].dtype]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-0, 4]}}',
+        b'{"__metadata__": {"a": "\\ud800"}}',
+    ],
+)
+def test_what_the_library_refuses_is_one_line_too(tmp_path, text):
+    (tmp_path / "x").write_bytes(header(text, bytes(4 if b"F32" in text else 0)))
+    safetensors_file.read_header(tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"x: .*; get the file again"):
+        list(safetensors_file.read(tmp_path / "x", ["a"]))

@@ -280,3 +280,10 @@ def test_files_for_validation_are_given(tmp_path, cache):
     assert built.parts == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
     with pytest.raises(ConfigError, match=r"set data\.path"):
         Config(validation_path="b.jsonl")
+    (tmp_path / "b.txt").write_text("text")
+    for other, words in (
+        ("b.txt", "text, and data.path is jsonl"),
+        ("a.jsonl", "is in data.path too"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            corpus.build(dataclasses.replace(cfg, validation_path=(str(tmp_path / other),)))

@@ -215,7 +215,32 @@ def test_the_token_of_a_class_is_not_the_end_of_a_text(tmp_path):
     assert not tokenizer.counts_bytes
 
 
+def test_a_tokenizer_is_the_same_each_time_and_loses_nothing_in_silence(tmp_path):
+    library = byte_level()
+    library.model.dropout = 0.5
+    tokenizer = opened(library, tmp_path / "dropout")
+    assert len({tuple(tokenizer.encode("the cat sat on the mat").tolist()) for _ in range(9)}) == 1
+
+    few = huggingface.Tokenizer(models.BPE())
+    few.pre_tokenizer, few.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    few.train_from_iterator(["abc"], trainers.BpeTrainer(special_tokens=["<|endoftext|>"]))
+    with pytest.raises(ConfigError, match=r"no token for \d+ bytes and none for what is unknown"):
+        opened(few, tmp_path / "few", tokenizer_config={"eos_token": "<|endoftext|>"})
+
+    model = models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>")
+    words = opened(
+        huggingface.Tokenizer(model), tmp_path / "words", tokenizer_config={"eos_token": "</s>"}
+    )
+    with pytest.raises(ConfigError, match="UNK"):
+        words.encode("hello")
+
+
 def test_what_loses_bytes_of_a_text_does_not_count_them(tmp_path):
+    settings = json.loads(prefixed().to_str())
+    settings["model"]["byte_fallback"] = False
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    without = huggingface.Tokenizer.from_str(json.dumps(settings))
+    assert not opened(without, tmp_path / "without", tokenizer_config=named).counts_bytes
     assert not opened(unigram(), tmp_path / "unigram").counts_bytes  # <unk> may be anything
     for name, normalizer, counts in (
         ("none", None, True),

@@ -5,6 +5,7 @@ import http.server
 import json
 import threading
 import time
+import tracemalloc
 import zipfile
 
 import pytest
@@ -201,6 +202,47 @@ def test_what_is_longer_than_memory_bears_is_refused_or_skipped(tmp_path, name, 
     where = {"a.jsonl": ":2", "a.txt": ""}.get(name, ":3")
     with pytest.raises(ConfigError, match=rf"{name}{packing}{where} is longer than data\.max_doc"):
         list(opened(file, max_bytes=1_000_000))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_as_long_as_is_allowed_is_read_and_the_next_one_too(tmp_path, end):
+    lines = [json.dumps({"text": name * (200 + i)}) for i, name in enumerate("abcd")]
+    (tmp_path / "a.jsonl").write_bytes("".join(line + end for line in lines).encode())
+    sizes = [len(line) for line in lines]
+    for most in range(min(sizes) - 2, max(sizes) + 3):
+        found = list(opened(tmp_path / "a.jsonl", on_broken="skip", max_bytes=most))
+        assert [d.broken for d in found] == [("too long" if n > most else "") for n in sizes]
+        assert all(d.text == "" or d.text == "abcd"[i] * (200 + i) for i, d in enumerate(found))
+
+
+def test_a_quote_that_is_not_closed_takes_no_more_than_a_document_may_have(tmp_path):
+    (tmp_path / "a.csv").write_text('text\none\n"two\n' + "a line\n" * 500)
+    with pytest.raises(ConfigError, match=r"a\.csv:\d+ is longer than data\.max_document_bytes"):
+        list(opened(tmp_path / "a.csv", max_bytes=100))
+    (tmp_path / "a.csv").write_text("text\n" + "\n" * 200 + "one\n" * 50)
+    assert texts(opened(tmp_path / "a.csv", max_bytes=100)) == ["one"] * 50
+
+
+def test_a_gigabyte_in_a_few_compressed_bytes_takes_little_memory(tmp_path):
+    file, packer = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compressobj()
+    with file.open("wb") as handle:
+        for _ in range(1024):
+            handle.write(packer.compress(bytes(1 << 20)))
+        handle.write(packer.flush())
+    tracemalloc.start()
+    (document,) = opened(file, on_broken="skip", max_bytes=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert document.broken == "too long" and file.stat().st_size < 40_000 and peak < 200e6
+
+
+def test_no_file_is_read_twice(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    for path in (["[ab].txt", "a.txt"], ["a.txt", "link.txt"]):
+        with pytest.raises(ConfigError, match=r"\.txt is named twice; name it once"):
+            opened(*(tmp_path / name for name in path))
 
 
 def test_what_is_skipped_is_counted_by_its_kind(tmp_path, monkeypatch):

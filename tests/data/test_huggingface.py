@@ -70,6 +70,19 @@ def test_a_folder_of_data_files_is_streamed_by_shards(folder):
     assert next(iter(opened(folder, fields=fields)))[:3] == ("train 0 0", 0, "0")
 
 
+def test_what_is_damaged_in_a_folder_is_refused_or_skipped(folder):
+    with (folder / "train-0.jsonl").open("a") as file:
+        file.write('{"text": bad\n')
+    with pytest.raises(
+        ConfigError, match=r"data\.path: .*shard 0, after row \d+: Arrow.*repair it"
+    ):
+        list(opened(folder))
+    huggingface._load.cache_clear()
+    found = list(opened(folder, "skip"))
+    assert [d.broken for d in found if d.broken] == ["damaged file"]
+    assert {f"train 1 {i}" for i in range(100)} <= set(texts(found))
+
+
 def test_a_saved_dataset_and_the_names_of_its_classes(tmp_path, saved):
     saved.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": saved}).save_to_disk(tmp_path / "splits")

@@ -402,6 +402,17 @@ def test_of_a_pair_the_source_is_cleaned(tmp_path):
     assert built.tokenizer.decode(built.train.pair(0)[0]).endswith(tuple("0123456789"))
 
 
+def test_a_label_of_dropped_repeats_alone_is_no_class(tmp_path):
+    rows = [{"body": f"a text of its own, number {i}", "label": "a"} for i in range(20)]
+    rows.append({"body": rows[0]["body"], "label": "never kept"})
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"source_field": "body", "label_field": "label", "tokenizer": "byte"}
+    made = Config(path=(str(file),), clean=("exact_duplicates",), **fields)
+    corpus.prepare_in(tmp_path / "prepared", made)
+    assert corpus.build(Config(path=(str(tmp_path / "prepared"),))).labels == ("a",)
+
+
 def test_a_step_that_there_is_not_is_named(tmp_path):
     cfg, _ = repeated(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.clean='unicod': .*did you mean unicode"):

@@ -250,3 +250,8 @@ def test_what_is_inside_a_symbol_is_not_trained_on():
     tokenizer = train("byte_bpe", texts, vocab_size=262, symbols=("<tool>",))
     assert tokenizer.vocab_size == 262
     assert len(tokenizer.encode("tool")) == 4
+
+
+def test_a_vocabulary_without_end_is_refused_before_a_library_tries():
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=1000000000: use 16777216 or fewer"):
+        Config(vocab_size=10**9)

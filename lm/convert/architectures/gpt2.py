@@ -15,12 +15,22 @@ CLASSES = ("GPT2LMHeadModel", "GPT2Model")
 PREFIX = "transformer."
 ALIASES: tuple[tuple[str, str], ...] = ()
 FREE: frozenset[str] = frozenset()
+# What transformers takes for the same, and before it.
+NAMES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu"}
 
 
 def read(settings: Settings) -> dict[str, Any]:
     """Return the fields of `gpt.Config`."""
+    also = {n: settings.values[name] for name, n in NAMES.items() if name in settings}
+    settings = Settings({**settings.values, **also}, settings.where, settings.tensors)
     settings.only(
+        is_causal=True,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,

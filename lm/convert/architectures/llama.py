@@ -20,7 +20,7 @@ SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "
 
 def read(settings: Settings) -> dict[str, Any]:
     """Return the fields of `gpt.Config`."""
-    settings.only(hidden_act="silu")
+    settings.only(hidden_act="silu", is_causal=True)
     attention, mlp = settings.flag("attention_bias", False), settings.flag("mlp_bias", False)
     return {
         "num_layers": settings.integer("num_hidden_layers", 32),
@@ -44,8 +44,13 @@ def read(settings: Settings) -> dict[str, Any]:
 
 
 def _read_rope(settings: Settings) -> dict[str, Any]:
-    """Return the fields of rotary positions, from either of the places that versions have for them."""
-    rope = settings.section("rope_parameters" if "rope_parameters" in settings else "rope_scaling")
+    """Return the fields of rotary positions, from either of the places that versions have for them.
+
+    Where both are there the older one counts, as for transformers.
+    """
+    rope = settings.section("rope_scaling")
+    if not rope.values:
+        rope = settings.section("rope_parameters")
     base = (rope if "rope_theta" in rope else settings).number("rope_theta", 10000.0)
     for place in (settings, rope):
         place.only(partial_rotary_factor=1.0)

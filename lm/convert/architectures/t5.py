@@ -25,7 +25,9 @@ def read(settings: Settings) -> dict[str, Any]:
     A head of its own, as of version 1.1, and features that are not scaled before it go together:
     tie_word_embeddings means both, but for transformers 5, which writes true and scale_decoder_outputs.
     """
-    settings.only(is_encoder_decoder=True)
+    activation = settings.one_of("feed_forward_proj", "relu", ACTIVATIONS)
+    dense = {"relu": "relu", "geglu": "gelu_new", "swiglu": "silu"}[activation]
+    settings.only(is_encoder_decoder=True, dense_act_fn=dense, is_gated_act=activation != "relu")
     said = "scale_decoder_outputs" if "scale_decoder_outputs" in settings else "tie_word_embeddings"
     length = settings.integer("n_positions", 512)
     layers = settings.integer("num_layers", 6)
@@ -42,7 +44,7 @@ def read(settings: Settings) -> dict[str, Any]:
         "start_token": settings.integer("decoder_start_token_id", 0),
         "num_buckets": settings.integer("relative_attention_num_buckets", 32),
         "max_distance": settings.integer("relative_attention_max_distance", 128),
-        "activation": settings.one_of("feed_forward_proj", "relu", ACTIVATIONS),
+        "activation": activation,
         "norm_epsilon": settings.number("layer_norm_epsilon", 1e-6),
         "tied": settings.flag(said, True),
         "dropout": settings.number("dropout_rate", 0.1),
