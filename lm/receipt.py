@@ -26,7 +26,7 @@ FOLDER = "receipts"
 FORMAT = 1
 DEFAULT, FILE, DERIVED = "default", "file", "derived"  # origins; of others the caller says
 _ROOT = Path(__file__).parent.parent
-_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "LM_CACHE_DIR")
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "LM_CACHE_DIR", "NPROC")
 _OF_ONE_PROCESS = ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
 
 

@@ -114,6 +114,7 @@ def _settings(made: experiment.Experiment) -> dict[str, Any]:
         "objective": dataclasses.asdict(made.objective),
         "accumulate": made.cfg["train"].accumulate_steps,
         "exact": made.cfg["train"].exact_reduction,
+        "apart": bool(made.cfg["mesh"].local_steps),
         "groups": sharding.ways(made.mesh, "replicas") if made.cfg["mesh"].local_steps else 1,
         "shards": sharding.batch_shards(made.mesh),
         "length_parts": sharding.ways(made.mesh, "act_length"),

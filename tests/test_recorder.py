@@ -174,6 +174,31 @@ def test_a_fault_changes_nothing_and_is_named(
         assert word in said or re.search(word, said), (word, said)
 
 
+def recorded(tiny, tmp_path, monkeypatch, **options):
+    """Return the recording of a bad batch, as the replay has it."""
+    bad_weights(monkeypatch)
+    with pytest.raises(Diverged):
+        train.run(tiny(**options), tmp_path / "run")
+    return replay.Recorded(tmp_path / "run" / "recorder" / str(BAD), "float32")
+
+
+def test_of_an_exact_run_every_shard_is_of_the_whole_batch(tiny, tmp_path, monkeypatch, marked):
+    mesh = ConfigDict({"data": 8})
+    found = recorded(tiny, tmp_path, monkeypatch, mesh=mesh, train__exact_reduction=8)
+    weights = [float(found.arguments(part)[-1]) for part in found.parts()]
+    assert weights == [7 * 16.0] * 8  # the bad row counts for nothing
+
+
+def test_of_one_group_its_own_parameters_are_taken(tiny, tmp_path, monkeypatch, marked):
+    mesh = ConfigDict({"data": 8, "local_steps": 5})
+    found = recorded(tiny, tmp_path, monkeypatch, mesh=mesh)
+    arrays = arrays_of(tmp_path / "run" / "recorder" / str(BAD), BAD)
+    params = found.arguments(next(found.parts()))[0]
+    own, outer = (arrays[f"{part}params.embed.embedding"] for part in ("local.", ""))
+    assert not np.array_equal(own[0], outer)
+    np.testing.assert_array_equal(params["embed"]["embedding"], own[0])
+
+
 def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marked, capsys):
     with monkeypatch.context() as patch:
         bad_embedding(patch)

@@ -10,7 +10,6 @@ vocabulary is used, bytes per token, and rows decoded, with the borders of docum
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import command, tasks
+from lm import command, receipt, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.data import corpus, origins, pipeline, shards
@@ -76,7 +75,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     if args.step is not None:
         config = _config(folder, args.config, assignments)
         described = folder / "data.json" if folder else None
-        known = json.loads(described.read_text()) if described and described.exists() else {}
+        known = receipt.read_json(described) if described and described.exists() else {}
         _show_step(config, args.step, known.get("fingerprint", ""))
         return 0
     if folder and prepared:

@@ -109,7 +109,8 @@ class Recorded:
                 )
             )
         self.record = read_json(folder / recorder.FILE)
-        self.record.setdefault("exact", 0)  # of an older version
+        for name, value in (("exact", 0), ("apart", self.record["groups"] > 1)):
+            self.record.setdefault(name, value)  # of an older version
         number = self.record["step"]
         if problem := manifests.problem(folder / "checkpoints", number):
             raise ConfigError(f"{folder}: damaged: {problem}")
@@ -147,16 +148,17 @@ class Recorded:
         import jax.numpy as jnp
 
         rng = jax.random.fold_in(jax.random.key(self.record["seed"]), self.record["step"])
-        if self.record["groups"] > 1 or self.record["exact"]:
+        if self.record["apart"] or self.record["exact"]:
             rng = jax.random.fold_in(rng, part.group)
         if self.record["accumulate"] > 1:
             rng = jax.random.fold_in(rng, part.index)
         params = self.params
-        if self.record["groups"] > 1:
+        if self.record["apart"]:
             params = jax.tree.map(lambda x: x[part.group], params)
         batch, carry = jax.tree.map(lambda x: x[part.rows], (self.batch, self.carry))
         size = len(self.batch["inputs"]) // self.record["groups"]
-        weights = self.batch["weights"][part.group * size :][:size]
+        group = 0 if self.record["exact"] else part.group  # shards are of one batch
+        weights = self.batch["weights"][group * size :][:size]
         whole = jnp.where(
             jnp.isfinite(weights), weights, 0
         ).sum()  # else every part were bad of one
@@ -360,7 +362,7 @@ def _arrays(folder: Path, number: int, model: Any, record: dict[str, Any]) -> tu
     folder = (folder / "checkpoints").absolute()
     stored = (manifests.read(folder, number) or {})["arrays"]
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    groups = (record["groups"],) if record["groups"] > 1 else ()
+    groups = (record["groups"],) if record["apart"] else ()
 
     def described(x, lead=()):
         return jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=place)

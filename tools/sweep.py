@@ -3,8 +3,8 @@
     python -m tools.sweep --config experiments/mine.py --workdir runs/mine/sweep
 
 Each point is a run of `lm.main` in a folder of its own. Started again, the sweep skips finished
-points and resumes the interrupted one; a point that fails does not stop the others. Results are in
-sweep.json and sweep.csv; the exit code is the worst of the points'.
+points and resumes the interrupted one, and refuses where the config is another now; a point that fails
+does not stop the others. Results are in sweep.json and sweep.csv; the exit code is the worst of the points'.
 """
 
 import argparse
@@ -43,26 +43,32 @@ def run(
     `fixed` are assignments for all points, which win over a point's own; `metric` sorts the table,
     smallest first; `only` names some points.
 
-    Raises ConfigError where `fixed` makes two points the same.
+    Raises ConfigError where `fixed` makes two points the same, or a point's folder is of another config.
     """
     points = {name: point for name, point in read_points(path).items() if not only or name in only}
     _check_apart(points, fixed)
     base = config_lib.to_json(config_lib.load(path))
+    assigned = {name: [*sweep_lib.assignments(point), *fixed] for name, point in points.items()}
+    marks = {
+        name: {"identity": hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()}
+        for name, given in assigned.items()
+    }
+    for name, mark in marks.items():
+        _check_folder(Path(workdir) / name, mark)
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
-        given = [*sweep_lib.assignments(point), *fixed]
+        folder, mark = Path(workdir) / name, marks[name]
         keys = {assignment.partition("=")[0] for assignment in fixed}
         swept = [key for key in point if key not in {"name", *keys}]
-        identity = hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()
-        done = _read_json(Path(workdir) / name / _MARKER).get("identity") == identity
+        done = finished(folder)
         print(f"[{number}/{len(points)}] {name}{': finished' if done else ''}", flush=True)
-        codes[name] = (
-            0 if done else _run_point(command, path, Path(workdir) / name, given, swept=swept)
-        )
+        if not done:
+            _write(folder / _MARKER, json.dumps({**mark, "finished": False}))
+        codes[name] = 0 if done else _run_point(command, path, folder, assigned[name], swept=swept)
         if codes[name] == 0:
-            _write(Path(workdir) / name / _MARKER, json.dumps({"identity": identity}))
+            _write(folder / _MARKER, json.dumps(mark))
         rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
-        rows.sort(key=lambda row: math.inf if row.get(metric) is None else row[metric])
+        rows.sort(key=lambda row: math.inf if (value := _number(row, metric)) is None else value)
         _save(Path(workdir), rows)
         if codes[name] in (exits.STOPPED, exits.RESUMABLE, exits.TERMINATED):
             print(f"interrupted; the same command goes on with {name}")
@@ -73,7 +79,17 @@ def run(
 
 def finished(folder: Path) -> bool:
     """Return whether the point of a sweep in `folder` has finished."""
-    return (folder / _MARKER).exists()
+    return (folder / _MARKER).exists() and _read_json(folder / _MARKER).get("finished", True)
+
+
+def _check_folder(folder: Path, mark: Mapping[str, Any]) -> None:
+    """Refuse a folder in which a point of another config has run: its numbers are not this one's."""
+    then = _read_json(folder / _MARKER).get("identity", mark["identity"])
+    if then != mark["identity"] and (finished(folder) or (folder / "config.json").exists()):
+        raise ConfigError(
+            f"{folder} holds this point of another config; choose another --workdir, set the config back, or "
+            "delete that folder"
+        )
 
 
 def read_points(path: str | Path) -> dict[str, Point]:
@@ -90,9 +106,16 @@ def read_points(path: str | Path) -> dict[str, Point]:
         raise ConfigError(f"config={path}: sweep() returned no point; give it at least one")
     named: dict[str, Point] = {}
     for point in points:
-        if sweep_lib.name(point) in named:
+        name = sweep_lib.name(point)
+        if "/" in name or name in (".", ".."):
+            raise ConfigError(f"config={path}: sweep(): name={name!r} is no name of a folder")
+        if point == named.get(name):
             raise ConfigError(f"config={path}: sweep() has {point} twice; keep one")
-        named[sweep_lib.name(point)] = point
+        if name in named:
+            raise ConfigError(
+                f'config={path}: sweep(): {point} and {named[name]} are both called {name}; give one a "name"'
+            )
+        named[name] = point
     return named
 
 
@@ -182,7 +205,7 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
     cells = [["point", "ended", "step", metric, "train/loss"]]
     for row in rows:
         ended = exits.words(row["exit_code"])
-        losses = [row.get(key) for key in (metric, "train/loss")]
+        losses = [_number(row, key) for key in (metric, "train/loss")]
         numbers = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         cells.append([row["name"], ended, str(row.get("step", "-")), *numbers])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -190,6 +213,11 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     )
+
+
+def _number(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value if isinstance(value, int | float) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

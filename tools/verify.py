@@ -72,6 +72,7 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     from lm import (
         checkpoint,
         experiment,
+        flags,
         guard,
         hardware,
         initial,
@@ -84,6 +85,8 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
 
     config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
     startup.set_threads(config.train.exact_reduction)
+    sizes = {axis: config.mesh[axis] for axis in sharding.ORDER}
+    flags.set_flags(startup.platform(), sizes, config.mesh.xla_flags)
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     made = experiment.build(config)
     data = receipt.read_json(workdir / "data.json")
@@ -155,6 +158,8 @@ def _repeat(
             differs = differs or different(row, found, at=now + 1)
         if now + 1 >= first and (saved := record.saved(now + 1)):
             differs = differs or different(saved, fingerprints.of_state(state), at=now + 1)
+        if now + 1 == steps.stop and (marks := record.marks.get(steps.stop)):
+            differs = differs or different(marks, fingerprints.of_state(state), at=steps.stop)
         for name, at, then, again in differs[:_SHOWN]:
             yield f"step {at}: {name} is {again}, and was {then}"
         if differs:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,20 +116,55 @@ def test_a_loss_that_is_not_finite_is_last_and_no_number(place, capsys):
     assert "peak_lr=0.3  finished  6     -          2.0000" in capsys.readouterr().out
 
 
-def test_finished_points_are_skipped_until_their_config_changes(place):
+def test_finished_points_are_skipped_and_of_another_config_refused(place):
     run(place)
     ran(place)
     assert run(place) == 0
     assert ran(place) == []
     assert len(json.loads((place / "out" / "sweep.json").read_text())) == 3
-    run(place, fixed=["seed=2"])
-    assert ran(place) == [[*flag, "--config.seed=2"] for flag in flags(0.1, 0.2, 0.3)]
     (place / "mine.py").write_text(EXPERIMENT.replace("0.3]", "0.3, 0.4]"))
-    run(place, fixed=["seed=2"])
-    assert ran(place) == [[*flag, "--config.seed=2"] for flag in flags(0.4)]
-    (place / "mine.py").write_text(EXPERIMENT.replace('"seed": 1', '"seed": 3'))
-    run(place, fixed=["seed=2"])
-    assert len(ran(place)) == 3
+    run(place)
+    assert ran(place) == flags(0.4)
+    for fixed, text in (
+        (["seed=2"], EXPERIMENT),
+        ([], EXPERIMENT.replace('"seed": 1', '"seed": 3')),
+    ):
+        (place / "mine.py").write_text(text)
+        with pytest.raises(ConfigError, match=r"peak_lr=0\.1 holds this point of another config"):
+            run(place, fixed=fixed)
+    assert ran(place) == []
+    folder = next((place / "out").glob("*peak_lr=0.1"))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "sweep_point.json").write_text('{"identity": "other", "finished": false}')
+    (place / "mine.py").write_text(EXPERIMENT)
+    run(place)  # one that never began is begun
+    assert ran(place) == flags(0.1)
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ('[{"name": "../x", "seed": 1}]', "name='../x' is no name of a folder"),
+        ('[{"name": "a/b", "seed": 1}]', "name='a/b' is no name of a folder"),
+        (
+            '[{"data.batch_size": 8}, {"eval.batch_size": 8}]',
+            'both called batch_size=8; give one a "name"',
+        ),
+        ('[{"seed": 1}, {"seed": 1}]', "twice; keep one"),
+    ],
+)
+def test_points_have_folders_of_their_own(place, points, words):
+    whole = 'sweep_lib.grid({"optim.peak_lr": [0.1, 0.2, 0.3]})'
+    (place / "mine.py").write_text(EXPERIMENT.replace(whole, points))
+    with pytest.raises(ConfigError) as told:
+        sweep.read_points(place / "mine.py")
+    assert words in str(told.value)
+
+
+def test_a_metric_that_is_no_number_is_a_dash():
+    rows = [{"name": "a", "exit_code": 0, "optim.name": "lion", "train/loss": 1.0}]
+    assert sweep.table(rows, "optim.name").splitlines()[1].split()[-2:] == ["-", "1.0000"]
 
 
 def test_a_flag_wins_over_the_points_and_may_not_make_two_of_them_the_same(place):

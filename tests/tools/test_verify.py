@@ -73,6 +73,16 @@ def test_a_fingerprint_that_differs_is_named(copy, capsys, part):
     assert f"step 5: {names[0]} is " in capsys.readouterr().out
 
 
+def test_the_last_step_is_compared_too(copy, capsys):
+    def flip(row):
+        row["fingerprints"] |= dict.fromkeys(row["fingerprints"], "0" * 16)
+
+    marks = [json.loads(line)["step"] for line in (copy / trail.FILE).read_text().splitlines()]
+    change(copy / trail.FILE, marks[-1], flip)
+    assert verify.main([str(copy), f"--steps={marks[-1] - 1}:{marks[-1]}"]) == 1
+    assert f"step {marks[-1]}: " in capsys.readouterr().out
+
+
 def test_a_loss_that_differs_is_named(copy, capsys):
     change(copy / "metrics.jsonl", 5, lambda row: row.update({"train/loss": 1.0}))
     assert verify.main([str(copy)]) == 1
