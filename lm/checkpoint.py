@@ -28,7 +28,7 @@ from lm.stored import averaged, flatten, restore, unflatten
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    every_steps: Duration = 1000  # between checkpoints; the last step is always saved
+    every_steps: Duration = 1000  # between checkpoints, 0 = none; the last step is always saved
     keep: int = 2  # newest checkpoints kept; pinned ones are kept too (tools.checkpoint pin)
     keep_every: int = 0  # steps; checkpoints at its multiples are kept for ever; 0 = none
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step

@@ -38,7 +38,11 @@ Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
 
 _DURATION = re.compile(r"([0-9._eE+]+)\s*(%|steps?|tokens?|epochs?|)")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
-_EXAMPLES = {bool: "true", int: "100", float: "3e-4", Duration: "'2 epochs'"}
+_EXAMPLES = {
+    bool: "true", int: "100", float: "3e-4", Duration: "'2 epochs'",
+    "data.mixture": "python_docs=3,python_source=1",
+    "data.mixture_stages": "'((1000,(1,0)),)'",  # from a step on, weights
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -175,7 +179,9 @@ def _refuse_unknown(keys: Iterable[str], names: Mapping[str, Field]) -> None:
     """Raise ConfigError for a key that no dataclass holds; the same field elsewhere is nearest."""
     for key in keys:
         if key not in names:
-            namesakes = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+            last = key.split(".")[-1]
+            namesakes = [name for name in names if name.split(".")[-1] == last]
+            namesakes = namesakes or [n for n in names if last in n.split(".")[-1].split("_")]
             (nearest,) = difflib.get_close_matches(key, namesakes or list(names), n=1, cutoff=0.0)
             raise ConfigError(f"{key}: no such field; did you mean {nearest}?")
 
@@ -200,9 +206,7 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         return read(value, field.type)
     except (ValueError, TypeError, KeyError, OverflowError):
         several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
-        if "tuple[int" in str(field.type):  # from a step on, weights
-            several = "'((1000,(1,0)),)'"
-        example = f"{name}={_EXAMPLES.get(field.type, several)}"
+        example = f"{name}={_EXAMPLES.get(name, _EXAMPLES.get(field.type, several))}"
         huge = isinstance(value, int | str) and re.fullmatch(r"[+-]?\d{19,}", str(value))
         wanted = (
             f"{'too large' if huge else f'expected {type_name(field.type)}'}; for example {example}"

@@ -16,7 +16,7 @@ from lm.data import corpus, pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    every_steps: Duration = 500  # between evaluations; the last step is always evaluated
+    every_steps: Duration = 500  # between evaluations, 0 = none; the last step is always evaluated
     max_tokens: int = 0  # scored tokens: a fixed prefix of the split; 0 = all
     batch_size: int = 0  # sequences; 0 = data.batch_size
     timeout_seconds: float = 7200.0  # for one evaluation, after which the run ends; 0 = any

@@ -20,7 +20,7 @@ UNREAD = 128 + signal.SIGPIPE
 
 MEANINGS = {
     FINISHED: "finished",
-    FAILED: "an error in the code, with its traceback; of a tool that compares, a difference",
+    FAILED: "an error in the code, with its traceback; of a tool that verifies, a difference or damage",
     USER_ERROR: "a mistake, told in one line",
     DIVERGED: "the loss or a gradient was not finite, or a spike; no parameter was changed by it",
     DATA_ENDED: "the data ended before the last step; what was trained is saved",

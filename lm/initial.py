@@ -78,7 +78,13 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
     if path.name.isdecimal() and (path / manifests.MANIFEST).is_file():
         folder, step = path.parent, int(path.name)
     else:
-        folder, step = path / "checkpoints", checkpoint.find_step(path)
+        folder = path / "checkpoints"
+        if not manifests.good_steps(folder):
+            raise ConfigError(
+                f"train.init_from={source}: no finished checkpoint there; give a run's folder, or one of its "
+                "checkpoints'"
+            )
+        step = checkpoint.find_step(path)
     if bad := manifests.problem(folder, step):
         raise ConfigError(f"train.init_from={source}: {bad}; choose another checkpoint")
     arrays = (manifests.read(folder, step) or {})["arrays"]

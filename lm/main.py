@@ -82,6 +82,8 @@ def _train(args: argparse.Namespace, config: config_lib.ConfigDict, assignments:
 
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
+    if workdir.exists() and not workdir.is_dir():
+        raise config_lib.ConfigError(f"workdir={workdir}: a file; name a folder")
     fields = [f"--config.{assignment}" for assignment in assignments]
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]
     again = shlex.join(words)
@@ -97,9 +99,8 @@ def _train(args: argparse.Namespace, config: config_lib.ConfigDict, assignments:
         print(f"stopped before the first step; nothing is lost; to start again: {again}")
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except OSError as error:
-        raise config_lib.ConfigError(
-            f"workdir={workdir}: {error}; the last good checkpoint is kept"
-        ) from error
+        kept = "; the last good checkpoint is kept" if (workdir / "checkpoints").exists() else ""
+        raise config_lib.ConfigError(f"workdir={workdir}: {error}{kept}") from error
     print(f"workdir: {workdir}")
     print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
     print(f"         python -m tools.plot --workdir {workdir}")

@@ -1,4 +1,4 @@
-"""Meshes, and the one table from logical axes to mesh axes. Only this file knows a mesh axis by name.
+"""Meshes, and the one table from logical axes to mesh axes. Only it and `lm.flags` know a mesh axis by name.
 
 A model names what an axis *is* (`embed`, `heads`, ...); `RULES` says over which mesh axes it is
 split. A mesh axis of size 1 costs nothing, so one table serves every scheme:
@@ -117,7 +117,8 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = {name: getattr(cfg, name) for name in ORDER}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one size may be -1")
+        first, second = free[:2]
+        raise ConfigError(f"mesh.{first}=-1 and mesh.{second}=-1: set mesh.{first}=1")
     known = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = len(devices) // known
@@ -125,7 +126,7 @@ def make_mesh(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
         shown = " x ".join(f"{name}={getattr(cfg, name)}" for name in ORDER)
         raise ConfigError(
             f"mesh: {shown} does not fill {len(devices)} device(s); let the product be "
-            f"{len(devices)}, or set mesh.data=-1"
+            f"{len(devices)}{f', which {known} divides' if free else ', or set mesh.data=-1'}"
         )
     groups, shape = sizes["dcn"], [sizes[name] for name in ORDER]
     near = [

@@ -29,7 +29,7 @@ def tiny_gpt(**options):
     ("sizes", "words"),
     [
         ((3, 1, 1), "does not fill 8 device"),
-        ((-1, -1, 1), "only one size may be -1"),
+        ((-1, -1, 1), "mesh.data=-1 and mesh.fsdp=-1: set mesh.data=1"),
         ((16, 1, 1), "does not fill"),
         ((-1, 3, 1), "does not fill"),
     ],

@@ -241,11 +241,14 @@ def _export(args: argparse.Namespace, place: Place) -> int:
     if out.suffix != ".safetensors" or out.exists():
         raise ConfigError(f"--out {out}: give the name of a new file, with .safetensors at its end")
     names = list((manifests.read(place.folder, step) or {})["arrays"])
+    parts = sorted({name.partition(".")[0] for name in names})
     part = args.part or stored.averaged(names)
     if part != "all":
         names = [name for name in names if name.startswith(f"{part}.")]
     if not names:
-        raise ConfigError(f"--part {part}: checkpoint {step} has no such part")
+        raise ConfigError(
+            f"--part {part}: checkpoint {step} has no such part; it has {', '.join(parts)}, or all"
+        )
     cut = "" if part == "all" else f"{part}."
     arrays = {name.removeprefix(cut): array for name, array in _arrays(place.folder, step, names)}
     order = safetensors_file.standard_order(arrays)

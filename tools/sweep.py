@@ -241,7 +241,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         if args.dry_run:
-            print("\n".join(read_points(args.config)))
+            from lm import experiment
+
+            points = read_points(args.config)
+            _check_apart(points, fixed)
+            for point in points.values():
+                given = [*sweep_lib.assignments(point), *fixed]
+                config_lib.override(config_lib.load(args.config), given, experiment.SCHEMA)
+            print("\n".join(points))
             return 0
         return run(args.config, workdir, fixed=fixed, metric=args.metric)
 

@@ -141,7 +141,7 @@ def test_export_is_the_average_or_what_is_asked_for(run, tmp_path, part, names):
         (["prune", "RUN", "--keep", "0"], "--keep 1"),
         (["prune", "RUN", "--keep", "1", "--keep_best", "eval/los"], "eval/los"),
         (["export", "RUN", "--out", "model.bin"], "model.bin"),
-        (["export", "RUN", "--out", "m.safetensors", "--part", "opt"], "--part opt"),
+        (["export", "RUN", "--out", "m.safetensors", "--part", "opt"], "no such part; it has "),
     ],
 )
 def test_mistakes_are_a_line(run, capsys, words, says):

@@ -273,5 +273,9 @@ def test_mistakes_in_the_file(place, body, words):
 def test_command_line(place, capsys):
     assert sweep.main(["--config", str(place / "mine.py"), "--dry_run"]) == 0
     assert capsys.readouterr().out.split() == ["peak_lr=0.1", "peak_lr=0.2", "peak_lr=0.3"]
+    for flag, words in (("optim.lr", "did you mean optim.peak_lr"), ("optim.peak_lr", "the same")):
+        flags = ["--dry_run", f"--config.{flag}=3"]
+        assert sweep.main(["--config", str(place / "mine.py"), *flags]) == 2
+        assert words in capsys.readouterr().err
     assert sweep.main(["--config", str(place / "none.py")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
