@@ -1,14 +1,23 @@
 """What every command shares: its `--config.section.field=value` flags, their help, its exit code."""
 
+import argparse
 import contextlib
 import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lm import config as config_lib
 from lm import exits
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; a mistake in it is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(exits.USER_ERROR)
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:

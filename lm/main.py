@@ -14,7 +14,7 @@ from lm import config as config_lib
 def main(argv: list[str] | None = None) -> int:
     """Run an experiment; return the exit code (see `lm.exits`)."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m lm.main", description=__doc__, add_help=False, allow_abbrev=False
     )
     parser.add_argument(

@@ -1,13 +1,15 @@
 """What every command does at its end: an exit code, and a line where there is something to say."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from lm import command
+from lm import command, main
 from lm.config import ConfigError
+from tools import checkpoint, launch, plot
 
 PRINTS = """
 import sys
@@ -52,3 +54,12 @@ def test_another_broken_pipe_is_a_line_and_so_is_a_mistake(capsys):
     assert command.exit_on_user_error(lambda: None) == 0
     with pytest.raises(ConfigError):
         command.exit_on_user_error(fail(ConfigError("")), debug=True)
+
+
+@pytest.mark.parametrize("tool", [main, checkpoint, launch, plot])
+def test_a_flag_that_there_is_not_is_one_line(tool, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--no_such_flag", "x"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and re.fullmatch(r"error: .*; see python -m .* --help\n", said.err)

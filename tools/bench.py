@@ -67,7 +67,7 @@ TRAIN_STEPS, DECODE_STEPS = 3, 128
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

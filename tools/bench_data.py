@@ -41,7 +41,7 @@ NEEDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, measure, print, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.bench_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,7 @@ from tools.bench import spread, take_turns
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, measure, print, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.bench_prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

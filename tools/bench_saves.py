@@ -26,7 +26,7 @@ MATRIX = 1024  # rows and columns of a large array; each has a small one beside 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, measure, print, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.bench_saves",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

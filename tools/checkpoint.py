@@ -36,13 +36,13 @@ class Place(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, do what the command says, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = command.Parser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
 
     def add(name: str, help: str, *folders: str, step: bool = False) -> argparse.ArgumentParser:

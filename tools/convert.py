@@ -15,7 +15,7 @@ from lm import command, startup
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, convert, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

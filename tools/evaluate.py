@@ -20,7 +20,7 @@ from lm import config as config_lib
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print the scores, return the exit code."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,7 +9,7 @@ from lm.config import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print the continuations, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.generate",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -113,7 +113,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.history",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,7 +32,7 @@ _CHUNK = 1 << 24  # tokens counted at a time
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print what is inside, return the exit code."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.inspect_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     at = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.launch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -235,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grace", type=float, default=60.0, help="seconds of the others after a failure"
     )
-    args = parser.parse_args(given[:at])
+    args, more = parser.parse_known_args(given[:at])
+    if more:
+        parser.error(f"{' '.join(more)}: no flag of this tool's; the command stands behind --")
     words = given[at + 1 :]
     if not words or args.processes < 1 or args.devices_per_process < 0:
         parser.error("give a positive number of processes, and after -- a command")

@@ -183,7 +183,7 @@ def _dress(panel: Axes, kind: str, *, log: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.plot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

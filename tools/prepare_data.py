@@ -31,7 +31,7 @@ SCHEMA: config_lib.Schema = {
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, prepare, return the exit code."""
     assignments, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.prepare_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

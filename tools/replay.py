@@ -23,7 +23,7 @@ _WIDTH = 100
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, replay, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.replay",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -222,7 +222,7 @@ def _number(row: Mapping[str, Any], key: str) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

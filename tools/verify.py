@@ -25,7 +25,7 @@ _SHOWN = 5
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags, print what differs, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m tools.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
