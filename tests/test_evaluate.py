@@ -196,7 +196,9 @@ def test_another_text_is_scored_whole_however_the_runs_own_was_split(
     records = [{"text": " ".join(words[at : at + 20])} for at in range(0, 2000, 20)]
     path.write_text("\n".join(map(json.dumps, records)))
     other.write_text("\x07 ".join(words[:500]))  # which its cleaning would take out
-    own = {"fold": "0/5", "clean": ("control",), "validation_path": (str(path),)}[field]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(path.read_text())
+    own = {"fold": "0/5", "clean": ("control",), "validation_path": (str(held_out),)}[field]
     train.run(tiny(data__path=(str(path),), **{f"data__{field}": own}), tmp_path / "run")
     flags = ["--workdir", str(tmp_path / "run"), f"--config.data.path={other}"]
     flags += ["--config.eval.max_tokens=0", "--json", str(out)]
