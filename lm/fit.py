@@ -1,7 +1,6 @@
 """Which sections of a config go together, and with a mesh and a corpus; the others are refused in a line."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +44,6 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
             f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
             "model's head go together; set both or neither"
         )
-    _check_paths(cfg["train"])
     _check_local_steps(cfg)
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
     shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)
@@ -146,13 +144,6 @@ def _check_stages(cfg: Mapping[str, Any], stages: int, parts: int) -> None:
             f"mesh.stage={stages}: losses of experts do not pass through stages; use model.num_experts=0, or "
             "mesh.expert for the devices"
         )
-
-
-def _check_paths(cfg: Any) -> None:
-    """Refuse what is not there before anything is made."""
-    for field, path in (("init_from", cfg.init_from), ("vectors", cfg.vectors)):
-        if path and "://" not in path and not Path(path).exists():
-            raise ConfigError(f"train.{field}={path}: not there; name what is, or leave it out")
 
 
 def check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:

@@ -248,10 +248,8 @@ def update(
     for name in objective.corpora:
         sums[f"{name}/tokens"] = (sums[f"{name}/loss"][1], one)
     if schedule is not None:  # made here: on the host it would wait behind the step that runs
-        updates_done = optim.updates_done(
-            state.opt_state
-        )  # fewer than steps where some were skipped
-        sums["learning_rate"] = (jnp.asarray(schedule(updates_done), jnp.float32), one)
+        done = optim.updates_done(state.opt_state)  # fewer than steps where some were left out
+        sums["learning_rate"] = (jnp.asarray(schedule(done), jnp.float32), one)
     return new, {**sums, "healthy": healthy}
 
 

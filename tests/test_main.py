@@ -58,7 +58,7 @@ def one_line(capsys):
         (["--config.optim.peak_lrr=1"], ["optim.peak_lrr", "did you mean optim.peak_lr?"]),
         (["--config.optim.lr=1"], ["optim.lr: no such field; did you mean optim.peak_lr?"]),
         (["--config.data.mixture=a=3,b"], ["data.mixture", "for example data.mixture=python_docs=3,python_source=1"]),
-        (["--config.train.init_from=nowhere"], ["train.init_from=nowhere: not there"]),
+        (["--config.train.init_from=nowhere"], ["train.init_from=nowhere: no finished checkpoint there"]),
         ([f"--config.train.init_from={ROOT}"], ["train.init_from=", "no finished checkpoint there"]),
         (["--workdir", str(ROOT / "README.md")], ["README.md: a file; name a folder"]),
         (["--config.mesh.fsdp=-1"], ["mesh.data=-1 and mesh.fsdp=-1: set mesh.data=1"]),

@@ -381,6 +381,15 @@ def test_init_from_starts_at_the_parameters_of_another_run(tiny, tmp_path):
     np.testing.assert_allclose(first_row["eval/loss"], final["eval/loss"], rtol=1e-6)
 
 
+def test_a_run_goes_on_without_what_it_began_from(tiny, tmp_path):
+    train.run(tiny(), tmp_path / "first")
+    config = tiny(train__init_from=str(tmp_path / "first"), train__num_steps=2)
+    train.run(config, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    config.train.num_steps = 3
+    assert "eval/loss" in train.run(config, tmp_path / "second")
+
+
 def test_divergence_stops_before_the_update(tiny, tmp_path, monkeypatch):
     original = train.place_ahead
 

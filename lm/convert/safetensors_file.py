@@ -167,9 +167,7 @@ def read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         with safe_open(path, framework="np") as file:
             for name in names:
                 yield name, file.get_tensor(name)
-    except (
-        SafetensorError
-    ) as error:  # of a header that Python's JSON takes and the library's does not
+    except SafetensorError as error:  # Python's JSON took the header, and the library's does not
         raise _refused(path, shown(str(error))) from None
 
 
