@@ -63,12 +63,20 @@ class Completer:
         Raises:
           ConfigError: a prompt that the tokenizer or the model cannot read.
         """
-        generate.check_sampling(*sampling)
-        rows = [self.encode(prompt) for prompt in prompts]
+        rows = self.check(prompts, sampling)
         if self.kind == "masked":
             return self._fill(rows, sampling.top_k or 5)
         made = self._write(rows, sampling, on_tokens)
         return [self.answer(*each) for each in zip(prompts, made, strict=True)]
+
+    def check(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
+        """Return the tokens of each prompt. Raises ConfigError, as `complete`; no parameters are needed."""
+        generate.check_sampling(*sampling)
+        rows = [self.encode(prompt) for prompt in prompts]
+        fills = self.kind == "masked" and not self.model.cfg.num_classes
+        if fills and not all(self.task.gaps[0] in row for row in rows):
+            raise ConfigError(f"prompt: nothing to fill in; write {MASK} where a word is missing")
+        return rows
 
     def _write(
         self, rows: Sequence[list[int]], sampling: Sampling, on_tokens=None
@@ -90,8 +98,9 @@ class Completer:
 
         Where nothing is before them, a tokenizer that puts a space before every text takes it away.
         """
-        goes_on = self.goes_on and prompt
-        return self.decode(tokens if goes_on else [self.tokenizer.end_of_text, *tokens])
+        if self.goes_on and prompt:
+            return self.tokenizer.decode_behind(prompt, tokens)
+        return self.decode([self.tokenizer.end_of_text, *tokens])
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens that the model reads of a prompt, [MASK] as what the task has for it."""
@@ -137,10 +146,6 @@ class Completer:
             mask = self.task.cls
         else:
             names, mask = None, self.task.gaps[0]
-            if not all(mask in row for row in rows):
-                raise ConfigError(
-                    f"prompt: nothing to fill in; write {MASK} where a word is missing"
-                )
         found = generate.fill_masks(self.model, self.params, rows, mask=mask, top_k=top_k)
         return [
             "\n".join(
@@ -169,8 +174,19 @@ class Completer:
             first = int(np.flatnonzero(batch["weights"][0])[0])
             (made,) = self._write([tokens[: first + 1].tolist()], sampling)
             return f"{self.decode(tokens[:first])} -> {self.answer('', made)}"
-        row = tokens.tolist() if self.model.cfg.num_classes else tokens[:64].tolist()
+        row = tokens.tolist()
+        if not self.model.cfg.num_classes:
+            row = self._around_a_mask(row)
         # What a classifier reads is [CLS] text [SEP], and its task has no names for these two.
         marks = (self.task.cls, self.task.sep) if self.model.cfg.num_classes else ()
         shown = self.decode([token for token in row if token not in marks])
         return f"{shown} -> {' | '.join(self._fill([row], 1)[0].splitlines())}"
+
+    def _around_a_mask(self, row: list[int], length: int = 64) -> list[int]:
+        """Return `length` tokens of a row with a [MASK] among them: one of the row's, else in the middle."""
+        mask = self.task.gaps[0]
+        if mask not in row:  # a task shows some of what is to be told as it is, or as another token
+            row = [*row]
+            row[len(row) // 2] = mask
+        first = max(0, row.index(mask) - length // 2)
+        return row[first : first + length]

@@ -1,14 +1,11 @@
 """Experiment files, overrides from the command line, and one frozen dataclass for each section.
 
-A value's way: an experiment file's `get_config()` (`load`), the command line (`override`), the
-dataclasses' defaults (`complete`), then one frozen dataclass a section (`freeze`), below which
-nobody sees a ConfigDict. A dataclass is the only place where a field has its type, its default and,
-as a trailing comment, its help text. `ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}` in a
-dataclass says that field `momentum` is used only when field `name` has one of these values (a tuple, or the
-range from a number on).
-
-`schema` maps a section's name to a function from the section's present values to its dataclass, so
-that `model.name` picks the class.
+A value's way: an experiment file's `get_config()` (`load`), the command line (`override`), the dataclasses'
+defaults (`complete`), then one frozen dataclass a section (`freeze`), below which nobody sees a ConfigDict. A
+dataclass is the only place where a field has its type, its default and, as a trailing comment, its help text.
+`ONLY_FOR = {"momentum": ("name", ("sgd", "rmsprop"))}` there says that field `momentum` is used only when
+field `name` has one of these values (a tuple, or SET); "data.order" would name another section's field.
+`schema` maps a section's name to a function from its present values to its dataclass: `model.name` picks it.
 """
 
 import ast
@@ -32,6 +29,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+
+class _Set:
+    def __contains__(self, value: Any) -> bool:
+        return bool(value)
+
+
+SET = _Set()  # in `ONLY_FOR`: any value but zero and empty
 Duration = int | str  # steps, or "100 steps", "1e6 tokens", "2 epochs", "10%" (of train.num_steps)
 T = typing.TypeVar("T")
 Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
@@ -188,17 +192,15 @@ def _refuse_unknown(keys: Iterable[str], names: Mapping[str, Field]) -> None:
 
 def _unused(key: str, flat: Mapping[str, Any], schema: Schema) -> str:
     """Say which option field `key` needs and does not have; "" when the field is used."""
-    section, _, name = key.rpartition(".")
-    cls: Any = _classes(schema, flat).get(section, TopLevel)
-    option, values = getattr(cls, "ONLY_FOR", {}).get(name, ("", ()))
-    value = flat.get(f"{section}.{option}", getattr(cls, option, None))
-    if not option or value in values:
+    (section, _, name), classes = key.rpartition("."), _classes(schema, flat)
+    option, values = getattr(classes.get(section), "ONLY_FOR", {}).get(name, ("", ()))
+    option = option if "." in option else f"{section}.{option}"
+    owner, _, last = option.rpartition(".")
+    value = flat.get(option, getattr(classes.get(owner), last, None))
+    if not last or value in values:
         return ""
-    if isinstance(values, range):
-        wanted = f"{section}.{option} from {values.start} on"
-    else:
-        wanted = " or ".join(f"{section}.{option}={v}" for v in values)
-    return f"{key}={flat[key]}: used only under {wanted}, and {section}.{option} is {value}"
+    where = " or ".join(f"{option}={v}" for v in values) if values is not SET else f"a set {option}"
+    return f"{key}={flat[key]}: used only under {where}, and {option} is {value or 'not set'}"
 
 
 def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], Any]) -> Any:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from lm import config as config_lib
-from lm import experiment, models, sharding, step
+from lm import experiment, sharding, step
 from lm.data import pipeline
 
 
@@ -35,14 +35,13 @@ def describe(made: experiment.Experiment) -> str:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(abstract)
     )
-    flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
     return "\n\n".join(
         [
             config_lib.to_json(made.config).rstrip(),
             table,
             f"mesh: {sharding.shown(made.mesh)}; {made.num_steps} steps of {made.tokens_per_step:,} tokens; "
-            f"{flops:.3g} training FLOPs a position; the state takes {state / 2**30:.3f} GiB a device "
-            "(gradients and activations come on top)",
+            f"{made.flops_per_position:.3g} training FLOPs a position; the state takes "
+            f"{state / 2**30:.3f} GiB a device (gradients and activations come on top)",
             describe_batch(made),
         ]
     )

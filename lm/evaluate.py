@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -21,6 +21,11 @@ class Config:
     batch_size: int = 0  # sequences; 0 = data.batch_size
     timeout_seconds: float = 7200.0  # for one evaluation, after which the run ends; 0 = any
     streams: int = 16  # contiguous streams that a stateful model reads the split in
+
+    ONLY_FOR: ClassVar = {
+        "batch_size": ("data.order", ("shuffle",)),
+        "streams": ("data.order", ("stream",)),
+    }
 
     def __post_init__(self):
         for field in ("max_tokens", "batch_size", "timeout_seconds"):

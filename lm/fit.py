@@ -165,8 +165,3 @@ def check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: M
             f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: the ids of {text.tokenizer.name} do "
             "not tell how many bytes they stand for; use eval/loss"
         )
-    try:
-        if prompt := cfg["train"].sample_prompt:
-            text.tokenizer.encode(prompt)
-    except ConfigError as error:
-        raise ConfigError(f"train.sample_prompt: {error}") from None

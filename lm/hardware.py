@@ -104,13 +104,13 @@ def utilisation(flops: float, *, surely: float) -> float:
     return share if data_sheet_flops() is not None else min(share, 1.0)
 
 
-def measure_again(seconds: float = 0.03) -> None:
+def measure_again(seconds: float = 0.01) -> None:
     """Time a few products more on a CPU, which others may have used before; while it is idle."""
     if jax.default_backend() == "cpu" and data_sheet_flops() is None:
         peak_flops(_measured((512,), seconds=seconds))
 
 
-def _measured(sizes: Sequence[int] = (512, 1024, 2048), *, seconds: float = 0.4) -> float:
+def _measured(sizes: Sequence[int] = (512, 1024, 2048), *, seconds: float = 0.2) -> float:
     """Return the FLOP/s of one device in the products that fit it; those of a CPU share its cores."""
     if jax.default_backend() == "cpu":
         return measure_matmul_flops(sizes, seconds=seconds) / jax.local_device_count()
@@ -127,8 +127,8 @@ def measure_matmul_flops(
 
     The best: one that another program disturbs says nothing of the device. Sizes are multiples of 512.
     """
-    block = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), dtype)
-    matrices = [jnp.tile(block, (size // 512, size // 512)) for size in sizes]
+    block = np.random.default_rng(0).standard_normal((512, 512))
+    matrices = [jnp.asarray(np.tile(block, (size // 512,) * 2), dtype) for size in sizes]
     for matrix in matrices:
         _multiply(matrix, matrix).block_until_ready()
     best, end = 0.0, time.perf_counter() + seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lm import experiment, hardware, metrics, models
+from lm import experiment, hardware, metrics
 
 
 class Log:
@@ -18,8 +18,7 @@ class Log:
         self.latest: dict[str, float] = {}
         self._made, self._writers, self.say = made, writers, writers.say
         self._every = made.cfg["train"].log_every_steps
-        flops = models.flops_per_token(made.cfg["model"], made.task.row_length)
-        self._flops_per_step = flops * made.positions_per_step
+        self._flops_per_step = made.flops_per_position * made.positions_per_step
         hardware.peak_flops()  # before the devices are busy
         self._waiting: tuple[int, Any] | None = None
         self.healthy = True  # whether the last step that was read was
@@ -27,6 +26,7 @@ class Log:
         # How many steps were left out, in each row; None = none, ever: rows say nothing of it.
         self.count_skipped: Callable[[int], int] | None = None
         self._since: tuple[int, float] | None = None  # step and time that rates are counted from
+        self._tokens = 0.0  # scored since then
 
     def one_late(self, now: int, sums: Any) -> None:
         """Take the metrics of step `now`; write the row before it, if one is due."""
@@ -43,6 +43,7 @@ class Log:
             self.bad = metrics.summarize(jax.device_get(sums))
             if self.count_skipped:
                 return  # its row is one of a step that is left out, or none
+        self._tokens += float(sums["tokens"][0])
         if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}
@@ -53,7 +54,7 @@ class Log:
             self.latest = {**row, **self._rates(now)}
             self._writers.write(now, self.latest)
         if self._since is None:  # the first step compiles: it is no measure of speed
-            self._since = (now, time.perf_counter())
+            self._count_from(now)
 
     def forget(self, why: str) -> None:
         """Say `why` a step was bad, and take what comes as after a good one."""
@@ -74,18 +75,22 @@ class Log:
         """Count rates from here: what came before was not training."""
         hardware.measure_again()
         if self._since is not None:
-            self._since = (now, time.perf_counter())
+            self._count_from(now)
+
+    def _count_from(self, now: int) -> None:
+        self._since, self._tokens = (now, time.perf_counter()), 0.0
 
     def _rates(self, now: int) -> dict[str, float]:
         if self._since is None or self._since[0] >= now:
             return {}
-        (then, start), self._since = self._since, (now, time.perf_counter())
-        seconds = self._since[1] - start
-        rate = (now - then) / seconds
+        then, start = self._since
+        seconds = time.perf_counter() - start
+        rate, tokens = (now - then) / seconds, self._tokens / seconds
+        self._count_from(now)
         flops = self._flops_per_step / self._made.mesh.size
         # One step may have run before: its metrics are read when the next is on its way.
         mfu = hardware.utilisation(rate * flops, surely=(now - then - 1) / seconds * flops)
-        return {"tokens_per_second": rate * self._made.tokens_per_step, "mfu": mfu}
+        return {"tokens_per_second": tokens, "steps_per_second": rate, "mfu": mfu}
 
 
 class Profile:
@@ -95,7 +100,7 @@ class Profile:
         count = (
             count if jax.process_index() == 0 else 0
         )  # the processes of a host would share a file
-        self._folder, self._steps = workdir / "profile", range(first + 10, first + 10 + count)
+        self._folder, self._steps = workdir / "profile", range(first + 9, first + 9 + count)
         self._on = False
 
     def before(self, now: int) -> None:

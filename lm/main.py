@@ -102,7 +102,8 @@ def _train(args: argparse.Namespace, config: config_lib.ConfigDict, assignments:
         kept = "; the last good checkpoint is kept" if (workdir / "checkpoints").exists() else ""
         raise config_lib.ConfigError(f"workdir={workdir}: {error}{kept}") from error
     print(f"workdir: {workdir}")
-    print(f'next:    python -m tools.generate --workdir {workdir} --prompt "The"')
+    prompt = "The [MASK]" if config.get("task", {}).get("name") == "masked_lm" else "The"
+    print(f'next:    python -m tools.generate --workdir {workdir} --prompt "{prompt}"')
     print(f"         python -m tools.plot --workdir {workdir}")
     return exits.FINISHED
 

@@ -20,8 +20,10 @@ from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
+from lm import weights_and_biases
 from lm.config import ConfigError
 
+TIMED = ("tokens_per_second", "steps_per_second", "mfu")  # of a row
 Metrics = Mapping[str, tuple[Any, Any]]  # name -> (sum, weight), floats or scalar arrays
 
 
@@ -88,7 +90,7 @@ class Jsonl:
 def read_rows(path: str | Path) -> list[dict[str, float]]:
     """Return the rows of a metrics.jsonl; a last line that a kill left half-written is left out.
 
-    Raises ConfigError, naming the line, for any other line that is not a JSON object.
+    Raises ConfigError, naming the line, for any other line that is not a JSON object with a step.
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
@@ -96,10 +98,18 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
             break
         try:
             values = json.loads(line)
-            rows.append({key: math.nan if v is None else v for key, v in values.items()})
-        except (ValueError, AttributeError):
-            raise ConfigError(f"{path}:{number}: not a JSON object; delete that line") from None
+            row = {key: math.nan if v is None else v for key, v in values.items()}
+            rows.append({**row, "step": int(values["step"])})
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise ConfigError(
+                f"{path}:{number}: not a JSON object with a step; delete that line"
+            ) from None
     return rows
+
+
+def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without what a run that is repeated differs in."""
+    return {name: value for name, value in row.items() if name not in TIMED}
 
 
 def _repair(path: Path) -> None:
@@ -314,38 +324,6 @@ def _progress_words(values: Mapping[str, float]) -> str:
     return "  ".join(words)
 
 
-class WeightsAndBiases:
-    """Send rows to Weights & Biases; a workdir is one run there, also when it resumes."""
-
-    def __init__(self, workdir: str | Path, *, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                f"wandb project {project!r}: wandb is not installed; pip install -e '.[wandb]'"
-            ) from None
-        name = "-".join(Path(workdir).absolute().parts[-2:])
-        self._run = wandb.init(
-            project=project,
-            dir=str(workdir),
-            id=name,
-            name=name,
-            resume="allow",
-            config=dict(config),
-        )
-        # As a metric of its own: W&B's own step refuses to go back when a run resumes.
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def sync(self) -> None:
-        pass  # sent by a process of its own; metrics.jsonl is the record
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class Writers:
     """Several writers as one; `say` prints lines beside the progress."""
 
@@ -395,5 +373,5 @@ def open_writers(
         TensorBoard(workdir / "tensorboard", first_step=kept + 1),
     ]
     if wandb_project:
-        writers.append(WeightsAndBiases(workdir, project=wandb_project, config=config or {}))
+        writers.append(weights_and_biases.Run(workdir, project=wandb_project, config=config or {}))
     return Writers(writers, console=Console(first_step=max(kept, 0), num_steps=num_steps))

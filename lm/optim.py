@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lm import moments, sharding
-from lm.config import ConfigError, Duration
+from lm.config import SET, ConfigError, Duration
 
 Rules = tuple[tuple[str, float], ...]
 Schedule = Callable[[Any], Any]
@@ -27,15 +27,13 @@ Schedule = Callable[[Any], Any]
 class Config:
     name: str = "adamw"  # adamw, adam (no decay), rmsprop, sgd, adafactor, lion or muon
     peak_lr: float = 1e-3  # learning rate after warm-up; under muon too it is of AdamW's size
-    schedule: str = (
-        "cosine"  # after warm-up: constant, linear, cosine, wsd, inverse_sqrt, exponential
-    )
+    schedule: str = "cosine"  # then: constant, linear, cosine, wsd, inverse_sqrt, exponential
     warmup: Duration = "2%"  # duration of the linear rise to peak_lr
     decay: Duration = "20%"  # duration of the linear fall that ends a wsd schedule
     hold: Duration = "6 epochs"  # duration at peak_lr before an exponential schedule falls
     fall_every: Duration = "1 epoch"  # duration between its falls, the first of which ends the hold
     fall_factor: float = 1 / 1.2  # of the learning rate, at each fall
-    final_lr_fraction: float = 0.1  # learning rate at the last step over peak_lr
+    final_lr_fraction: float = 0.1  # learning rate over peak_lr that is reached after the last step
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.95  # decay of the second moment (lion: of its only one)
     eps: float = 1e-8  # added to the root of the second moment
@@ -72,6 +70,8 @@ class Config:
         "muon_adam_lr_ratio": ("name", ("muon",)),
         "weight_decay": ("name", ("adamw", "rmsprop", "sgd", "adafactor", "lion", "muon")),
         "weight_decay_rules": ("name", ("adamw", "rmsprop", "sgd", "adafactor", "lion", "muon")),
+        "outer_lr": ("mesh.local_steps", SET),
+        "outer_momentum": ("mesh.local_steps", SET),
     }
 
     def __post_init__(self):
@@ -93,6 +93,8 @@ class Config:
             for pattern, factor in getattr(self, field):
                 _check(self, field, factor >= 0, f"the factor of {pattern!r} must be >= 0")
                 _check(self, field, _compiles(pattern), f"{pattern!r} is not a regular expression")
+        ahead = self.momentum > 0 or not self.nesterov
+        _check(self, "nesterov", ahead, "there is no optim.momentum to look ahead along")
         moments.check(self)
 
 
@@ -300,7 +302,8 @@ def _adam(cfg, params, axes):
 def _rmsprop(cfg, params, axes):
     """Tieleman and Hinton 2012; with Adam's bias correction, so that the first step is no jump."""
     return optax.chain(
-        optax.scale_by_rms(cfg.beta2, cfg.eps, bias_correction=True), _sgd(cfg, params, axes)
+        optax.scale_by_rms(cfg.beta2, cfg.eps, eps_in_sqrt=False, bias_correction=True),
+        _sgd(cfg, params, axes),
     )
 
 

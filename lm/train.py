@@ -162,6 +162,7 @@ def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.
     """Return the experiment, the same in all processes; the first one prepares its data for them."""
     with others.first_first("data"):
         made = experiment.build(config)  # first: of a mistake, its own line is enough
+        check_sample(made)
     others.agree(workdirs.facts(workdir, made))
     for notice in config_lib.notices(config, SCHEMA):
         print(f"notice: {notice}")
@@ -288,22 +289,46 @@ def announce(
     say("compiling the training step; the first one takes seconds to minutes by the model's size")
 
 
+def sample_of(
+    made: experiment.Experiment, params: Any
+) -> tuple[complete.Completer, complete.Sampling]:
+    """Return what makes the sample, of no parameters yet where they are None, and how."""
+    text = made.corpus
+    completer = complete.Completer(
+        made.model, params, made.task, text.tokenizer, paired=text.train.paired
+    )
+    tokens = made.cfg["train"].sample_tokens
+    return completer, complete.Sampling(max_tokens=tokens, seed=made.config.seed)
+
+
+def check_sample(made: experiment.Experiment) -> None:
+    """Refuse, before there is any training, a sample that could not be made after it."""
+    prompt = made.cfg["train"].sample_prompt
+    completer, sampling = sample_of(made, None)
+    try:
+        completer.check([prompt] if prompt else [], sampling)
+    except ConfigError as error:
+        field = "sample_tokens" if str(error).startswith("max_tokens") else "sample_prompt"
+        raise ConfigError(f"train.{field}: {error}") from None
+
+
 def say_sample(
     say: Callable[[str], None], made: experiment.Experiment, state: step.TrainState
 ) -> None:
     """Say a sample of the trained model."""
-    cfg, text = made.cfg["train"], made.corpus
+    cfg = made.cfg["train"]
     if not cfg.sample_tokens:
         return
     if jax.process_count() > 1:
         say("sample:  by tools.generate alone, where a run has several processes")
         return
     params = jax.device_get(step.learned(made.model, state))
-    sampling = complete.Sampling(max_tokens=cfg.sample_tokens, seed=made.config.seed)
     # What is placed while another mesh is in use stays of that mesh, also on one device.
     with sharding.use(sharding.make_mesh(sharding.Config(), jax.local_devices()[:1])):
         params = jax.device_put(params, jax.local_devices()[0])
-        completer = complete.Completer(
-            made.model, params, made.task, text.tokenizer, paired=text.train.paired
-        )
-        say(f"sample:  {completer.example(text.validation, cfg.sample_prompt, sampling)}")
+        completer, sampling = sample_of(made, params)
+        try:
+            shown = completer.example(made.corpus.validation, cfg.sample_prompt, sampling)
+        except ConfigError as error:  # such as a prompt longer than the model reads: all is saved
+            shown = f"none, as {error}"
+        say(f"sample:  {shown}")

@@ -8,6 +8,7 @@ import pytest
 from lm import augment, tasks
 from lm.config import ConfigError
 from lm.data.corpus import Split
+from lm.data.pipeline import Batches
 
 END, MASK, SIZE = 100, 99, 20_000
 TOKENIZER = types.SimpleNamespace(vocab_size=101, end_of_text=END, specials={"mask": MASK})
@@ -79,6 +80,26 @@ def test_a_language_model_reads_noise_and_is_asked_for_the_text():
         for name in ("targets", "segments", "positions", "weights"):
             np.testing.assert_array_equal(clean[name], trained[name])
         np.testing.assert_array_equal(task.rows(split, rows)["inputs"], clean["inputs"])
+
+
+def test_streams_read_noise_too_another_each_time_around():
+    stream = np.concatenate([[END], tokens()[1:], [END]]).astype(np.uint16)
+    split = Split("train", stream, np.flatnonzero(stream == END)[:-1], 1)
+    plain, noisy_rows = (
+        Batches(
+            [split],
+            make("causal_lm", "causal", length=32, **noise),
+            batch_size=2,
+            seed=0,
+            order="stream",
+        )
+        for noise in ({}, {"drop_tokens": 0.3})
+    )
+    around = int(plain.steps_per_epoch)
+    first, again = noisy_rows[0]["inputs"], noisy_rows[around]["inputs"]
+    np.testing.assert_array_equal(plain[0]["inputs"], plain[around]["inputs"])
+    assert (first != plain[0]["inputs"]).mean() > 0.1 and (first != again).mean() > 0.1
+    np.testing.assert_array_equal(noisy_rows[0]["targets"], plain[0]["targets"])
 
 
 @pytest.mark.parametrize(("kind", "place"), [("source", "source"), ("causal", "inputs")])

@@ -187,3 +187,69 @@ def test_a_text_that_nothing_is_before_has_no_space_before_it(tmp_path, monkeypa
         monkeypatch.setattr(workdirs, "completer", lambda *a, completer=completer: completer)
         assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", prompt]) == 0
         assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_what_cannot_be_sampled_is_said_before_training(tiny, tmp_path, capsys):
+    masked = {"name": "masked_lm", "length": 24}
+    for wrong, words in (
+        ({"train__sample_prompt": "the cat"}, r"train\.sample_prompt: prompt: nothing to fill in"),
+        ({"train__sample_tokens": 2**40}, r"train\.sample_tokens: max_tokens=1099511627776: use"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(tiny, tmp_path / "run", ENCODER, masked, **wrong)
+    assert not (tmp_path / "run").exists()
+    # One that is too long for the model is seen when it is tried: the run has ended well all the same.
+    long = "the cat sat on a mat and the dog ran [MASK]"
+    run(tiny, tmp_path / "run", ENCODER, masked, train__sample_tokens=4, train__sample_prompt=long)
+    assert "sample:  none, as prompt: 40 tokens" in capsys.readouterr().out
+
+
+def test_an_encoder_shows_a_mask_also_where_its_first_row_has_none(tiny, tmp_path):
+    completer = run(
+        tiny, tmp_path, ENCODER, {"name": "masked_lm", "length": 200, "mask_rate": 0.01}
+    )
+    mask = completer.task.gaps[0]
+    for place in (None, 3, 150):  # of the row's own [MASK]
+        row = [65] * 200
+        if place:
+            row[place] = mask
+        shown = completer._around_a_mask(row)
+        assert mask in shown and len(shown) <= 64 and row.count(mask) == bool(place)
+    batch = {"inputs": np.full((1, 200), 65), "segments": np.ones((1, 200), int)}
+    object.__setattr__(completer, "task", Stub(completer.task, batch))
+    assert "[MASK]" in completer.example(None, "", GREEDY)
+
+
+class Stub:
+    """A task whose rows are those given."""
+
+    def __init__(self, task, batch):
+        self._task, self._batch = task, batch
+
+    def rows(self, split, indices):
+        return self._batch
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+
+def test_other_text_is_scored_whole_whatever_the_run_read_of_its_own(tiny, tmp_path, capsys):
+    """A run on a field of records, with evaluations of a part, scores all of a plain text."""
+    records = tmp_path / "own.jsonl"
+    records.write_text(
+        "".join(json.dumps({"content": f"the cat {i} sat"}) + "\n" for i in range(300))
+    )
+    own = {"data__path": (str(records),), "data__field": "content", "eval__max_tokens": 64}
+    run(tiny, tmp_path / "run", {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
+        {"name": "causal_lm", "length": 16}, **own)  # fmt: skip
+    other = tmp_path / "other.txt"
+    other.write_text("the dog ran. " * 100)
+    args = ["--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]
+    assert evaluate_tool.main([*args, f"--config.data.path={other}"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["tokens"] == 1300 + 1
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"content": "x" * 100}) + "\n")
+    assert evaluate_tool.main([*args, f"--config.data.path={more}"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["tokens"] == 100 + 1
+    assert evaluate_tool.main(args) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["tokens"] <= 128, "its own, a part"

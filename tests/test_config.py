@@ -369,3 +369,27 @@ def test_import_is_light():
     code = "import sys, lm.config; print({'jax', 'numpy', 'tensorflow'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+def test_a_field_may_be_used_only_where_one_of_another_section_says_so():
+    from lm import train
+
+    for field, words in (
+        (
+            "eval.streams=4",
+            r"eval\.streams=4: used only under data\.order=stream, and data\.order is shuffle",
+        ),
+        (
+            "optim.outer_lr=1",
+            r"used only under a set mesh\.local_steps, and mesh\.local_steps is not set",
+        ),
+        ("train.spike_steps=9", r"used only under a set train\.spike_zscore"),
+        (
+            "data.mixture_temperature=2",
+            r"used only under a set data\.mixture, and data\.mixture is not set",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config_lib.override(ConfigDict(), [field], train.SCHEMA)
+    both = ["data.order=stream", "eval.streams=4"]
+    assert config_lib.override(ConfigDict(), both, train.SCHEMA).eval.streams == 4

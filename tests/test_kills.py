@@ -37,7 +37,6 @@ SETTINGS = {
     "eval.every_steps": 4, "eval.max_tokens": 512, "eval.batch_size": 8,
     "checkpoint.every_steps": SAVES, "checkpoint.keep": 1,
 }  # fmt: skip
-TIMED = ("tokens_per_second", "mfu")
 LOST = "lost"  # instead of a kill: the run's folder is gone
 ROW = "lm.metrics:Jsonl.append"
 FILES = "fsspec.implementations.local:LocalFileSystem"
@@ -206,7 +205,7 @@ class Run:
 def rows_of(path):
     """The rows of a file that has whole lines alone, without what differs from run to run."""
     assert path.read_bytes().endswith(b"}\n")
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(path)]
+    return [metrics.untimed(row) for row in read_rows(path)]
 
 
 def events_of(folder):
@@ -214,7 +213,7 @@ def events_of(folder):
     found = []
     for path in folder.glob("*tfevents*"):
         for event, _ in metrics._records(path.read_bytes()):
-            values = [v for v in event.summary.value if v.tag not in TIMED]
+            values = [v for v in event.summary.value if v.tag not in metrics.TIMED]
             found += [(event.step, v.tag, v.simple_value) for v in values]
     return sorted(found)
 

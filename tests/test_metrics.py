@@ -299,8 +299,21 @@ def test_weights_and_biases_is_one_run_a_workdir(tmp_path, monkeypatch):
         )
         writers.write(4, {"train/loss": 1.0})
         writers.close()
+    open_quiet(tmp_path / "a" / tmp_path.name, resume_step=None, wandb_project="mine").close()
+    open_quiet(tmp_path / "b" / tmp_path.name, resume_step=None, wandb_project="mine").close()
     inits = [kwargs for name, _, kwargs in calls if name == "init"]
     assert inits[0]["id"] == inits[1]["id"]
+    assert len({kwargs["id"] for kwargs in inits}) == 3, "folders of one name are runs of their own"
     assert inits[0]["config"] == {"seed": 1}
     assert ("log", ({"step": 4, "train/loss": 1.0},), {}) in calls
     assert calls[-1][0] == "finish"
+
+
+@pytest.mark.parametrize("line", ['{"train/loss": 3}', '{"step": null}', '{"step": "a"}', "[1]"])
+def test_a_row_without_a_step_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n' + line + "\n")
+    with pytest.raises(
+        ConfigError, match=r"metrics\.jsonl:2: not a JSON object with a step; delete"
+    ):
+        metrics.read_rows(path)

@@ -285,3 +285,23 @@ def test_the_order_of_parameters_does_not_matter():
     backward = one_update(turn(params), turn(grads), name="muon")
     for name, update in by_name(forward).items():
         np.testing.assert_array_equal(by_name(backward)[name], update)
+
+
+def test_eps_is_added_to_the_root():
+    """So that a gradient of a thousand times eps is an update of its sign, not of a tenth of it."""
+    for name in ("adamw", "rmsprop"):
+        fields = {"momentum": 0.0} if name == "rmsprop" else {}
+        tx, _ = build(name=name, schedule="constant", warmup=0, peak_lr=1.0, weight_decay=0.0, clip_norm=0.0,
+                      **fields)  # fmt: skip
+        params = random_tree(0)
+        gradients = jax.tree.map(lambda p: np.full_like(p, 1e-5), params)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        for leaf in jax.tree.leaves(updates):
+            np.testing.assert_allclose(leaf, -1 / (1 + 1e-3), rtol=1e-4)
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(
+        config.ConfigError, match=r"optim\.nesterov=True: there is no optim\.momentum"
+    ):
+        optim.Config(name="sgd", momentum=0.0, nesterov=True)

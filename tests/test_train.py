@@ -15,16 +15,12 @@ from lm import checkpoint, exits, experiment, hardware, manifests, models, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
-from lm.metrics import read_rows
+from lm.metrics import read_rows, untimed
 
 
 def rows_of(workdir):
     """Rows of a run without the times that differ from run to run."""
-    timed = ("tokens_per_second", "mfu")
-    return [
-        {k: v for k, v in row.items() if k not in timed}
-        for row in read_rows(workdir / "metrics.jsonl")
-    ]
+    return [untimed(row) for row in read_rows(workdir / "metrics.jsonl")]
 
 
 def arrays_of(workdir, step):
@@ -76,7 +72,7 @@ def test_utilisation_counts_every_position_not_the_scored_ones(tiny, tmp_path, m
     )  # fmt: skip
     train.run(config, tmp_path)
     cfg = experiment.build(config).cfg["model"]
-    flops = models.flops_per_token(cfg, 20) * 20 / 3  # 15 % of 20 positions are scored
+    flops = models.flops_per_token(cfg, 20, 0.15) * 20 / 3  # 15 % of 20 positions are scored
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "mfu" in row]
     assert rows
     for row in rows:
@@ -305,9 +301,30 @@ def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     """The last row, one step after another, has a rate like those before it."""
     train.run(tiny(train__num_steps=41, train__log_every_steps=20, eval__every_steps=0), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    rates = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
     assert len(rates) == 3
     assert rates[2] < 5 * rates[1]
+    for row in rows:
+        if "steps_per_second" in row:  # 8 full rows of 16
+            assert row["tokens_per_second"] == pytest.approx(128 * row["steps_per_second"])
+
+
+def test_tokens_a_second_are_those_that_are_scored(tiny, tmp_path):
+    """Of pairs, whose rows are mostly padding, not what rows have room for."""
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"the cat {i}\tsat {i}\n" for i in range(200)))
+    config = tiny(
+        model=ConfigDict({"name": "seq2seq", "num_layers": 1, "model_dim": 16}),
+        task=ConfigDict({"name": "seq2seq", "length": 32, "source_length": 32}),
+        data__path=(str(pairs),), data__source_field="0", data__target_field="1",
+    )  # fmt: skip
+    train.run(config, tmp_path / "run")
+    rows = [r for r in read_rows(tmp_path / "run/metrics.jsonl") if "steps_per_second" in r]
+    assert rows and all(row["train/tokens"] < 200 < 8 * 32 for row in rows)
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(
+            row["train/tokens"] * row["steps_per_second"]
+        )
 
 
 @pytest.mark.parametrize("at", [3, 6])
@@ -360,8 +377,8 @@ def test_zero_is_never_but_for_the_last_step(tiny, tmp_path):
 
 
 def test_a_profile_ends_with_the_run(tiny, tmp_path):
-    train.run(tiny(train__num_steps=12, train__profile_steps=5), tmp_path)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    train.run(tiny(train__num_steps=10, train__profile_steps=5), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "it begins with the tenth step"
 
 
 @pytest.mark.optimized

@@ -109,8 +109,9 @@ class Ours:
             weights = models.flops_per_token(cfg, 0) / 6
             self._prepare_decode()
             return {**facts, "weights": weights, "first_step_s": time.time() - started}
-        full, empty = (models.flops_per_token(cfg, length) for length in (made.task.row_length, 0))
         scored = made.tokens_per_step / made.positions_per_step
+        lengths = (made.task.row_length, 0)
+        full, empty = (models.flops_per_token(cfg, length, scored) for length in lengths)
         full, empty = full / scored, empty / scored  # of a token that is scored
         facts |= {
             "flops_full": full,

@@ -1,7 +1,7 @@
 """Score a trained model: `python -m tools.evaluate --workdir DIR [--config.data.path=text.txt]`.
 
-Without a path, on the validation split of its own data; with `data.path` or `data.source`, on all of
-that text, in the model's own tokens.
+Without a path, on the validation split of its own data, as much of it as in training (`eval.max_tokens`);
+with `data.path` or `data.source`, on all of that text, in the model's own tokens.
 """
 
 import argparse
@@ -34,10 +34,32 @@ def main(argv: list[str] | None = None) -> int:
     return command.exit_on_user_error(lambda: _run(args, assignments), debug=args.debug)
 
 
-def _take_whole(data: Any) -> None:
-    """Let a corpus be all of a text as it is: not a part, nor what the run's own cleaning leaves of it."""
-    data.mixture, data.mixture_stages, data.validation_path, data.clean = (), (), (), ()
-    data.fold = ""
+# What says which text is read and how much of it, besides the names of its fields.
+_OF_THE_TEXT = ("source", "dataset_config", "dataset_split", "revision", "mixture", "mixture_stages",
+                "mixture_temperature", "validation_path", "clean", "fold")  # fmt: skip
+_FIELDS = ("field", "source_field", "target_field", "label_field")
+
+
+def _take_whole(config: Any, assignments: list[str]) -> list[str]:
+    """Let a run's corpus be all of another text as it is, read as `assignments` say; return these and more.
+
+    Nothing is left of how the run read its own, but for the fields of records, where this has some too.
+    """
+    from lm.data import settings, sources
+
+    given = dict(assignment.partition("=")[::2] for assignment in assignments)
+    path = tuple(given.get("data.path", "").split(","))
+    source = sources.resolve(
+        given.get("data.source", settings.Config.source), path if path[0] else ()
+    )
+    reset = _OF_THE_TEXT if source in sources.WITH_FIELDS else (*_OF_THE_TEXT, *_FIELDS)
+    for name in reset:
+        config.data[name] = getattr(settings.Config, name)
+    if "data.path" not in given:
+        config.data.path = ()
+    config.eval.max_tokens = 0
+    whole = "data.validation_fraction"
+    return assignments if whole in given else [*assignments, f"{whole}=1"]
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:
@@ -58,12 +80,10 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
                 f"{key}: a trained model has it fixed; only data, eval and mesh can be set here"
             )
     other = {"data.path", "data.source"} & set(given)
-    if other and "data.validation_fraction" not in given:
-        assignments = [*assignments, "data.validation_fraction=1"]
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     if other:
-        _take_whole(config.data)
+        assignments = _take_whole(config, assignments)
     config = config_lib.complete(
         config_lib.override(config, assignments, experiment.SCHEMA), experiment.SCHEMA
     )

@@ -46,6 +46,8 @@ def result(workdir: Path, name: str, year: int, paper: str) -> dict[str, Any]:
     completer = workdirs.completer(folder, loaded)
     cfg = experiment.freeze(config_lib.complete(loaded.config, experiment.SCHEMA))
     tokens = last["step"] * cfg["data"].batch_size * completer.task.row_length
+    scored = completer.task.max_scored / completer.task.row_length
+    flops = models.flops_per_token(loaded.model.cfg, completer.task.row_length, scored)
     sampling = Sampling(max_tokens=24, temperature=0.0, top_k=1)
     prompt = MASKED if completer.kind == "masked" else PROMPT
     (text,) = completer.complete([prompt], sampling)
@@ -55,8 +57,7 @@ def result(workdir: Path, name: str, year: int, paper: str) -> dict[str, Any]:
         "year": year,
         "paper": paper,
         "parameters": step.count_parameters(loaded.params),
-        "training FLOPs": models.flops_per_token(loaded.model.cfg, completer.task.row_length)
-        * tokens,
+        "training FLOPs": flops * tokens,
         "minutes": minutes(rows),
         "bits per byte": last.get("eval/bits_per_byte", math.nan),
         "nats": last["eval/loss"],
@@ -69,9 +70,8 @@ def minutes(rows: Sequence[dict[str, Any]]) -> float:
     seconds, before = 0.0, 0
     for row in rows:
         if "train/tokens" in row:
-            if "tokens_per_second" in row:
-                tokens = (row["step"] - before) * row["train/tokens"]
-                seconds += tokens / row["tokens_per_second"]
+            if "steps_per_second" in row:
+                seconds += (row["step"] - before) / row["steps_per_second"]
             before = row["step"]
     return seconds / 60
 

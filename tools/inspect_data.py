@@ -82,21 +82,21 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         text = corpus.load(folder, thorough=args.verify)
         if args.verify:
             print("every file is as its manifest says")
-        config = config_lib.override(ConfigDict({"data": {}, "task": {}}), assignments, SCHEMA)
+        whole = config_lib.override(ConfigDict({"data": {}, "task": {}}), assignments, SCHEMA)
+        config = whole
     else:
-        config = _config(folder, args.config, assignments)
-        config = ConfigDict({name: config.get(name, {}) for name in SCHEMA}, type_safe=False)
+        whole = _config(folder, args.config, assignments)
+        config = ConfigDict({name: whole.get(name, {}) for name in SCHEMA}, type_safe=False)
         text = corpus.build(_frozen(config, "data"))
     task_cfg = _frozen(config, "task")
     for name, member in text.mixed or (("", text),):
         if name:
             print(f"\n=== {name}")
         _show(member, args.tokens)
-        kind = tasks.kinds(task_cfg)[0]
-        task = tasks.build(task_cfg, tasks.Setting(kind, member.tokenizer, member.labels))
-        if args.rows and task.num_rows(member.train):
-            batch = task.rows(member.train, np.arange(args.rows))
-            print("\n" + pipeline.describe_batch(batch, member.tokenizer, rows=args.rows))
+        task = tasks.build(task_cfg, _setting(whole, task_cfg, member))
+        if rows := min(args.rows, task.num_rows(member.train)):
+            batch = task.rows(member.train, np.arange(rows))
+            print("\n" + pipeline.describe_batch(batch, member.tokenizer, rows=rows))
     if args.out:
         _draw(text, Path(args.out))
         print(f"picture: {args.out}")
@@ -117,6 +117,16 @@ def _config(folder: Path | None, experiment: str | None, assignments: list[str])
     else:
         config = config_lib.load(str(experiment))
     return config_lib.override(config, assignments, experiments.SCHEMA)
+
+
+def _setting(config: ConfigDict, task_cfg: Any, member: Any) -> tasks.Setting:
+    """Return what the task of a run makes its rows with; of a corpus alone, the first kind that it makes."""
+    from lm import models
+
+    kinds, model = tasks.kinds(task_cfg), config.get("model", {})
+    accepts = models.family(model["name"]).Model.accepts if "name" in model else frozenset(kinds)
+    kind, start = tasks.kind_for(kinds, accepts), model.get("start_token", -1)
+    return tasks.Setting(kind, member.tokenizer, member.labels, config.get("seed", 0), start)
 
 
 def _frozen(config: ConfigDict, section: str) -> Any:

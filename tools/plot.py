@@ -9,7 +9,6 @@ paler tone; evaluations are marked where they were made.
 import argparse
 import dataclasses
 import difflib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -48,24 +47,15 @@ class Run:
     def _abscissae(self, steps: np.ndarray, x: str) -> np.ndarray:
         if x == "step":
             return steps
-        if x == "tokens":
-            return steps * self._tokens_per_step()
         # Time spent on updates alone: runs that evaluate more often are not the slower for it.
-        timed = [row for row in self.rows if row.get("tokens_per_second", 0) > 0]
-        if not timed:
-            raise ConfigError(f"{self.folder}: no row has tokens_per_second; use --x step")
-        ends = np.array([0.0] + [row["step"] for row in timed])
-        speed = np.array([row["tokens_per_second"] for row in timed])
-        minutes = np.cumsum(np.diff(ends) * self._tokens_per_step() / speed) / 60
-        return np.interp(steps, ends, np.concatenate([[0.0], minutes]))
-
-    def _tokens_per_step(self) -> int:
-        path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            return config["data"]["batch_size"] * config["task"]["length"]
-        except (OSError, ValueError, KeyError):
-            raise ConfigError(f"{path}: no batch size and length to read; use --x step") from None
+        metric = {"tokens": "train/tokens", "time": "steps_per_second"}[x]
+        told = [row for row in self.rows if row.get(metric, 0) > 0]
+        if not told:
+            raise ConfigError(f"{self.folder}: no row has {metric}; use --x step")
+        ends = np.array([0.0] + [row["step"] for row in told])
+        of_step = np.array([row[metric] for row in told])  # as of all since the row before
+        of_step = of_step if x == "tokens" else 1 / (60 * of_step)
+        return np.interp(steps, ends, np.concatenate([[0.0], np.cumsum(np.diff(ends) * of_step)]))
 
 
 def read_runs(workdirs: Sequence[str | Path]) -> list[Run]:
@@ -81,7 +71,11 @@ def read_runs(workdirs: Sequence[str | Path]) -> list[Run]:
         record = folder / "metrics.jsonl"
         if not record.is_file():
             raise ConfigError(f"workdir={folder}: no metrics.jsonl there; give a run's folder")
-        runs.append(Run(str(folder.relative_to(shared)), folder, metrics_lib.read_rows(record)))
+        rows = metrics_lib.read_rows(record)
+        for name, value in (item for row in rows for item in row.items()):
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{record}: {name} is {value!r}, no number; delete that line")
+        runs.append(Run(str(folder.relative_to(shared)), folder, rows))
     return runs
 
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from lm import command, exits, startup
 from lm import config as config_lib
 
-TIMED = ("tokens_per_second", "mfu")  # what is not a number of the run itself
 _SHOWN = 5
 
 
@@ -180,7 +179,7 @@ class Record:
         self._folder = workdir / "checkpoints"
         self.rows: dict[int, dict[str, float]] = {}
         for row in metrics.read_rows(path):
-            values = {name: value for name, value in row.items() if name not in ("step", *TIMED)}
+            values = {name: value for name, value in metrics.untimed(row).items() if name != "step"}
             self.rows.setdefault(int(row["step"]), {}).update(values)
         marks = workdir / trail.FILE
         found: list[Any] = metrics.read_rows(marks) if marks.exists() else []

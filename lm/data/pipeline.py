@@ -95,7 +95,10 @@ class Batches:
             starts = places * window
             indices = starts + step % window
             return self.task.rows(
-                self.splits[0], indices, stream_starts=starts * self.task.max_scored
+                self.splits[0],
+                indices,
+                stream_starts=starts * self.task.max_scored,
+                epochs=np.full_like(places, step // window),
             )
         corpora, indices, epochs = self.locate(places + step * self.batch_size)
         if not self.mixture:

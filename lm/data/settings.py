@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lm.config import ConfigError
+from lm.config import SET, ConfigError
 from lm.data import cleaning, mixture, sources, splits, subwords, tokenizers
 
 MOST_TOKENS = 1 << 24  # of a vocabulary
@@ -44,7 +44,7 @@ class Config:
     prefetch_threads: int = 2  # threads that make batches; 0 makes them in the loop
     prefetch_batches: int = 8  # batches made ahead
 
-    ONLY_FOR: ClassVar[dict[str, tuple[str, tuple]]] = {
+    ONLY_FOR: ClassVar = {
         "dataset_config": ("source", ("huggingface",)),
         "dataset_split": ("source", ("huggingface",)),
         "revision": ("source", ("huggingface",)),
@@ -53,6 +53,7 @@ class Config:
         "unknown": ("tokenizer", ("sentencepiece",)),
         "user_symbols": ("tokenizer", ("sentencepiece", "byte_bpe")),
         "tokenizer_path": ("tokenizer", ("file",)),
+        "mixture_temperature": ("mixture", SET),
     }
 
     def __post_init__(self):

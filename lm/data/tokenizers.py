@@ -59,6 +59,10 @@ class Tokenizer:
         """Return the text of one id as it stands in a text: behind a space where it begins a word."""
         return self.decode([index])
 
+    def decode_behind(self, before: str, ids: Iterable[int]) -> str:
+        """Return the text of `ids` as it is read behind the text `before`, which has some."""
+        return self.decode(ids)
+
     def save(self, folder: str | Path) -> None:
         """Write what `load` needs into `folder`, which is made where missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)

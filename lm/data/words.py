@@ -50,6 +50,11 @@ class Word(tokenizers.Tokenizer):
             words.append("\n" if i == 1 else known)
         return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
 
+    def decode_behind(self, before: str, ids: Iterable[int]) -> str:
+        known = self.encode(before).tolist()
+        text = self.decode([*known, *ids])[len(self.decode(known)) :]
+        return text.lstrip(" ") if before[-1:].isspace() else text
+
     def piece(self, index: int) -> str:
         return f" {self.decode([index])}"
 

@@ -7,7 +7,8 @@
   by "counting" (then `init_counts`, `count`, `estimate`: see `lm/models/ngram.py`); `max_context` bounds the
   positions that decoding may use. With `decode`, a prompt (L > 1) fills the collection "cache" from its
   start, and a token (L = 1) goes on. With "carry", `init_carry(batch_size)`;
-- `flops_per_token(cfg, length)`: of training, forward and backward.
+- `flops_per_token(cfg, length, scored)`: of training, forward and backward; the head's at the share of
+  positions that is scored.
 
 Every parameter names its axes as `lm.sharding.RULES` has them; `tests/models` tries all of this on every
 file of the folder.
@@ -24,7 +25,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lm.config import ConfigError
+from lm.config import SET, ConfigError
 from lm.nn import fp8
 from lm.nn.mlp import GATED
 from lm.nn.transformer import REMAT_POLICIES
@@ -32,9 +33,7 @@ from lm.nn.transformer import REMAT_POLICIES
 # What a family with experts (`lm.nn.moe`) says of its fields.
 OF_EXPERTS = ("capacity_factor", "router_z_loss", "balance_loss", "shared_experts", "expert_dim")
 EXPERTS = ("num_experts", *OF_EXPERTS)  # fields of 0 or more
-EXPERTS_ONLY_FOR = dict.fromkeys(
-    ("experts_per_token", *OF_EXPERTS), ("num_experts", range(1, 2**31))
-)
+EXPERTS_ONLY_FOR = dict.fromkeys(("experts_per_token", *OF_EXPERTS), ("num_experts", SET))
 
 
 def names() -> list[str]:
@@ -121,9 +120,13 @@ def build(cfg: Any, *, decode_length: int = 0) -> nn.Module:
     return family(cfg.name).Model(cfg, decode_length=decode_length)
 
 
-def flops_per_token(cfg: Any, length: int) -> float:
-    """Return the training FLOPs a token (forward and backward, attention counted in full)."""
-    return family(cfg.name).flops_per_token(cfg, length)
+def flops_per_token(cfg: Any, length: int, scored: float = 1.0) -> float:
+    """Return the training FLOPs a token (forward and backward, attention counted in full).
+
+    Args:
+      scored: share of the positions whose logits are made.
+    """
+    return family(cfg.name).flops_per_token(cfg, length, scored)
 
 
 def check_option(cfg: Any, field: str, options: tuple[str, ...]) -> None:

@@ -22,13 +22,12 @@ from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, segment_mask
 from lm.nn.context import WAYS
 from lm.nn.embed import Embed, finish_logits, pad_vocab
-from lm.nn.linear import Linear
+from lm.nn.linear import Linear, wide
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 from lm.nn.norm import Norm
 from lm.nn.transformer import Stack, stacking
 
 INIT = nn.initializers.truncated_normal(0.02)
-SCORED = 0.15  # share of the positions that the head is computed at: BERT's and RoBERTa's rate of masking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +143,14 @@ class Model(nn.Module):
         self.embed_norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon)
         self.dropout = nn.Dropout(cfg.dropout)
         self.layers = Stack(Block, {"cfg": cfg}, cfg.num_layers, **stacking(cfg))
-        square, axes = (D, D), ("embed", "embed_out")
+        square, axes, sums = (D, D), ("embed", "embed_out"), wide(dtype)  # logits are not rounded
         if cfg.next_sentence or cfg.num_classes:
             self.pooler = Linear(square, axes, dtype, INIT, bias=True)
         if cfg.next_sentence:
-            self.next_sentence_head = Linear((D, 2), ("embed", "classes"), dtype, INIT, bias=True)
+            self.next_sentence_head = Linear((D, 2), ("embed", "classes"), sums, INIT, bias=True)
         if cfg.num_classes:
             shape = (D, pad_vocab(cfg.num_classes))
-            self.classifier = Linear(shape, ("embed", "vocab"), dtype, INIT, bias=True)
+            self.classifier = Linear(shape, ("embed", "vocab"), sums, INIT, bias=True)
         else:
             self.head = Linear(square, axes, dtype, INIT, bias=True)
             self.head_norm = Norm("layernorm", bias=True, epsilon=cfg.norm_epsilon)
@@ -188,7 +187,7 @@ class Model(nn.Module):
         return x_BLD
 
     def _score_next_sentence(self, x_BLD: jax.Array, batch) -> None:
-        logits_B2 = self.next_sentence_head(jnp.tanh(self.pooler(x_BLD[:, 0]))).astype(jnp.float32)
+        logits_B2 = self.next_sentence_head(jnp.tanh(self.pooler(x_BLD[:, 0])))
         if "labels" not in batch:
             return
         labels_B = batch["labels"]
@@ -205,7 +204,7 @@ class Model(nn.Module):
         """
         cfg = self.cfg
         if cfg.num_classes:
-            logits_BLV = self.classifier(jnp.tanh(self.pooler(x_BLD))).astype(jnp.float32)
+            logits_BLV = self.classifier(jnp.tanh(self.pooler(x_BLD)))
             return finish_logits(logits_BLV, cfg.num_classes)
         x_BLD = sharding.constrain(self.head(x_BLD), "act_batch", "act_length", "act_embed")
         x_BLD = self.head_norm(ACTIVATIONS[cfg.activation](x_BLD))
@@ -213,11 +212,11 @@ class Model(nn.Module):
         return finish_logits(logits_BLV, cfg.vocab_size)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a token: 6 N (matrix parameters of the blocks) + 12 layers D T, and the head.
 
-    A language model's head (D^2 + D V parameters) is counted at 15% of the positions, as many as BERT
-    masks; a classifier's (D^2 + D C) at one of a row, and so is the pooler of the next sentence.
+    A language model's head (D^2 + D V parameters) is counted at the share of positions that are `scored`;
+    a classifier's (D^2 + D C) at one of a row, and so is the pooler of the next sentence.
     """
     D = cfg.model_dim
     blocks = cfg.num_layers * (4 * D * D + 2 * D * cfg.sizes["mlp_dim"])
@@ -226,7 +225,7 @@ def flops_per_token(cfg: Config, length: int) -> float:
     if cfg.num_classes:
         once += D * D + D * pad_vocab(cfg.num_classes)
     else:
-        head = SCORED * (D * D + D * pad_vocab(cfg.vocab_size))
+        head = scored * (D * D + D * pad_vocab(cfg.vocab_size))
     if cfg.next_sentence:
         once += D * D + 2 * D
     matrices = blocks + head + once / max(length, 1)

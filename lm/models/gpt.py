@@ -61,8 +61,8 @@ class Config:
     rope_beta_slow: float = 1.0  # turns in these below which it is scaled in full
     rope_truncate: bool = True  # whole dimensions between these two
     rope_attention_factor: float = 0.0  # of cosine and sine; 0 = by rope_factor and the next two
-    rope_mscale: float = 0.0  # m of 0.1 m log(rope_factor) + 1, in the numerator; 0 = 1
-    rope_mscale_all_dim: float = 0.0  # the same in the denominator; 0 = neither of the two
+    rope_mscale: float = 0.0  # m of 0.1 m log(rope_factor) + 1, in the numerator; 0 = neither
+    rope_mscale_all_dim: float = 0.0  # the same in the denominator; both are given, or neither
     norm: str = "rmsnorm"  # rmsnorm or layernorm
     norm_bias: bool = False  # layernorm with a bias
     norm_epsilon: float = 1e-5  # added to the variance, or the mean square
@@ -160,6 +160,21 @@ class Config:
                 raise ConfigError(
                     f"model.{high}={getattr(self, high)}: use more than model.{low}={getattr(self, low)}"
                 )
+        if bool(self.rope_mscale) != bool(self.rope_mscale_all_dim):
+            raise ConfigError(
+                f"model.rope_mscale={self.rope_mscale} and model.rope_mscale_all_dim="
+                f"{self.rope_mscale_all_dim}: one alone changes nothing; set both, or neither"
+            )
+        if self.rope_scaling != "none" and self.rope_factor == 1:
+            raise ConfigError(
+                f"model.rope_scaling={self.rope_scaling!r}: with model.rope_factor=1.0 it changes nothing; "
+                "use a factor above 1, or model.rope_scaling=none"
+            )
+        if self.max_length and not self.sizes["rope_original_length"]:
+            raise ConfigError(
+                f"model.rope_factor={self.rope_factor}: more than the model.max_length={self.max_length} "
+                "positions that it makes; use a smaller one, or give model.rope_original_length"
+            )
         if self.rope_base <= 1:
             raise ConfigError(f"model.rope_base={self.rope_base}: use a number above 1")
 
@@ -335,7 +350,7 @@ class Model(nn.Module):
         return finish_logits(logits_BLV, self.cfg.vocab_size, self.cfg.logit_softcap)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a token: 6 N (matrices that it meets, head once) + 12 layers d_attention T.
 
     T is the mean number of keys of a query as if none were masked: min(length, window).
@@ -343,8 +358,9 @@ def flops_per_token(cfg: Config, length: int) -> float:
     sizes, D = cfg.sizes, cfg.model_dim
     qkv = D * (cfg.num_heads + 2 * sizes["num_kv_heads"]) * sizes["head_dim"]
     out = cfg.num_heads * sizes["head_dim"] * D
-    matrices = cfg.num_layers * (qkv + out + feed_forward_parameters(cfg)) + D * pad_vocab(
-        cfg.vocab_size
-    )
+    matrices = cfg.num_layers * (qkv + out + feed_forward_parameters(cfg))
+    head = scored * D * pad_vocab(cfg.vocab_size)
     keys = min(length, cfg.window or length)
-    return 6.0 * matrices + 12.0 * cfg.num_layers * cfg.num_heads * sizes["head_dim"] * keys
+    return (
+        6.0 * (matrices + head) + 12.0 * cfg.num_layers * cfg.num_heads * sizes["head_dim"] * keys
+    )

@@ -33,7 +33,7 @@ class Config:
     head_dim: int = 0  # width of a head's values; 0 = model_dim / num_heads
     key_dim: int = 0  # width of a head's queries and keys; 0 = head_dim
     conv_width: int = 4  # tokens that the short convolution sees, its own included; 1 = none
-    chunk: int = 64  # tokens computed together by matrix products; a matter of speed alone
+    chunk: int = 64  # tokens computed together by matrix products; more round a little more
     mlp_dim: int = 0  # feed-forward width; 0 = 4 model_dim (swiglu: 8/3, to a multiple of 64)
     activation: str = "relu2"  # gelu, relu2 or swiglu
     vocab_size: int = 0  # tokens; 0 = the tokenizer's
@@ -162,7 +162,7 @@ class Model(nn.Module):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a token: 6 N (matrix parameters, head once) + those of the recurrence.
 
     Of the recurrence, for each head, 6 (C (K + P) + 2 K P): the products within a chunk of C tokens, as
@@ -173,4 +173,5 @@ def flops_per_token(cfg: Config, length: int) -> float:
     projections = D * H * (2 * K + 3 * P + 1)
     mlp = (3 if cfg.activation == "swiglu" else 2) * D * sizes["mlp_dim"]
     recurrence = H * (C * (K + P) + 2 * K * P)
-    return 6.0 * (cfg.num_layers * (projections + mlp + recurrence) + D * pad_vocab(cfg.vocab_size))
+    head = scored * D * pad_vocab(cfg.vocab_size)
+    return 6.0 * (cfg.num_layers * (projections + mlp + recurrence) + head)

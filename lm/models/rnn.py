@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import hardware, sharding
+from lm.config import SET
 from lm.models import check_fields, check_heads, check_option
 from lm.nn.attention import Attention, causal_mask
 from lm.nn.cells import CELLS
@@ -46,10 +47,12 @@ class Config:
     weight_dropout: float = 0.0  # probability, on the elements of recurrent kernels (DropConnect)
     embed_dropout: float = 0.0  # probability, on whole words of the vocabulary, as inputs
     init_scale: float = (
-        0.0  # parameters start uniform in +- this, biases too; 0 = each layer's own way
+        0.0  # all but attention's start uniform in +- this; 0 = each layer's own way
     )
     mask: str = ""  # of attention: causal or segments (documents apart); "" = as the task packs
     dtype: str = ""  # of computation: float32 or bfloat16; "" = bfloat16 on accelerators
+
+    ONLY_FOR: ClassVar = {"mask": ("num_heads", SET)}
 
     def __post_init__(self):
         check_option(self, "cell", tuple(CELLS))
@@ -154,13 +157,15 @@ class Model(nn.Module):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a token: 6 N (matrix parameters, head once) + 12 d_attention T."""
     D, E = cfg.model_dim, cfg.sizes["embed_dim"]
     inputs = E + (cfg.num_layers - 1) * D
     matrices = CELLS[cfg.cell].num_gates * D * (inputs + cfg.num_layers * D)
-    matrices += (E if cfg.tied else D) * pad_vocab(cfg.vocab_size)
+    head = (E if cfg.tied else D) * pad_vocab(cfg.vocab_size)
     if cfg.tied and D != E:
-        matrices += D * E
+        head += D * E
     attention = 4 * D * D if cfg.num_heads else 0
-    return 6.0 * (matrices + attention) + (12.0 * D * length if cfg.num_heads else 0.0)
+    return 6.0 * (matrices + scored * head + attention) + (
+        12.0 * D * length if cfg.num_heads else 0.0
+    )

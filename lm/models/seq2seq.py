@@ -78,12 +78,14 @@ class Attend(nn.Module):
                 "score", nn.with_logical_partitioning(init, ("hidden_in", "kv")), (D, 1)
             )
             scale_D1 = sharding.gather(scale_D1, ("hidden_in", "kv"), self.dtype)
-            hidden_BLSD = jnp.tanh(query[:, :, None] + keys_BSD[:, None])
+            hidden_BLSD = jnp.tanh(query[:, :, None] + keys_BSD[:, None]).astype(wide(self.dtype))
             scores_BLS = einsum("blsd,dk->blsk", hidden_BLSD, scale_D1)[..., 0]
         else:
-            scores_BLS = jnp.einsum("bld,bsd->bls", h_BLD, keys_BSD)
+            scores_BLS = jnp.einsum(
+                "bld,bsd->bls", h_BLD, keys_BSD, preferred_element_type=wide(self.dtype)
+            )
         seen_BLS = segment_mask(segments_BL, segments_BS)
-        scores_BLS = jnp.where(seen_BLS, scores_BLS.astype(wide(self.dtype)), UNSEEN)
+        scores_BLS = jnp.where(seen_BLS, scores_BLS, UNSEEN)
         weights_BLS = jax.nn.softmax(scores_BLS).astype(self.dtype)
         context_BLE = jnp.einsum("bls,bse->ble", weights_BLS, source_BSE)
         both = jnp.concatenate([context_BLE, h_BLD], axis=-1)
@@ -239,7 +241,7 @@ class Model(nn.Module):
         return finish_logits(logits_BLV, self.cfg.vocab_size)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a target token, its source as long as the row (or `max_source_length`).
 
     6 N for the decoder's matrices and the head, 6 N of the encoder's for each source token, and the
@@ -250,9 +252,9 @@ def flops_per_token(cfg: Config, length: int) -> float:
     gates, E = CELLS[cfg.cell].num_gates, D * ways
     encoder = ways * gates * D * (D + D) + (cfg.num_layers - 1) * ways * gates * D * (E + D)
     decoder = cfg.num_layers * gates * D * 2 * D + (gates * D * D if cfg.input_feeding else 0)
-    decoder += D * pad_vocab(cfg.vocab_size)
+    head = scored * D * pad_vocab(cfg.vocab_size)
     source = (cfg.max_source_length or length) / max(length, 1)
-    flops = 6.0 * (decoder + source * encoder)
+    flops = 6.0 * (decoder + head + source * encoder)
     if cfg.attention != "none":
         additive = cfg.attention == "additive"
         flops += 6.0 * (D * (E + D) + source * E * D + (D * D if additive else 0))

@@ -272,7 +272,7 @@ class Model(nn.Module):
         source_BSD = source_segments_BS = None
         if "source" in batch:
             source_segments_BS = batch["source_segments"]
-            source_BSD = self.encode(batch, train=train)
+            source_BSD = self.encode(batch, train=train, decode=decode)
         mask = causal_mask(length, segments_BL=None if decode else segments_BL, decode=decode)
         if decode and length == 1:
             slots_11S = jnp.arange(self.decode_length)[None, None]
@@ -286,8 +286,8 @@ class Model(nn.Module):
         )  # fmt: skip
         return self.dropout(self.decoder_norm(x_BLD), deterministic=not train)
 
-    def encode(self, batch, *, train: bool = False) -> jax.Array:
-        """Return features [B, S, D] of the source."""
+    def encode(self, batch, *, train: bool = False, decode: bool = False) -> jax.Array:
+        """Return features [B, S, D] of the source; in decoding no expert drops a token of it."""
         segments_BS = batch["source_segments"]
         x_BSD = self.dropout(self.embed(batch["source"]), deterministic=not train)
         mask = segment_mask(segments_BS, segments_BS)
@@ -299,7 +299,7 @@ class Model(nn.Module):
             score_bias,
             segments_BS,
             train=train,
-            decode=False,
+            decode=decode,
         )
         return self.dropout(self.encoder_norm(x_BSD), deterministic=not train)
 
@@ -312,7 +312,7 @@ class Model(nn.Module):
         return finish_logits(logits_BLV, self.cfg.vocab_size)
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(cfg: Config, length: int, scored: float = 1.0) -> float:
     """Return training FLOPs a token of the decoder: 6 times each matrix parameter that it meets.
 
     The encoder's, and those of the cross-attention's keys and values, meet source tokens, of which
@@ -323,7 +323,7 @@ def flops_per_token(cfg: Config, length: int) -> float:
     decoders = sizes["num_decoder_layers"]
     mlp = feed_forward_parameters(cfg)
     of_source = cfg.num_layers * (4 * D * width + mlp) + decoders * 2 * D * width
-    of_target = decoders * (6 * D * width + mlp) + D * pad_vocab(cfg.vocab_size)
+    of_target = decoders * (6 * D * width + mlp) + scored * D * pad_vocab(cfg.vocab_size)
     source = cfg.max_source_length or length
     ratio = source / length if length else 1.0
     pairs = cfg.num_layers * ratio * source + decoders * (length + source)

@@ -5,8 +5,9 @@ Letters: E groups, M rows, K and N the kernel's sides, P blocks of T rows.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lm.nn.linear import product, wide
+from lm.nn.linear import KEPT, product, wide
 
 BLOCK = 128  # rows of one product on a CPU
 
@@ -27,14 +28,15 @@ def grouped_product(
 ) -> jax.Array:
     """Return [M, N] of rows that lie in consecutive groups, each a multiple of `block`, times their kernels.
 
-    Rows after the last group may hold anything.
+    In the type of x, to which kernels are rounded. Rows after the last group may hold anything.
     """
     if jax.default_backend() != "cpu":
-        return jax.lax.ragged_dot(x_MK, kernel_EKN, size_E)
+        y_MN = jax.lax.ragged_dot(x_MK, kernel_EKN.astype(x_MK.dtype), size_E)
+        return checkpoint_name(y_MN, KEPT)
     num_blocks = len(x_MK) // block
     end_E = jnp.cumsum(size_E) // block
     group_P = (jnp.arange(num_blocks)[:, None] >= end_E[None]).sum(1)
-    return by_blocks(x_MK, kernel_EKN, group_P, end_E[-1])
+    return checkpoint_name(by_blocks(x_MK, kernel_EKN, group_P, end_E[-1]), KEPT)
 
 
 @jax.custom_vjp
@@ -59,18 +61,20 @@ def _at(array: jax.Array, index: jax.Array) -> jax.Array:
 def _by_blocks_backward(operands, dy_MN):
     x_MK, kernel_EKN, group_P, num_used = operands
     x_PTK, dy_PTN = (array.reshape(len(group_P), -1, array.shape[1]) for array in (x_MK, dy_MN))
+    kind = wide(kernel_EKN.dtype)
 
     def body(block, carry):
         dx_PTK, dkernel_EKN = carry
         group, dy_TN = _at(group_P, block), _at(dy_PTN, block)
-        dx_TK = dy_TN @ _at(kernel_EKN, group).T
-        dkernel_KN = _at(dkernel_EKN, group) + _at(x_PTK, block).T @ dy_TN
+        dx_TK = dy_TN @ _at(kernel_EKN, group).T.astype(dy_TN.dtype)
+        dkernel_KN = jnp.matmul(_at(x_PTK, block).T, dy_TN, preferred_element_type=kind)
+        dkernel_KN += _at(dkernel_EKN, group)
         return (
             jax.lax.dynamic_update_index_in_dim(dx_PTK, dx_TK, block, 0),
             jax.lax.dynamic_update_index_in_dim(dkernel_EKN, dkernel_KN, group, 0),
         )
 
-    zeros = jnp.zeros_like(x_PTK), jnp.zeros(kernel_EKN.shape, wide(kernel_EKN.dtype))
+    zeros = jnp.zeros_like(x_PTK), jnp.zeros(kernel_EKN.shape, kind)
     dx_PTK, dkernel_EKN = jax.lax.fori_loop(0, num_used, body, zeros)
     return dx_PTK.reshape(x_MK.shape), dkernel_EKN.astype(kernel_EKN.dtype), None, None
 

@@ -81,8 +81,10 @@ def product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Ar
         return (kernel @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
     num_parts = math.gcd(x.shape[-1], ROW_PARTS)
     parts_PKN = kernel.reshape(num_parts, -1, kernel.shape[-1])
-    y_PN = jnp.einsum("pk,pkn->pn", x.reshape(num_parts, -1), parts_PKN)
-    return sum(y_PN[1:], y_PN[0]).reshape(*x.shape[:-1], -1)
+    y_PN = jnp.einsum(
+        "pk,pkn->pn", x.reshape(num_parts, -1), parts_PKN, preferred_element_type=wide(x.dtype)
+    )
+    return sum(y_PN[1:], y_PN[0]).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _product_forward(x, kernel, transposed):
@@ -165,7 +167,8 @@ _shared_product.defvjp(
 
 def einsum(formula: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return a product of `x` and a kernel in the type of `x`, as `product`: "ebd,edf->ebf" of E kernels."""
-    return jnp.einsum(formula, x, kernel) if kernel.dtype == x.dtype else _mixed(formula, x, kernel)
+    multiply = jnp.einsum if kernel.dtype == x.dtype else _mixed
+    return checkpoint_name(multiply(formula, x, kernel), KEPT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

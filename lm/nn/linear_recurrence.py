@@ -49,7 +49,8 @@ def recur(
       state_BHKP: S to start from, of float32 or wider.
       fresh_BL: positions that start from S = 0, bool.
       valid_BL: positions that change the state, bool; elsewhere it is held.
-      chunk: positions whose y are made by products of all with all; any number gives the same.
+      chunk: positions whose y are made by products of all with all; any gives the same but for
+        rounding, which grows with it (a decay within a chunk is a difference of sums).
 
     Returns:
       y [B, H, L, P] and the last S, in the type of `state`.

@@ -36,10 +36,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lm import collectives, sharding
 from lm.nn.grouped import block_rows, grouped_product
-from lm.nn.linear import einsum, wide
+from lm.nn.linear import KEPT, einsum, wide
 from lm.nn.mlp import ACTIVATIONS, GATED, MLP
 
 
@@ -151,7 +152,7 @@ class MoE(nn.Module):
         logits_BLE = jnp.einsum(
             "bld,de->ble", x_BLD.astype(kernel.dtype), kernel, precision=jax.lax.Precision.HIGHEST
         )
-        p_BLE = jax.nn.softmax(logits_BLE)
+        p_BLE = jax.nn.softmax(checkpoint_name(logits_BLE, KEPT))
         choice_BLK = largest(jax.lax.stop_gradient(p_BLE), K)
         gate_BLK = (p_BLE[:, :, None] * one_hot(choice_BLK, E)).sum(-1)
         if K > 1:
@@ -352,12 +353,8 @@ def _dropless(x_BLD, choice_BLK, gate_BLK, up, down, *, activation):
     start_1NK = jnp.take(jnp.cumsum(size_E) - size_E, choice_1NK, mode="clip")
     slot_1NK = jnp.where(here_1NK, start_1NK + rank_1NK, num_slots)
     x_1MD, choice_1M = send(x_1ND, slot_1NK, num_slots)
-    up_shape = up.shape[2:]
-    up, down = (
-        kernel.astype(x_BLD.dtype) for kernel in (up, down)
-    )  # here: devices sum what is wide
     h = grouped_product(x_1MD[0], up.reshape(E, D, -1), size_E, block)
-    h_MF = activate(h.reshape(-1, *up_shape), activation)
+    h_MF = activate(h.reshape(-1, *up.shape[2:]), activation)
     y_MD = grouped_product(h_MF, down, size_E, block)
     y_1ND = collect(y_MD[None], slot_1NK, choice_1M, gate_BLK.reshape(1, B * L, K))
     y_BLD = collectives.all_reduce(y_1ND.reshape(B, L, D), "mlp")

@@ -27,7 +27,8 @@ def test_a_run_ends_with_a_sample_and_goes_on(tiny, tmp_path, capsys):
     train.run(config, tmp_path)
     completer = workdirs.completer(tmp_path, checkpoint.load(tmp_path))
     (text,) = completer.complete(["the cat"], Sampling(max_tokens=4, temperature=0.0))
-    assert all(word in completer.tokenizer.words for word in text.split(" "))
+    assert all(word in completer.tokenizer.words for word in text.split())
+    assert text.startswith((" ", "\n")), "what goes on is a word of its own"
 
 
 def test_bits_per_byte_are_not_guessed(tiny, tmp_path):
@@ -108,3 +109,12 @@ def test_counting_holds_no_more_than_so_many_words(monkeypatch):
     assert words.train(texts, vocab_size=6).words[2:] == ["the", "and", "cat"]
     assert words.train(texts[:10], vocab_size=99).vocab_size == 3 + 3 + 20
     assert len(words.train(texts, vocab_size=9999).words) <= 2 + 100 + 6
+
+
+def test_a_continuation_is_apart_from_the_words_before_it():
+    tokenizer = words.train(["the dog barks loud\n"], vocab_size=20)
+    ids = tokenizer.encode("barks\nloud").tolist()
+    assert tokenizer.decode_behind("the dog", ids) == " barks\nloud"
+    assert tokenizer.decode_behind("the dog ", ids) == "barks\nloud"
+    assert tokenizer.decode_behind("the dog\nthe", [1, *ids]) == "\nbarks\nloud"
+    assert tokenizer.decode_behind("the dog", []) == ""

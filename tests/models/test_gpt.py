@@ -225,6 +225,10 @@ def test_flops_by_hand():
     gated = build(activation="swiglu", mlp_dim=40, head_dim=8, tied=False).cfg
     matrices = 2 * (3 * 16 * 32 + 32 * 16 + 3 * 16 * 40) + 16 * 128
     assert gpt.flops_per_token(gated, 10) == 6 * matrices + 12 * 2 * 32 * 10
+    few = (
+        6 * (matrices - 0.75 * 16 * 128) + 12 * 2 * 32 * 10
+    )  # logits of a quarter of the positions
+    assert gpt.flops_per_token(gated, 10, scored=0.25) == few
 
 
 @pytest.mark.parametrize("bias_in", ["all", "attention", "mlp"])
@@ -243,6 +247,19 @@ def test_the_scaling_of_positions_reaches_attention():
         options = {"rope_scaling": scaling, "rope_factor": 2.0}
         assert build(**options).cfg.rotary.original_length == L / 2
         assert np.abs(features(build(**options), batch, params) - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_scaling": "yarn"}, r"model\.rope_scaling='yarn': with model\.rope_factor=1\.0 it changes"),
+        ({"rope_mscale": 2.0}, r"model\.rope_mscale=2\.0 and model\.rope_mscale_all_dim=0\.0: one alone"),
+        ({"rope_scaling": "yarn", "rope_factor": 99.0, "max_length": 9}, r"model\.rope_factor=99\.0: more"),
+    ],
+)  # fmt: skip
+def test_a_scaling_that_would_do_nothing_is_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        build(**fields)
 
 
 def test_epsilon_reaches_every_norm():

@@ -191,3 +191,37 @@ def test_flops_count_every_matrix_product(form):
     E = D * (2 if cfg.bidirectional else 1)
     pair = {"none": 0, "multiplicative": D + E, "additive": 2 * D + E}[cfg.attention]
     assert seq2seq.flops_per_token(cfg, length) == 6 * (target + source * 5 / 10 + pair * 5)
+
+
+@pytest.mark.parametrize("kind", ["additive", "multiplicative"])
+def test_in_bfloat16_scores_are_not_rounded(kind):
+    """Of size 8 to 32, where bfloat16 has steps of 1/16 to 1/8: weights would be as far off."""
+    D = 512
+    module = seq2seq.Attend(
+        dataclasses.replace(build(attention=kind).cfg, model_dim=D), jnp.bfloat16
+    )
+    rng = np.random.default_rng(0)
+    h, keys = (jnp.asarray(rng.normal(size=(1, n, D)), jnp.bfloat16) for n in (1, 64))
+    h = h * 0.25 + 0.02 * keys[:, :1]
+    ones = jnp.ones((1, 1), jnp.int32), jnp.ones((1, 64), jnp.int32)
+    source = jnp.asarray(np.eye(64)[None] / 4, jnp.bfloat16)
+    given = h, ones[0], keys, source, ones[1]
+    params = nn.unbox(module.init(jax.random.key(0), *given))["params"]
+    out = np.zeros(params["out"]["kernel"].shape, np.float32)
+    out[:64, :64] = np.eye(64)  # what comes out is tanh of a quarter of the weights
+    params = {**params, "out": {"kernel": jnp.asarray(out)}}
+    if kind == "additive":
+        params["query"] = {"kernel": jnp.eye(D)}
+        params["score"] = params["score"].at[:].set(0.25)
+        scores = np.tanh((h[:, :, None] + keys[:, None]).astype("f")).astype(jnp.bfloat16)
+        scores = (np.float64(scores) * 0.25).sum(-1)[0, 0]
+    else:
+        scores = (np.float64(h.astype("f"))[0] @ np.float64(keys.astype("f"))[0].T)[0]
+    assert np.abs(scores).max() > 8
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    found = module.apply({"params": params}, *given)[0, 0, :64].astype("f")
+    found = 4 * np.arctanh(np.float64(found))
+    seen = weights > 1e-3
+    assert seen.sum() > 2
+    np.testing.assert_allclose(found[seen], weights[seen], rtol=0.015)

@@ -428,3 +428,19 @@ def check_mesh(sizes, **fields):
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 1, 8)])  # others: test_conformance.py
 def test_every_mesh_equals_one_device(sizes):
     check_mesh(sizes, num_layers=3, scan=True, **V1_1)
+
+
+def test_in_decoding_the_encoder_drops_no_token_whatever_its_capacity():
+    experts = {"num_experts": 4, "experts_per_token": 1, "num_layers": 1}
+    tight = build(decode_length=L, capacity_factor=0.5, **experts)
+    free = build(decode_length=L, **experts)
+    batch = {**batch_of(), "source_segments": np.ones((B, S), np.int32)}
+    batch["source_positions"] = restarting(batch["source_segments"])
+    apply = functools.partial(jax.jit, static_argnums=(0, 1))(
+        lambda model, decode, params: model.apply(
+            {"params": params}, batch, decode=decode, mutable=["cache", "reports", "losses"]
+        )[0]
+    )
+    made, kept = (apply(model, True, params_of(free)) for model in (tight, free))
+    np.testing.assert_allclose(made, kept, atol=1e-5)
+    assert np.abs(apply(tight, False, params_of(free)) - kept).max() > 1e-2, "training does drop"

@@ -43,3 +43,16 @@ def test_blocks_are_no_larger_than_a_group():
     assert grouped.block_rows(2, 8) == 1  # a token that decodes meets no padding
     assert grouped.block_rows(8 * 5, 8) == 8
     assert grouped.block_rows(10**6, 8) == grouped.BLOCK
+
+
+def test_of_bfloat16_rows_a_kernel_has_a_gradient_that_is_not_rounded():
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(8, K)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(2, K, N)), jnp.float32)
+
+    def total(kernel):
+        return jnp.square(grouped.grouped_product(x, kernel, jnp.array([4, 4]), 4)).sum(dtype="f")
+
+    gradient = jax.grad(total)(kernel)
+    assert gradient.dtype == jnp.float32
+    assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()

@@ -58,3 +58,13 @@ def test_the_product_and_its_gradient_by_hand_are_those_of_jax(lead, inputs, tra
     theirs = both(lambda x, kernel: jnp.matmul(x, kernel.T if transposed else kernel))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_in_bfloat16_the_parts_of_one_row_are_summed_wide():
+    rng = np.random.default_rng(3)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 1024), (1024, 64))
+    )
+    exact = np.float64(x.astype("f")) @ np.float64(kernel.astype("f"))
+    error = np.abs(np.float64(product(x, kernel).astype("f")) - exact).max()
+    assert error <= 2**-8 * np.abs(exact).max(), "of one rounding"

@@ -373,7 +373,7 @@ def test_experts_have_no_biases():
 @pytest.mark.parametrize("family", ["gpt", "t5"])
 def test_fields_of_experts_are_refused_where_there_are_none(family):
     config = config_lib.complete({"model": {"name": family}}, experiment.SCHEMA)
-    with pytest.raises(ConfigError, match=r"used only under model\.num_experts from 1 on, and"):
+    with pytest.raises(ConfigError, match=r"used only under a set model\.num_experts, and"):
         config_lib.override(config, ["model.capacity_factor=1.25"], experiment.SCHEMA)
     config_lib.override(
         config, ["model.num_experts=4", "model.capacity_factor=1.25"], experiment.SCHEMA
@@ -405,3 +405,19 @@ def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router():
     assert found["up"]["kernel"] == optax.contrib.MuonDimensionNumbers((1,), (3,))
     assert found["down"]["kernel"] == optax.contrib.MuonDimensionNumbers((1,), (2,))
     assert isinstance(found["router"]["kernel"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize("capacity", [0.0, 2.0])
+def test_remat_of_dots_keeps_the_products_of_experts(capacity):
+    """As of a dense layer, the gradient repeats attention's scores and sums alone."""
+
+    def products(**fields):
+        model = tiny(num_layers=1, scan=False, capacity_factor=capacity, **fields)
+        params = nn.unbox(jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0))))[
+            "params"
+        ]
+        loss = lambda params: model.apply({"params": params}, batch_of(rows=2)).sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    assert products(remat="dots") - products(remat="none") == 2
+    assert products(remat="full") - products(remat="none") > 4

@@ -87,7 +87,9 @@ def test_a_task_of_any_kind_is_measured(experiment, fields):
     shape = facts["shape"]
     assert facts["tokens_per_step"] == 8 * shape["max_scored"] > 0
     assert facts["flops_full"] == pytest.approx(
-        models.flops_per_token(ours.made.cfg["model"], shape["length"])
+        models.flops_per_token(
+            ours.made.cfg["model"], shape["length"], shape["max_scored"] / shape["length"]
+        )
         * (shape["length"] / shape["max_scored"])
     )
     assert ours.run(steps=2) > 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lm import main
-from lm.metrics import read_rows
+from lm.metrics import read_rows, untimed
 
 ROOT = Path(__file__).parent.parent.parent
 CLUSTER = ROOT / "tools" / "cluster"
@@ -279,9 +279,8 @@ def experiment(text_file, tmp_path_factory):
 
 def numbers(workdir):
     """Return the rows of a run, but for its speed."""
-    speed = ("tokens_per_second", "mfu")
     rows = read_rows(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+    return [untimed(row) for row in rows]
 
 
 @pytest.mark.slow

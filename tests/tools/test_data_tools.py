@@ -128,3 +128,21 @@ def test_batches_are_measured_beside_a_peer(text, capsys):
     assert bench_data.main(flags) == 0
     said = capsys.readouterr().out
     assert "ours over grain" in said and "times as fast as ArrayRecord" in said
+
+
+def test_rows_are_those_that_the_model_of_a_run_reads(text, capsys):
+    """A decoder that classifies reads text and label, an encoder [CLS] and the text."""
+    labelled = text.parent / "labels.tsv"
+    labelled.write_text("".join(f"{i % 2}\ttree {i}\n" for i in range(40)))
+    flags = [f"--config.data.path={labelled}", "--config.data.source_field=1", "--config.data.label_field=0",
+             "--config.data.tokenizer=byte", "--rows", "999"]  # fmt: skip
+    for name, shown in (("gpt", False), ("bert", True)):
+        (text.parent / "e.py").write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({{'model': {{'name': '{name}'}},"
+            " 'task': {'name': 'classify'}})\n"
+        )
+        assert inspect_data.main(["--config", "e.py", *flags]) == 0
+        said = capsys.readouterr().out
+        assert "row 1:" in said and "row 40:" not in said
+        assert (", 1 scored" in said) == shown

@@ -41,10 +41,10 @@ def test_the_minutes_are_those_of_training_however_often_it_was_stopped():
     rows = [
         {"step": 0, "eval/loss": 3.0},
         {"step": 1, "train/tokens": 100.0},
-        {"step": 21, "train/tokens": 100.0, "tokens_per_second": 50.0},
+        {"step": 21, "train/tokens": 100.0, "steps_per_second": 0.5},
         {"step": 21, "eval/loss": 2.0},
         {"step": 22, "train/tokens": 100.0},  # resumed
-        {"step": 32, "train/tokens": 100.0, "tokens_per_second": 25.0},
+        {"step": 32, "train/tokens": 7.0, "steps_per_second": 0.25},
     ]
     assert history.minutes(rows) == pytest.approx((20 * 2 + 10 * 4) / 60)
 

@@ -23,8 +23,8 @@ def write_run(folder, rows, *, config=True):
 def two_runs(tmp_path):
     rows = [
         {"step": 0, "eval/loss": 4.0, "eval/accuracy": 0.1},
-        {"step": 10, "train/loss": 3.0, "tokens_per_second": 10.0},
-        {"step": 20, "train/loss": 2.0, "tokens_per_second": 20.0},
+        {"step": 10, "train/loss": 3.0, "train/tokens": 60.0, "steps_per_second": 1 / 6},
+        {"step": 20, "train/loss": 2.0, "train/tokens": 20.0, "steps_per_second": 2 / 6},
         {"step": 20, "eval/loss": 2.5, "eval/accuracy": 0.4},
     ]
     return [write_run(tmp_path / name / "now", rows) for name in ("gpt", "rnn")]
@@ -56,7 +56,7 @@ def test_curves_are_the_rows(two_runs):
 
 
 def test_abscissae_in_tokens_and_minutes(two_runs):
-    for x, across in [("tokens", [0, 1200]), ("time", [0, 1 + 0.5])]:
+    for x, across in [("tokens", [0, 10 * 60 + 10 * 20]), ("time", [0, 1 + 0.5])]:
         drawn = lines(plot.draw(two_runs[:1], metrics=["eval/loss"], x=x))
         assert drawn["eval/loss  2.5"][0] == pytest.approx(across)
 
@@ -136,3 +136,9 @@ def test_axes_that_the_record_cannot_give_are_refused(tmp_path):
     empty = write_run(tmp_path / "empty", [])
     with pytest.raises(ConfigError, match=r"no run has train/loss or eval/loss"):
         plot.draw([empty])
+
+
+def test_a_value_that_is_no_number_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", [{"step": 1, "train/loss": "high"}])
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: train/loss is 'high', no number"):
+        plot.read_runs([folder])

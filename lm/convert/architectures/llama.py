@@ -64,6 +64,8 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     if scaling != "yarn" and "factor" not in rope:
         raise rope.wrong("factor", "a number of 1 or more")
     found["rope_factor"] = rope.number("factor", length / original)
+    if found["rope_factor"] == 1:  # nothing is scaled
+        return found | {"rope_scaling": "none"}
     if scaling == "linear":
         return found
     found["rope_original_length"] = original
@@ -78,9 +80,16 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
         "rope_beta_slow": rope.number("beta_slow", 1.0) or 1.0,
         "rope_truncate": rope.flag("truncate", True),
         "rope_attention_factor": rope.number("attention_factor", 0.0),
-        "rope_mscale": rope.number("mscale", 0.0),
-        "rope_mscale_all_dim": rope.number("mscale_all_dim", 0.0),
+        **_read_mscale(rope),
     }
+
+
+def _read_mscale(rope: Settings) -> dict[str, float]:
+    """Return both, or none where one is missing: transformers then takes neither."""
+    read = [rope.number(name, 0.0) for name in ("mscale", "mscale_all_dim")]
+    return dict(
+        zip(("rope_mscale", "rope_mscale_all_dim"), read if all(read) else (0.0, 0.0), strict=True)
+    )
 
 
 def task(cfg: gpt.Config) -> dict[str, Any]:
