@@ -1,6 +1,7 @@
 """Which sections of a config go together, and with a mesh and a corpus; the others are refused in a line."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,20 @@ from jax.sharding import Mesh
 from lm import models, placement, sharding, tasks
 from lm.config import ConfigError
 from lm.data import corpus
+
+OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by counting
+    r"optim\.|train\.(accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
+)
+
+
+def check_given(config: Mapping[str, Any], assignments: Sequence[str]) -> None:
+    """Refuse `assignments`, as "optim.peak_lr=1", that the family of a config would read and not use."""
+    name = config.get("model", {}).get("name", "gpt")
+    if models.family(name).Model.learns == "counting":
+        for assignment in filter(OF_GRADIENTS.match, assignments):
+            raise ConfigError(
+                f"{assignment}: model.name={name!r} learns by counting and does not use it; leave it out"
+            )
 
 
 def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:

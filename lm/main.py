@@ -51,10 +51,11 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         )
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
-    from lm import description, experiment, sharding, train
+    from lm import description, experiment, fit, sharding, train
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)
+    fit.check_given(config, assignments)
     if args.help:
         print(parser.format_help())
         print(command.help_text(train.SCHEMA, config))

@@ -271,3 +271,14 @@ def test_ctrl_c_that_ends_the_tee_behind_a_run_too_saves_it(experiment, tmp_path
     assert "is saved" not in (tmp_path / "log").read_text(), "tee was ended too"
     (step,) = manifests.good_steps(tmp_path / "run/checkpoints")
     assert step >= 20
+
+
+@pytest.mark.parametrize("field", ["optim.peak_lr=1", "train.z_loss=1", "train.accumulate_steps=2"])
+def test_what_a_counting_family_does_not_use_is_refused(field, capsys):
+    counts = str(ROOT / "experiments/ngram_char.py")
+    assert main.main(["--config", counts, f"--config.{field}", "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"error: {field}: model.name='ngram' learns by counting")
+        and said.count("\n") == 1
+    )
