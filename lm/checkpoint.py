@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from lm import config as config_lib
 from lm import distributed, hardware, manifests, models, remote, retention, saving, stored
-from lm.config import ConfigError, Duration
+from lm.config import SET, ConfigError, Duration
 from lm.step import parameter_axes
 from lm.stored import averaged, flatten, restore, unflatten
 
@@ -35,12 +35,12 @@ class Config:
     best_metric: str = "eval/loss"  # what the best has the lowest of
     timeout_seconds: float = 3600.0  # for writing one, else the run ends; for a last copy; 0 = any
     grace_seconds: float = 120.0  # from a stop's signal to its saved step, as above; 0 = any
-    remote: str = (
-        ""  # a second place: a folder or URL of this run's own, to which good ones are copied
-    )
+    remote: str = ""  # folder or URL of this run's own, a second place where good ones are copied
     remote_every: int = (
         0  # steps; only checkpoints at its multiples, the last, and what a start finds are; 0 = all
     )
+
+    ONLY_FOR: ClassVar = {"remote_every": ("remote", SET)}
 
     def __post_init__(self):
         if self.keep < 1:
@@ -68,6 +68,7 @@ class Loaded(NamedTuple):
     params: Any
 
 
+FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
 TRIES = 3  # of one save: when it is due, again at once, again at the next step
 SAVES = 2  # that fail with all their tries, one after the other, before that is an error
 
@@ -139,7 +140,8 @@ class Checkpointer:
             raise OSError(problem)
         if verify:
             places = {name: leaf.sharding for name, leaf in flatten(state).items()}
-            if problem := stored.problem(self.folder, step, places):
+            found = distributed.from_all(stored.problem(self.folder, step, places))
+            if problem := next(filter(None, found), ""):  # all raise, or none
                 aside = None
                 if jax.process_index() == 0:
                     aside = manifests.move_aside(self.folder / str(step))
@@ -258,7 +260,10 @@ class Checkpointer:
           ConfigError: the remote cannot be read, and there is no checkpoint here to go on from.
         """
         if self._remote and jax.process_index() == 0:
-            self._newest_good(print, self._remote)
+            here = manifests.all_steps(self.folder)
+            found = self._newest_good(print, self._remote)
+            if found is not None and found not in here:
+                manifests.write_whole(self.folder.parent / FETCHED, self.cfg.remote)
         if self.cfg.remote:
             distributed.from_first("fetched")
 

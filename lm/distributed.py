@@ -216,6 +216,18 @@ def from_first(value: str) -> str:
     return known.client.blocking_key_value_get(key, FOREVER)
 
 
+def from_all(value: str) -> list[str]:
+    """Return the values of all processes to every one, which all ask in the same order."""
+    from jax._src import distributed as jax_distributed
+
+    known, key = jax_distributed.global_state, f"lm/all/{next(_asked)}"
+    if known.client is None:
+        return [value]
+    known.client.key_value_set(f"{key}/{known.process_id}", value)
+    everyone = range(known.num_processes)
+    return [known.client.blocking_key_value_get(f"{key}/{i}", FOREVER) for i in everyone]
+
+
 def leave(code: int) -> None:
     """End this process. One of several that fails ends at once: an orderly end waits for the others."""
     if _joined and code:

@@ -59,6 +59,11 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
             f"task.next_sentence={asked[0]} and model.next_sentence={asked[1]}: the task's rows and the "
             "model's head go together; set both or neither"
         )
+    if cfg["checkpoint"].best_metric.startswith("eval_raw/") and not cfg["optim"].ema_decay:
+        raise ConfigError(
+            f"checkpoint.best_metric={cfg['checkpoint'].best_metric!r}: without an average of the weights "
+            "there is no such score; use eval/..., or set optim.ema_decay"
+        )
     _check_local_steps(cfg)
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
     shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)

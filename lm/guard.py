@@ -33,6 +33,7 @@ from lm import (
     step,
     watchdog,
 )
+from lm import config as config_lib
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
 
@@ -80,6 +81,7 @@ class Guard:
         self._train_step, self._cfg, self._watch = train_step, made.cfg["train"], watch
         self.skipped = read(workdir, saver.folder, first)
         self._before: Any = None  # the batch of the step before
+        self.begun = False  # whether a step was taken, and so its program is there
         log.count_skipped = self.count if self._cfg.on_bad_step != "stop" or self.skipped else None
 
     def count(self, now: int) -> int:
@@ -99,6 +101,7 @@ class Guard:
             state = self.settle(now, state)
             return self._leave_out(state, now), None
         state, sums = self._train_step(state, batch)
+        self.begun = True
         self._log.one_late(now + 1, sums)
         if not self._log.healthy:  # the step before: this one has changed nothing
             state = self._after_bad(state, now - 1)
@@ -237,6 +240,19 @@ def at_step(state: step.TrainState, number: int) -> step.TrainState:
 
 def _finite(state: step.TrainState) -> bool:
     return bool(step.all_finite((state.params, state.local)))
+
+
+def set_aside(workdir: Path, folder: Path, made: experiment.Experiment) -> None:
+    """Move aside what another config, which saved nothing to go on from, says there of its bad steps."""
+    if jax.process_index() > 0 or manifests.good_steps(folder):
+        return
+    if not (workdir / "config.json").exists():
+        return
+    old = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
+    if config_lib.difference(old, made.config):
+        for name in (FILE, recorder.FOLDER):
+            if aside := manifests.move_aside(workdir / name):
+                print(f"{name} is of another config, which saved nothing: moved to {aside}")
 
 
 def read(workdir: Path, folder: Path, first: int) -> dict[int, str]:

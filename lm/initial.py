@@ -10,7 +10,7 @@ import jax
 from lm import checkpoint, experiment, manifests, sharding, step
 from lm.config import ConfigError
 from lm.data import vectors
-from lm.stored import averaged, flatten, num_layers, restore, shapes_of, sources_of, unflatten
+from lm.stored import averaged, flatten, layers_by_stack, restore, shapes_of, sources_of, unflatten
 
 
 def fresh_state(
@@ -93,9 +93,9 @@ def init_from(source: str | Path, params: Any, say: Callable[[str], None] = prin
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in flatten({part: params}).items()
     }
-    depth, shapes = num_layers(wanted), shapes_of(arrays)
+    shapes, depths = shapes_of(arrays), (layers_by_stack(wanted), layers_by_stack(arrays))
     names = {
-        name: [source for source, _, _ in sources_of(name, leaf, shapes, depth)]
+        name: [source for source, _, _ in sources_of(name, leaf, shapes, *depths)]
         for name, leaf in wanted.items()
     }
     missing = sorted(name for name in wanted if not set(names[name]) <= set(arrays))

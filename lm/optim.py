@@ -7,7 +7,6 @@ fields it uses: others are refused when they are given on the command line.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import moments, sharding
+from lm import moments, muon, sharding
 from lm.config import SET, ConfigError, Duration
 
 Rules = tuple[tuple[str, float], ...]
@@ -136,9 +135,9 @@ def build(
     decays = match(cfg.weight_decay_rules, params, field="optim.weight_decay_rules")
     decays = jax.tree.map(lambda factor: factor * cfg.weight_decay, decays)
     if cfg.name == "muon":
-        matrices = muon_matrices(params, axes)
+        matrices = muon.matrices(params, axes)
         ratio = cfg.muon_adam_lr_ratio
-        rates = jax.tree.map(lambda r, m: r if _is_matrix(m) else r * ratio, rates, matrices)
+        rates = jax.tree.map(lambda r, m: r if muon.is_matrix(m) else r * ratio, rates, matrices)
     parts = [
         _clip(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         moments.stored_as(cfg.moments_dtype, OPTIMIZERS[cfg.name](cfg, params, axes), params),
@@ -315,54 +314,28 @@ def _adafactor(cfg, params, axes):
     """Shazeer and Stern 2018, arXiv 1804.04235: steps are relative to a parameter's own size."""
     return optax.chain(
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
+        _of_layers(optax.clip_by_block_rms(1.0), axes),
+        _of_layers(optax.scale_by_param_block_rms(), axes),
     )
+
+
+def _of_layers(tx: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+    """Return `tx`, which keeps no state, with each of scanned layers as a parameter of its own."""
+
+    def update(updates, state, params):
+        def one(names, update, param):
+            alone = lambda update, param: tx.update(update, state, param)[0]  # noqa: E731
+            return (jax.vmap(alone) if names[:1] == ("layers",) else alone)(update, param)
+
+        is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+        return jax.tree.map(one, axes, updates, params, is_leaf=is_names), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _lion(cfg, params, axes):
     """Chen et al. 2023, arXiv 2302.06675; wants a third to a tenth of AdamW's rate."""
     return optax.scale_by_lion(cfg.beta1, cfg.beta2)
-
-
-# Logical axes along which a parameter is several matrices, each orthogonalised on its own.
-SEPARATE = frozenset({"layers", "experts", "qkv", "gate", "gates"})
-# Axes of tables, vectors and routers, which are no maps between features.
-NO_MATRIX = frozenset({"vocab", "position", "types", "relpos", "classes", "norm", "router"})
-MUON_RMS = 0.2  # of an update's elements, as AdamW's is: Liu et al. 2025, arXiv 2502.16982
-
-
-def muon_matrices(params: Any, axes: Any) -> Any:
-    """Return a tree: how Muon sees a parameter as matrices, or a mask where AdamW has it.
-
-    Embeddings, heads, routers, norms and biases go to AdamW. In a kernel `layers`, `experts`, `qkv`, `gate`
-    and `gates` each tell separate matrices apart, `heads` with `kv` are one side of a matrix, and
-    any other axis is a side.
-
-    Raises:
-      ConfigError: a kernel with more than two sides.
-    """
-
-    def one(path, names, leaf):
-        if NO_MATRIX & set(names):
-            return optax.MaskedNode()
-        heads = tuple(i for i, name in enumerate(names) if name in ("heads", "kv"))
-        others = [(i,) for i, name in enumerate(names) if name not in SEPARATE | {"heads", "kv"}]
-        sides = sorted([heads, *others] if heads else others)
-        if len(sides) < 2:
-            return optax.MaskedNode()
-        if len(sides) > 2:
-            raise ConfigError(
-                f"optim.name='muon': parameter {sharding.path_name(path)} has axes {names}, "
-                "which is no matrix; name the axes that count matrices in lm.optim.SEPARATE"
-            )
-        return optax.contrib.MuonDimensionNumbers(*sides)
-
-    return jax.tree.map_with_path(one, axes, params, is_leaf=lambda x: isinstance(x, tuple))
-
-
-def _is_matrix(node: Any) -> bool:
-    return isinstance(node, optax.contrib.MuonDimensionNumbers)
 
 
 def _muon(cfg, params, axes):
@@ -371,21 +344,14 @@ def _muon(cfg, params, axes):
     Differs: an update is scaled so that its elements have AdamW's usual size (arXiv 2502.16982),
     so one peak_lr and one weight_decay serve both kinds of parameters.
     """
-    matrices = muon_matrices(params, axes)
-
-    def scale(leaf, matrix):
-        if not _is_matrix(matrix):
-            return 1.0
-        sides = [math.prod(leaf.shape[i] for i in side) for side in matrix]
-        return MUON_RMS * math.sqrt(max(sides))
-
-    muon = optax.contrib.scale_by_muon(
+    matrices = muon.matrices(params, axes)
+    orthogonal = optax.contrib.scale_by_muon(
         ns_steps=cfg.muon_steps, beta=cfg.muon_momentum, weight_dimension_numbers=matrices
     )
-    labels = jax.tree.map(lambda _, m: "muon" if _is_matrix(m) else "adam", params, matrices)
+    labels = jax.tree.map(lambda _, m: "muon" if muon.is_matrix(m) else "adam", params, matrices)
     return optax.chain(
-        optax.partition({"muon": muon, "adam": _adam(cfg, params, axes)}, labels),
-        _scale_leaves(jax.tree.map(scale, params, matrices)),
+        optax.partition({"muon": orthogonal, "adam": _adam(cfg, params, axes)}, labels),
+        _scale_leaves(jax.tree.map(muon.factor, params, matrices)),
     )
 
 

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,7 +27,7 @@ from jax._src import distributed as jax_distributed
 
 from lm.config import ConfigError
 from lm.distributed import FOREVER
-from lm.exits import FAILED, LOST, STOPPED, USER_ERROR
+from lm.exits import FAILED, LOST, USER_ERROR
 
 TRAINING = "training"  # the one thing that takes no longer than the time limit
 
@@ -275,7 +276,7 @@ class Peers(Alone):
 def code_of(error: BaseException) -> int:
     """Return the exit code of the other processes where one ends by `error`."""
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED
+        return 128 + (error.args or (signal.SIGINT,))[0]
     if isinstance(error, ConfigError):
         return USER_ERROR
     return LOST if isinstance(error, jax.errors.JaxRuntimeError | OSError) else FAILED

@@ -5,6 +5,7 @@ and Amazon's spot instances as `spot/instance-action`, about two minutes ahead. 
 SIGTERM.
 """
 
+import http.client
 import os
 import threading
 import urllib.error
@@ -89,8 +90,8 @@ def watch(told: Callable[[str], None], closed: threading.Event) -> None:
         while not closed.wait(SECONDS):
             try:
                 notice = platform.notice(address)
-            except OSError:
-                continue  # the server is busy, or there is none
+            except (OSError, http.client.HTTPException):
+                continue  # the server is busy, answers in part, or there is none
             if notice:
                 told(notice)
                 return

@@ -93,6 +93,16 @@ def last(workdir: Path) -> dict[str, Any]:
     return read_json(found[-1]) if found else {}
 
 
+def config_at(workdir: Path, step: int) -> dict[str, Any]:
+    """Return {field: value} of the start that took the step after `step`; {} where no receipt tells."""
+    found: dict[str, Any] = {}
+    for path in sorted((workdir / FOLDER).glob("[0-9]*.json")):
+        receipt = read_json(path)
+        if receipt["first_step"] <= step:  # a later start that went back took its steps again
+            found = {name: value for name, (value, _) in receipt["config"].items()}
+    return found
+
+
 def environment(workdir: Path) -> dict[str, Any]:
     """Return the environment of a run's newest start; of a run of an earlier version it is a file's."""
     old = workdir / "environment.json"

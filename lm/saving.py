@@ -16,13 +16,21 @@ import orbax.checkpoint as ocp
 from lm import distributed, fingerprint, manifests
 from lm.stored import flatten, handler
 
+FOREVER = (
+    10**8
+)  # seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(handler(), timeout_secs=FOREVER)
+
 
 class Writer:
     """Writes checkpoints into `folder`, one at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._orbax = ocp.AsyncCheckpointer(handler())
+        self._orbax = _orbax()
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -108,7 +116,7 @@ class Writer:
 
     def _renew(self) -> None:
         """Take a new writer of Orbax's: the one that failed may still hold what went wrong."""
-        old, self._orbax = self._orbax, ocp.AsyncCheckpointer(handler())
+        old, self._orbax = self._orbax, _orbax()
         with contextlib.suppress(Exception):  # the error that is told already
             old.close()
 

@@ -57,8 +57,8 @@ def restore(
     stored = shapes_of(manifest["arrays"])
     anew = {n: leaf for n, leaf in wanted.items() if n.startswith("spikes.") and n not in stored}
     wanted = {name: leaf for name, leaf in wanted.items() if name not in anew}
-    depth = num_layers(wanted)
-    sources = {name: sources_of(name, leaf, stored, depth) for name, leaf in wanted.items()}
+    depths = layers_by_stack(wanted), layers_by_stack(stored)
+    sources = {name: sources_of(name, leaf, stored, *depths) for name, leaf in wanted.items()}
     reading = {}
     for name, leaf in wanted.items():
         layers, lead = len(sources[name]), _layer_axis(name)
@@ -142,9 +142,15 @@ def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = Non
     return ""
 
 
-def num_layers(names: Iterable[str]) -> int:
-    """Return how many unrolled layers the parts of these names speak of."""
-    return 1 + max((_layer_of(name)[1] for name in names), default=-1)
+def layers_by_stack(names: Iterable[str]) -> dict[str, int]:
+    """Return how many unrolled layers each stack has, by what its names begin with."""
+    found: dict[str, int] = {}
+    for name in names:
+        at, number = _layer_of(name)
+        if at >= 0:
+            stack = ".".join(name.split(".")[:at])
+            found[stack] = max(found.get(stack, 0), number + 1)
+    return found
 
 
 def _layer_of(name: str) -> tuple[int, int]:
@@ -156,10 +162,16 @@ def _layer_of(name: str) -> tuple[int, int]:
     return -1, -1
 
 
-def sources_of(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...], Any]]:
+def sources_of(
+    name: str,
+    leaf: Any,
+    stored: Mapping[str, Any],
+    depths: Mapping[str, int],
+    stored_depths: Mapping[str, int],
+) -> list[tuple[str, tuple[int, ...], Any]]:
     """Return (stored name, shape, sharding) of the arrays that `name` is made of: one, or one a layer.
 
-    `depth` is the number of layers where they are unrolled.
+    `depths` has the numbers of unrolled layers of what is wanted, `stored_depths` of what is stored.
     """
     shape, sharding = tuple(leaf.shape), leaf.sharding
     parts = name.split(".")
@@ -171,7 +183,7 @@ def sources_of(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...
             spec = spec[:lead] + spec[lead + 1 :]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
         # As many as are stored: one that is not there, or one too many, is then refused by name.
-        count = max(shape[lead], num_layers(stored))
+        count = max(shape[lead], stored_depths.get(".".join(parts[:at]), 0))
         layers = [[*parts[:at], UNROLLED.format(i), *parts[at + 1 :]] for i in range(count)]
         return [(".".join(layer), shape[:lead] + shape[lead + 1 :], sharding) for layer in layers]
     at, number = _layer_of(name)
@@ -180,6 +192,7 @@ def sources_of(name, leaf, stored, depth: int) -> list[tuple[str, tuple[int, ...
         if spec is not None:
             spec = (*spec[:lead], None, *spec[lead:])
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        depth = depths[".".join(parts[:at])]
         return [(source, (*shape[:lead], depth, *shape[lead:]), sharding)]
     return [(name, shape, sharding)]
 

@@ -53,6 +53,7 @@ class Trail:
 
     def __init__(self, workdir: Path, made: experiment.Experiment, first: int):
         self._every = made.cfg["train"].fingerprint_every_steps
+        self.begun = False  # whether a step was recorded, and so the programs are there
         self._fingerprints = Fingerprints(made)
         self._file: metrics.Jsonl | None = None
         if jax.process_index() == 0:
@@ -69,6 +70,7 @@ class Trail:
         if not self.due(now):
             return
         found = self._fingerprints.of_step(state, batch)
+        self.begun = True
         if self._file is not None:
             self._file.append({"step": now, "fingerprints": found})
             self._file.sync()

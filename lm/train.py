@@ -40,7 +40,7 @@ from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
 from lm.exits import DataEnded, Ended, Interrupted
-from lm.guard import Guard, again_when_rolled_back
+from lm.guard import Guard, again_when_rolled_back, set_aside
 from lm.log import Log, Profile
 
 SCHEMA = experiment.SCHEMA
@@ -78,8 +78,10 @@ def run(
         stack.enter_context(workdirs.alone_in(workdir))
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
         saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
+        stack.callback(watch.at, watchdog.COPYING, num_steps)  # then the saver closes
         saver.fetch()
         workdirs.check_resume(workdir, made)
+        set_aside(workdir, saver.folder, made)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
         state, first, resumed = begin(made, saver, init, abstract)
@@ -125,7 +127,7 @@ def run(
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
-            doing = peers.TRAINING if now > first else watchdog.COMPILING
+            doing = peers.TRAINING if guard.begun else watchdog.COMPILING
             watch.at(doing, now, state)
             batch = next(batches, None)
             watch.at(doing, now)
@@ -133,7 +135,9 @@ def run(
                 raise data_ended(saver, guard, now, state, num_steps, saving or not fresh)
             if marks.due(now):
                 state = guard.settle(now, state)
+                watch.at(doing if marks.begun else watchdog.COMPILING, now, state)
                 marks.at(now, state, batch)
+                watch.at(doing, now)
             profile.before(now)
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)

@@ -21,6 +21,7 @@ from lm import exits, peers, signals
 
 COMPILING, EVALUATING, SAVING = "compiling", "evaluating", "saving"
 STOPPING, ENDING = "stopping", "ending"
+COPYING = "copying"  # the last copy of a checkpoint, which limits itself
 
 
 class Limit(NamedTuple):
@@ -113,7 +114,7 @@ class Watchdog:
     def _now(self) -> list[tuple[str, int]]:
         """Return what is done now."""
         found = [self._doing]
-        if self._stop.asked and self._doing[0] != ENDING:
+        if self._stop.asked and self._doing[0] not in (ENDING, COPYING):
             found.append((STOPPING, 0))
         if (step := self._writing()) is not None and self._doing != (SAVING, step):
             found.append((SAVING, step))

@@ -62,7 +62,9 @@ def alone_in(workdir: Path) -> Iterator[None]:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as file:
+    with (workdir / "lock").open(
+        "a+"
+    ) as file:  # another run's mark stays until this one has the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,6 +74,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
         except OSError:
             pass  # no locks there
         mark = uuid.uuid4().hex
+        file.truncate(0)
         file.write(mark)
         file.flush()
         os.fsync(file.fileno())
@@ -98,7 +101,7 @@ def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Comple
 def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     """Refuse to resume where the new config would silently make another run.
 
-    Of what came from checkpoint.remote to an empty folder also another optim or train: it may be another run.
+    Of what came from checkpoint.remote also another optim or train: it may be another run.
 
     Raises:
       ConfigError: data, task, model or seed differ from those of the checkpoint in `workdir`.
@@ -128,7 +131,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
         causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
         refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
-    came = made.cfg["checkpoint"].remote and not (workdir / receipt.FOLDER).exists()
+    came = (workdir / checkpoint.FETCHED).exists()
     if other := [
         key
         for key, *_ in changes
@@ -173,6 +176,7 @@ def write_files(
         return
     workdir.mkdir(parents=True, exist_ok=True)
     receipt.write(workdir, made, first, origins)
+    (workdir / checkpoint.FETCHED).unlink(missing_ok=True)
     manifests.write_whole(workdir / "config.json", config_lib.to_json(made.config))
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
     manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")

@@ -227,6 +227,23 @@ def test_scanned_layers_are_read_unrolled_and_back(saver, scanned):
 
 
 @pytest.mark.parametrize("scanned", [True, False])
+def test_stacks_of_two_depths_are_read_unrolled_and_back(saver, scanned):
+    """As an encoder of more layers than its decoder has."""
+
+    def both(scanned):
+        deep, flat = (layered(n, scanned=scanned)["params"] for n in (3, 2))
+        return {"params": {"encoder": deep, "decoder": flat}}
+
+    saver.save(1, both(scanned), {})
+    saver.wait()
+    wanted = both(not scanned)
+    jax.tree.map(np.testing.assert_array_equal, saver.restore_latest(placed(wanted)), wanted)
+    params = jax.tree.map(jnp.zeros_like, wanted["params"])
+    taken = initial.init_from(saver.folder / "1", params)
+    jax.tree.map(np.testing.assert_array_equal, taken, wanted["params"])
+
+
+@pytest.mark.parametrize("scanned", [True, False])
 def test_another_count_of_layers_is_refused_by_name(saver, scanned):
     saver.save(1, layered(3, scanned=scanned), {})
     saver.wait()

@@ -320,3 +320,19 @@ def test_a_recording_that_fails_is_said_and_the_run_goes_on(
     train.run(tiny(train__on_bad_step="skip"), tmp_path / "run")
     assert "could not be recorded: RESOURCE_EXHAUSTED" in capsys.readouterr().err
     assert skips(tmp_path / "run")[6] == 1
+
+
+def test_another_config_does_not_leave_out_what_one_that_saved_nothing_did(
+    tiny, tmp_path, poison, capsys
+):
+    poison(1, 2)
+    config = tiny(train__on_bad_step="skip", train__max_skips=1, checkpoint__every_steps=0)
+    with pytest.raises(Diverged):
+        train.run(config, tmp_path)
+    with pytest.raises(Diverged):  # the same one goes by its list
+        train.run(config, tmp_path)
+    assert skips(tmp_path)
+    config.optim.peak_lr, config.train.max_skips = 5e-3, 2
+    train.run(config, tmp_path)
+    assert "skipped.json is of another config, which saved nothing" in capsys.readouterr().out
+    assert skips(tmp_path)[6] == 2 and (tmp_path / "skipped.json.aside0").exists()

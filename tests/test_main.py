@@ -90,6 +90,8 @@ def one_line(capsys):
         (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),
         (["--config.train.sample_prompt=É", "--config.data.tokenizer=char"], ["train.sample_prompt", "'É'"]),
         (["--config.optim.peak_lr=inf"], ["optim.peak_lr='inf'", "expected float"]),
+        (["--config.checkpoint.best_metric=eval_raw/loss"], ["checkpoint.best_metric", "optim.ema_decay"]),
+        (["--config.checkpoint.remote_every=5"], ["checkpoint.remote_every=5", "a set checkpoint.remote"]),
         (["--config.train.z_loss=nan"], ["train.z_loss='nan'", "expected float"]),
         (["--config.seed=99999999999999999999"], ["seed=", "too large"]),
         (["--config.train.num_steps=1e5000"], ["train.num_steps='1e5000'", "expected duration"]),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import config, optim, sharding
+from lm import config, muon, optim, sharding
 
 AXES = {
     "embed": {"embedding": ("vocab", "embed")},
@@ -210,15 +210,15 @@ def test_muon_has_the_matrices_and_adam_the_rest():
 
 
 def _matrices():
-    tree = optim.muon_matrices(SHAPES, AXES)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_matrix)
+    tree = muon.matrices(SHAPES, AXES)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=muon.is_matrix)
     return {sharding.path_name(path): matrix for path, matrix in leaves}
 
 
 def test_muon_refuses_what_is_no_matrix():
     axes = {"odd": ("embed", "mlp", "hidden")}
     with pytest.raises(config.ConfigError, match=r"muon.*odd"):
-        optim.muon_matrices({"odd": jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)}, axes)
+        muon.matrices({"odd": jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)}, axes)
 
 
 def test_muon_orthogonalises_each_matrix_apart_at_adamw_size():
@@ -305,3 +305,25 @@ def test_nesterov_without_momentum_is_refused():
         config.ConfigError, match=r"optim\.nesterov=True: there is no optim\.momentum"
     ):
         optim.Config(name="sgd", momentum=0.0, nesterov=True)
+
+
+def test_adafactor_takes_each_scanned_layer_by_itself():
+    rng = np.random.default_rng(0)
+    scale = np.array([1e-3, 1.0, 50.0], np.float32)[:, None, None]
+    params, grads = (scale * rng.normal(size=(3, 4, 6)).astype("f") for _ in range(2))
+
+    def updates(params, grads, names):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        cfg = optim.Config(name="adafactor", warmup=0, clip_norm=0.0, weight_decay=0.0)
+        axes = jax.tree.map(lambda _: names, params)
+        tx, _ = optim.build(
+            cfg, num_steps=10, to_steps=lambda value, _: 0, params=shapes, axes=axes
+        )
+        return tx.update(grads, tx.init(params), params)[0]
+
+    together = updates({"kernel": params}, {"kernel": grads}, ("layers", "embed", "mlp"))["kernel"]
+    alone = [
+        updates({"kernel": p}, {"kernel": g}, ("embed", "mlp"))["kernel"]
+        for p, g in zip(params, grads, strict=True)
+    ]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-6)

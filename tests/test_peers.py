@@ -134,9 +134,10 @@ def test_a_process_that_leaves_is_named_with_its_reason(meet):
         (ConfigError("data.path: missing"), 2),
         (TypeError("in the code"), 1),
         (OSError("no space"), distributed.LOST),
-        (KeyboardInterrupt(15), 130),
+        (KeyboardInterrupt(15), 143),
+        (KeyboardInterrupt(), 130),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=repr,
 )
 def test_what_would_fail_again_is_the_exit_code_of_all(meet, monkeypatch, error, code):
     """A cluster goes by the highest code, and starts a run that has lost a process again."""

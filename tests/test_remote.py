@@ -296,3 +296,12 @@ def test_what_is_older_here_gives_way_to_the_rows_of_what_comes(tiny, tmp_path):
     ]
     assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "first" / "metrics.jsonl.aside0").exists()
+
+
+def test_a_run_with_a_past_of_its_own_does_not_take_the_place_of_another(tiny, tmp_path):
+    url = str(tmp_path / "there")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "long")
+    train.run(tiny(optim__peak_lr=0.05, train__num_steps=2), tmp_path / "own")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"holds a run with another optim\.peak_lr; give"):
+            train.run(tiny(checkpoint__remote=url, optim__peak_lr=0.05), tmp_path / "own")

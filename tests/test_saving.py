@@ -247,3 +247,10 @@ def test_a_failure_is_a_line_that_names_step_and_cause(tmp_path):
     target.mkdir()
     assert str(saving.failed(target, ValueError("first\nsecond"))) == "checkpoint 7: first"
     assert not target.exists()
+
+
+def test_how_long_a_save_may_take_is_not_for_orbax_to_say(saver):
+    """Its own limit is 20 minutes, after which it gives up what is still being written."""
+    assert saver._writer._orbax._async_manager._timeout_secs > 10**6
+    saver._writer._renew()
+    assert saver._writer._orbax._async_manager._timeout_secs > 10**6

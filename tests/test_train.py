@@ -279,8 +279,11 @@ def test_another_environment_is_listed(tiny, tmp_path, capsys):
 
 
 def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
-    with workdirs.alone_in(tmp_path), pytest.raises(ConfigError, match="another process"):
-        train.run(tiny(), tmp_path)
+    with workdirs.alone_in(tmp_path):
+        mark = (tmp_path / "lock").read_text()
+        with pytest.raises(ConfigError, match="another process"):
+            train.run(tiny(), tmp_path)
+        assert mark and (tmp_path / "lock").read_text() == mark, "its other processes look for it"
     assert train.run(tiny(), tmp_path)["eval/loss"] > 0
 
 

@@ -1,5 +1,6 @@
 """What hangs ends the run in time, with every stack and what could be saved; the run goes on exactly."""
 
+import http.client
 import http.server
 import os
 import re
@@ -12,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from lm import exits, manifests, preemption, signals
+from lm import (
+    exits,
+    experiment,
+    guard,
+    manifests,
+    preemption,
+    remote,
+    signals,
+    trail,
+    train,
+    watchdog,
+)
 from tests import quickly
 from tests.test_train import assert_same_run
 
@@ -238,3 +250,71 @@ def test_a_limit_is_no_less_than_none(tiny, tmp_path, field):
     section, _, name = field.partition(".")
     with pytest.raises(ConfigError, match=rf"{field}=-1.0: use 0 or more"):
         train.run(tiny(**{f"{section}__{name}": -1.0}), tmp_path / "run")
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """Return what a run did, in order: [(what, step)]."""
+    found, original = [], watchdog.Watchdog.at
+
+    def at(self, doing, step, state=None):
+        found.append((doing, step))
+        original(self, doing, step, state)
+
+    monkeypatch.setattr(watchdog.Watchdog, "at", at)
+    return found
+
+
+def test_a_program_that_is_compiled_later_has_a_compilations_time(
+    tiny, tmp_path, noted, monkeypatch
+):
+    """The step's where its first steps are left out, and the fingerprints'."""
+    tmp_path.joinpath("skipped.json").write_text('{"0": "why", "1": "why"}')
+    doing = {"step": [], "trail": []}
+    take, mark = guard.Guard.__init__, trail.Fingerprints.of_step
+
+    def init(self, made, workdir, saver, log, train_step, *rest):
+        def step(*args):
+            doing["step"].append(noted[-1][0])
+            return train_step(*args)
+
+        take(self, made, workdir, saver, log, step, *rest)
+
+    def of_step(self, *args):
+        doing["trail"].append(noted[-1][0])
+        return mark(self, *args)
+
+    monkeypatch.setattr(guard.Guard, "__init__", init)
+    monkeypatch.setattr(trail.Fingerprints, "of_step", of_step)
+    train.run(tiny(train__on_bad_step="skip", train__fingerprint_every_steps=3), tmp_path)
+    assert doing["step"] == ["compiling"] + 3 * ["training"]
+    assert doing["trail"] == ["compiling", "training"]
+
+
+def test_the_last_copy_has_its_own_limit_alone(tiny, tmp_path, noted, monkeypatch):
+    seen, close = [], remote.Remote.close
+
+    def closing(self, seconds):
+        seen.append((noted[-1][0], seconds))
+        close(self, seconds)
+
+    monkeypatch.setattr(remote.Remote, "close", closing)
+    train.run(tiny(checkpoint__remote=str(tmp_path / "there")), tmp_path / "run")
+    assert seen == [("copying", 3600.0)]
+    assert "copying" not in watchdog.limits(experiment.freeze(experiment.build(tiny()).config))
+
+
+def test_an_answer_that_breaks_off_does_not_end_the_watch(metadata, monkeypatch, capfd):
+    answers = [http.client.BadStatusLine("x"), http.client.IncompleteRead(b""), OSError()]
+
+    def notice(address):
+        if answers:
+            raise answers.pop()
+        return "preempted"
+
+    platform = preemption.PLATFORMS[0]._replace(notice=notice)
+    monkeypatch.setattr(preemption, "here", lambda: (platform, "http://there"))
+    monkeypatch.setattr(preemption, "SECONDS", 0.02)
+    told, closed = threading.Event(), threading.Event()
+    preemption.watch(lambda words: told.set(), closed)
+    assert told.wait(10)

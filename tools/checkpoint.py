@@ -122,8 +122,10 @@ def _arrays(folder: Path, step: int, names: Any = None) -> Iterator[tuple[str, n
 
 def _verify(args: argparse.Namespace, place: Place) -> int:
     one = args.step or place.step is not None
-    damaged = 0
-    for step in [_chosen(place, args.step)] if one else manifests.all_steps(place.folder):
+    damaged, steps = 0, [_chosen(place, args.step)] if one else manifests.all_steps(place.folder)
+    if not steps:
+        raise ConfigError(f"{place.folder}: no checkpoint there")
+    for step in steps:
         problem = manifests.problem(place.folder, step)
         checked = "files"
         if args.arrays and not problem:

@@ -105,8 +105,11 @@ def run(
         made = environments(processes, devices, port, os.environ)
         children: list[subprocess.Popen] = []
         stack.callback(_end, children)
-        stack.enter_context(_forwarded(children))
-        children += [_start(words, environment) for environment in made]
+        told = stack.enter_context(_forwarded(children))
+        for environment in made:
+            children.append(_start(words, environment))
+        for number in tuple(told):  # what came before the last of them was there
+            _send(children, number)
         readers = _collect(children, logs)
         codes = _wait(children, grace)
         for reader in readers:
@@ -166,18 +169,17 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, log: IO[bytes] | N
 
 
 @contextlib.contextmanager
-def _forwarded(children: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Send SIGINT and SIGTERM on to all processes; from the third on, kill them."""
-    count = 0
+def _forwarded(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """Send SIGINT and SIGTERM on to all processes; from the third on, kill them. Yield what has come."""
+    told: list[int] = []
 
     def forward(number, frame):
-        nonlocal count
-        count += 1
-        _send(children, number if count < 3 else signal.SIGKILL)
+        told.append(number)
+        _send(children, number if len(told) < 3 else signal.SIGKILL)
 
     old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

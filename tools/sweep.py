@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import command, exits, metrics
+from lm import command, exits, manifests, metrics
 from lm import config as config_lib
 from lm import sweep as sweep_lib
 from lm.config import ConfigError
@@ -79,7 +79,8 @@ def run(
 
 def finished(folder: Path) -> bool:
     """Return whether the point of a sweep in `folder` has finished."""
-    return (folder / _MARKER).exists() and _read_json(folder / _MARKER).get("finished", True)
+    mark = _read_json(folder / _MARKER)
+    return "identity" in mark and mark.get("finished", True)
 
 
 def _check_folder(folder: Path, mark: Mapping[str, Any]) -> None:
@@ -190,7 +191,7 @@ def _save(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    manifests.write_whole(path, text)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

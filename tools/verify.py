@@ -82,7 +82,12 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     )
     from lm.data import corpus
 
+    record, folder = Record(workdir), (workdir / "checkpoints").absolute()
+    good = [step for step in manifests.good_steps(folder) if not manifests.problem(folder, step)]
+    first, last = _stretch(steps, record, good, workdir)
     config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
+    start = max((step for step in good if step <= first), default=0)
+    config = _as_then(config, workdir, start, last)
     startup.set_threads(config.train.exact_reduction)
     sizes = {axis: config.mesh[axis] for axis in sharding.ORDER}
     flags.set_flags(startup.platform(), sizes, config.mesh.xla_flags)
@@ -96,10 +101,6 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     for name, now in experiment.environment(made).items():
         if (then := receipt.environment(workdir).get(name, now)) != now:
             print(f"notice: another {name}: {then} -> {now}; numbers may differ by rounding")
-    record, folder = Record(workdir), (workdir / "checkpoints").absolute()
-    good = [step for step in manifests.good_steps(folder) if not manifests.problem(folder, step)]
-    first, last = _stretch(steps, record, good, workdir)
-    start = max((step for step in good if step <= first), default=0)
     with sharding.use(made.mesh):
         init, train_step, _, abstract = experiment.jitted(made)
         if start in good:
@@ -110,6 +111,20 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
         print(f"steps {start} to {last} again, {len(record.steps(first, last))} of them recorded")
         skipped = guard.read(workdir, folder, start)
         yield from _repeat(made, train_step, state, record, range(start, last), first, skipped)
+
+
+def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
+    """Return the config with what step `first` was trained with, where a later start has changed it."""
+    from lm import experiment, receipt
+
+    def then(step: int) -> dict[str, Any]:
+        found = receipt.config_at(workdir, step).items()
+        return {name: value for name, value in found if name.startswith(("optim.", "train."))}
+
+    at_first, at_last = then(first), then(last - 1)
+    if changed := [name for name, value in at_last.items() if at_first.get(name) != value]:
+        print(f"notice: {', '.join(changed)}: all steps are taken with what step {first} had")
+    return config_lib.with_defaults({**config_lib.flatten(config), **at_first}, experiment.SCHEMA)
 
 
 def _stretch(steps: str, record: "Record", good: list[int], workdir: Path) -> tuple[int, int]:

@@ -101,7 +101,8 @@ def make(
                 f"data.mixture_stages: step {step} does not come after {all_stages[number - 1][0]}; give the "
                 "stages in order, the first after step 0"
             )
-        made.append((step * batch_size, integers(values, temperature)))
+        field = "mixture_stages" if number else "mixture"
+        made.append((step * batch_size, integers(values, temperature, field=f"data.{field}")))
     return Mixture(tuple(made))
 
 
@@ -113,12 +114,14 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def integers(weights: Sequence[float], temperature: float = 1.0) -> tuple[int, ...]:
+def integers(
+    weights: Sequence[float], temperature: float = 1.0, *, field: str = "data.mixture"
+) -> tuple[int, ...]:
     """Return the smallest integers in proportion to weights ** (1 / temperature); of many digits, nearly."""
     check_temperature(temperature)
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
         raise ConfigError(
-            f"data.mixture: weights {', '.join(map(str, weights))} are no proportions; give positive numbers"
+            f"{field}: weights {', '.join(map(str, weights))} are no proportions; give positive numbers"
         )
     if temperature != 1:
         most = max(weights)

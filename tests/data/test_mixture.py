@@ -188,3 +188,10 @@ def test_a_missing_corpus_and_a_name_given_twice(tmp_path):
     twice = Config(mixture=((str(tmp_path / "a.txt"), 1.0), (str(tmp_path / "a.txt"), 1.0)))
     with pytest.raises(ConfigError, match="two corpora are called a"):
         corpus.build(twice)
+
+
+def test_a_stage_without_a_weight_is_named():
+    with pytest.raises(
+        ConfigError, match=r"data\.mixture_stages: weights 0\.0, 0\.0 are no proportions"
+    ):
+        mixture.make([1, 2], stages=[(5, (0.0, 0.0))], sizes=[1, 1], batch_size=4)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from safetensors import safe_open
 from safetensors.flax import load_file
 
-from lm import models, optim, placement, sharding, step
+from lm import models, muon, optim, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import bert
 from lm.nn.transformer import UNROLLED
@@ -257,7 +257,7 @@ def test_every_parameter_is_float32_and_names_its_axes(fields):
 
 def test_muon_has_the_kernels_and_adamw_the_tables():
     axes, shapes = step.parameter_axes(build(next_sentence=True, num_layers=1))
-    tree = optim.muon_matrices(shapes, axes)
+    tree = muon.matrices(shapes, axes)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_matrix)
     block = "layers/block_0"
     assert {sharding.path_name(path) for path, _ in leaves} == {

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm import models, optim, placement, sharding, step
+from lm import models, muon, optim, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import t5
 from lm.nn.transformer import SCANNED
@@ -209,7 +209,7 @@ def test_every_parameter_is_float32_and_names_its_axes(fields):
 
 def test_muon_has_the_kernels_and_adamw_the_tables():
     axes, shapes = step.parameter_axes(build(**V1_1, num_layers=1))
-    tree = optim.muon_matrices(shapes, axes)
+    tree = muon.matrices(shapes, axes)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_matrix)
     kernels = ["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
     cross = [f"cross_attention/{name}" for name in ("query", "key_value", "out")]

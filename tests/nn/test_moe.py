@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 from lm import config as config_lib
-from lm import experiment, models, optim, placement, sharding, step
+from lm import experiment, models, muon, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import gpt, t5
 from lm.nn import moe
@@ -401,7 +401,7 @@ def test_flops_and_parameters_are_of_the_experts_in_use():
 
 def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router():
     axes, shapes = step.parameter_axes(tiny(activation="swiglu", scan=False))
-    found = optim.muon_matrices(shapes, axes)["layers"]["block_0"]["mlp"]
+    found = muon.matrices(shapes, axes)["layers"]["block_0"]["mlp"]
     assert found["up"]["kernel"] == optax.contrib.MuonDimensionNumbers((1,), (3,))
     assert found["down"]["kernel"] == optax.contrib.MuonDimensionNumbers((1,), (2,))
     assert isinstance(found["router"]["kernel"], optax.MaskedNode)

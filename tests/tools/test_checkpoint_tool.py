@@ -166,3 +166,9 @@ def test_a_process_that_knows_the_folder_alone(run, tmp_path):
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("files and arrays are what was saved") == 3
+
+
+def test_verifying_nothing_is_a_mistake(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert typed("verify", tmp_path) == 2
+    assert "no checkpoint there" in capsys.readouterr().err

@@ -125,3 +125,17 @@ def test_a_command_is_needed(capsys):
     with pytest.raises(SystemExit):
         launch.main(["--processes=2"])
     assert "after -- a command" in capsys.readouterr().err
+
+
+def test_a_signal_that_comes_while_processes_start_reaches_them_all(monkeypatch):
+    begun, original = [], launch._start
+
+    def start(words, environment):
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begun.append(original(words, environment))
+        return begun[-1]
+
+    monkeypatch.setattr(launch, "_start", start)
+    code = launch.run(["sleep", "60"], processes=2, devices=1, logs=None, grace=30.0)
+    assert [child.returncode for child in begun] == [-signal.SIGTERM] * 2 and code != 0

@@ -140,6 +140,10 @@ def test_finished_points_are_skipped_and_of_another_config_refused(place):
     (place / "mine.py").write_text(EXPERIMENT)
     run(place)  # one that never began is begun
     assert ran(place) == flags(0.1)
+    for half in ("", '{"identity": "', "{}"):  # a kill came as it was written
+        (folder / "sweep_point.json").write_text(half)
+        run(place)
+        assert ran(place) == flags(0.1)
 
 
 @pytest.mark.parametrize(

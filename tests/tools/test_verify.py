@@ -119,3 +119,16 @@ def test_mistakes(run, tmp_path, capsys, flags, words):
     flags = [flag.format(run=run, empty=tmp_path) for flag in flags]
     assert verify.main(flags) == 2
     assert words in capsys.readouterr().err
+
+
+def test_steps_before_a_change_are_taken_as_they_were(text_file, tmp_path, capsys):
+    config = config_of(text_file)
+    config.train.num_steps, config.checkpoint.keep = 4, 9
+    train.run(config, tmp_path)
+    config.train.num_steps, config.optim.peak_lr = 8, 1e-3
+    train.run(config, tmp_path)
+    assert verify.main([str(tmp_path), "--steps=2:4"]) == 0
+    assert verify.main([str(tmp_path), "--steps=4:8"]) == 0
+    capsys.readouterr()
+    assert verify.main([str(tmp_path), "--steps=2:8"]) == 1
+    assert "optim.peak_lr" in capsys.readouterr().out.splitlines()[0]
