@@ -79,9 +79,7 @@ def run(
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
         saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
         stack.callback(watch.at, watchdog.COPYING, num_steps)  # then the saver closes
-        saver.fetch()
-        workdirs.check_resume(workdir, made)
-        set_aside(workdir, saver.folder, made)
+        check_past(workdir, made, saver)
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
         state, first, resumed = begin(made, saver, init, abstract)
@@ -99,7 +97,6 @@ def run(
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)
         batches = place_ahead(made, first)
-
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
@@ -130,14 +127,13 @@ def run(
             doing = peers.TRAINING if guard.begun else watchdog.COMPILING
             watch.at(doing, now, state)
             batch = next(batches, None)
-            watch.at(doing, now)
             if batch is None:
                 raise data_ended(saver, guard, now, state, num_steps, saving or not fresh)
             if marks.due(now):
                 state = guard.settle(now, state)
                 watch.at(doing if marks.begun else watchdog.COMPILING, now, state)
                 marks.at(now, state, batch)
-                watch.at(doing, now)
+            watch.at(doing, now)
             profile.before(now)
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
@@ -291,6 +287,13 @@ def announce(
         say(f"resumed: at step {first}")
     say(description.describe_batch(made, width=160))
     say("compiling the training step; the first one takes seconds to minutes by the model's size")
+
+
+def check_past(workdir: Path, made: experiment.Experiment, saver: checkpoint.Checkpointer) -> None:
+    """Bring what the second place has; refuse, or move aside, what is there of another run."""
+    saver.fetch()
+    workdirs.check_resume(workdir, made)
+    set_aside(workdir, saver.folder, made)
 
 
 def sample_of(

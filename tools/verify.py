@@ -82,10 +82,10 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     )
     from lm.data import corpus
 
+    config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
     record, folder = Record(workdir), (workdir / "checkpoints").absolute()
     good = [step for step in manifests.good_steps(folder) if not manifests.problem(folder, step)]
     first, last = _stretch(steps, record, good, workdir)
-    config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
     start = max((step for step in good if step <= first), default=0)
     config = _as_then(config, workdir, start, last)
     startup.set_threads(config.train.exact_reduction)
