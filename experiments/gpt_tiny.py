@@ -2,7 +2,7 @@
 
 Paper: Radford et al. 2019 with the current recipe (see `lm/models/gpt.py`), trained with Muon.
 Command: python -m lm.main --config experiments/gpt_tiny.py
-  python -m tools.sweep --config experiments/gpt_tiny.py --workdir runs/sweep
+  python -m tools.sweep --config experiments/gpt_tiny.py --workdir runs/gpt_tiny_sweep
 Hardware: two CPU cores.
 """
 

@@ -4,7 +4,7 @@ Paper: Chen and Goodman 1999, "An empirical study of smoothing techniques for la
 with the order - 1 characters before them, so that every character is counted and scored with all of its
 context.
 Command: python -m lm.main --config experiments/ngram_char.py
-  python -m tools.sweep --config experiments/ngram_char.py --workdir runs/sweep
+  python -m tools.sweep --config experiments/ngram_char.py --workdir runs/ngram_char_sweep
 Hardware: two CPU cores, seconds.
 Result: 1.954 bits per byte after 2.0M characters (Python 3.13), 767 thousand nodes; on tiny Shakespeare
   (--config.data.path=input.txt) 1.5227 nats a character, and with kneser_ney 1.5582.

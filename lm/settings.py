@@ -34,7 +34,7 @@ class Config:
         7200.0  # for the first step, or for looking into a bad one; 0 = any
     )
     peer_timeout_seconds: float = (
-        300.0  # of silence of one of several processes, after which all end
+        300.0  # of silence of one of several processes, or of a step of theirs, after which all end
     )
     on_bad_step: str = "stop"  # or skip, or rollback: go back to the last checkpoint, leave it out
     max_skips: int = 10  # steps that a run leaves out, after which it stops

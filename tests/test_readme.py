@@ -28,8 +28,8 @@ def test_the_tree_names_every_module_and_nothing_else():
             assert f"  {path.name} " in tree, path
     for name in re.findall(r"^  (\w+\.py)", tree, re.MULTILINE):
         assert (ROOT / "lm" / name).exists(), name
-    for folder in ("nn", "models", "tasks", "convert", "data", "experiments", "tools"):
-        base = ROOT / folder if (ROOT / folder).exists() else ROOT / "lm" / folder
+    parts = ("nn", "models", "tasks", "convert", "convert/architectures", "data", "data/cleaning")
+    for base in (*(ROOT / "lm" / part for part in parts), ROOT / "experiments", ROOT / "tools"):
         for path in base.glob("*.py"):
             assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", tree), path
 
