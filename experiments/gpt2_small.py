@@ -1,7 +1,8 @@
 """GPT-2 small (124M) as it was published: what speed is compared on, and other recipes are judged by.
 
 Paper: "Language Models are Unsupervised Multitask Learners", Radford et al. 2019; the optimizer's
-settings are GPT-3's (arXiv 2005.14165). Biases, LayerNorm, learned positions, GELU, tied embeddings; no dropout.
+settings are GPT-3's (arXiv 2005.14165). Biases, LayerNorm, learned positions, GELU, tied embeddings; no
+dropout.
 Command: python -m lm.main --config experiments/gpt2_small.py --config.data.path=corpus.jsonl
 Hardware: one GPU of 40 GB or more, or any mesh.
 """
