@@ -28,7 +28,7 @@ def _orbax() -> ocp.AsyncCheckpointer:
 
 @contextlib.contextmanager
 def _taking_turns_often() -> Iterator[None]:
-    """Within, a thread gives way after 0.1 ms, not 5: a step waits here for threads that have begun to write."""
+    """Within, threads take turns every 0.1 ms, not 5: a step waits here while others begin to write."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
