@@ -70,7 +70,7 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
     ("model", "lines"),
     [
         (ENCODER, 1),
-        (SEQ2SEQ, None),
+        pytest.param(SEQ2SEQ, None, marks=pytest.mark.slow),
         ({"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2}, None),
     ],
     ids=["encoder", "encoder-decoder", "decoder"],

@@ -1,7 +1,6 @@
 """The command line: what a user types wrong costs one clear line and exit code 2."""
 
 import errno
-import functools
 import gzip
 import os
 import shlex
@@ -260,10 +259,9 @@ def test_ctrl_c_that_ends_the_tee_behind_a_run_too_saves_it(experiment, tmp_path
     words += ["--config.train.num_steps=100000", "--config.train.log_every_steps=1"]
     script = f"trap : INT; {shlex.join(words)} 2>&1 | tee {tmp_path}/log; exit ${{PIPESTATUS[0]}}"
     # Whatever the tests' own shell has done with SIGINT, as one does with what it starts by "&".
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    shell = subprocess.Popen(
-        ["bash", "-c", script], cwd=ROOT, start_new_session=True, preexec_fn=heard
-    )
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
+    words = [sys.executable, "-c", heard, "bash", "-c", script]
+    shell = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     rows, end = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
     while not (rows.exists() and '"step": 20,' in rows.read_text()):
         assert shell.poll() is None and time.monotonic() < end

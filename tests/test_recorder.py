@@ -111,7 +111,7 @@ FAULTS = {
          r"operation: log .*\n.*\n.*test_recorder.py:\d+"],
     ),
 }  # fmt: skip
-PLAIN = [("gradient", "stop"), ("embedding", "rollback"), ("data", "skip")]
+PLAIN = [("gradient", "stop")]
 
 
 @pytest.mark.parametrize(

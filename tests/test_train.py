@@ -313,17 +313,12 @@ def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
 
 
 def test_tokens_a_second_are_those_that_are_scored(tiny, tmp_path):
-    """Of pairs, whose rows are mostly padding, not what rows have room for."""
-    pairs = tmp_path / "pairs.tsv"
-    pairs.write_text("".join(f"the cat {i}\tsat {i}\n" for i in range(200)))
-    config = tiny(
-        model=ConfigDict({"name": "seq2seq", "num_layers": 1, "model_dim": 16}),
-        task=ConfigDict({"name": "seq2seq", "length": 32, "source_length": 32}),
-        data__path=(str(pairs),), data__source_field="0", data__target_field="1",
-    )  # fmt: skip
-    train.run(config, tmp_path / "run")
+    """Of rows that are mostly padding, not what they have room for."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"cat {i}"}) + "\n" for i in range(200)))
+    train.run(tiny(task__packing="pad", data__path=(str(texts),)), tmp_path / "run")
     rows = [r for r in read_rows(tmp_path / "run/metrics.jsonl") if "steps_per_second" in r]
-    assert rows and all(row["train/tokens"] < 200 < 8 * 32 for row in rows)
+    assert rows and all(row["train/tokens"] < 8 * 10 < 8 * 16 for row in rows)
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(
             row["train/tokens"] * row["steps_per_second"]
