@@ -160,12 +160,13 @@ def test_what_is_computed_again_is_the_same(remat):
 
 
 def run_of(tiny, matmul_dtype, **overrides):
-@pytest.mark.slow
     config = tiny(**overrides)
     config.model.matmul_dtype, config.model.dtype = matmul_dtype, "bfloat16"
     return config
-def test_a_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+
+
 @pytest.mark.slow
+def test_a_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     config = run_of(tiny, "fp8", train__accumulate_steps=1)
     train.run(config, tmp_path / "whole")
     StopAfter(monkeypatch, 3)
@@ -175,6 +176,9 @@ def test_a_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "has_fp8", lambda: True)
     train.run(config, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
+
+
+@pytest.mark.slow
 def test_the_loss_goes_down_as_that_of_bfloat16(tiny, tmp_path):
     losses = {}
     for name in ("fp8", ""):
