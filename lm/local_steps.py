@@ -12,7 +12,7 @@ SGD with Nesterov's momentum, and all go on from its result. With `optim.outer_l
 
 Between two meetings the groups exchange a few sums that are logged, and whether all gradients are finite.
 Evaluated, averaged and loaded is `outer`. What differs from the paper: a batch is that of all groups
-together, and groups also meet at the end of a run, so that nothing that was learned is left out.
+together, and groups also meet after the last step, unless that one is left out.
 """
 
 import dataclasses

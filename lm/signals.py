@@ -76,13 +76,16 @@ class Stop:
 def stop_signals() -> Iterator[Stop]:
     """Turn SIGINT, SIGTERM and a cloud's notice into a request to stop after the step; a second is harmless.
 
-    Before training begins there is nothing to save, and they are a KeyboardInterrupt with their number.
+    Before training begins there is nothing to save: the first signal is a KeyboardInterrupt with its number,
+    and a notice stops the run after its first step.
     """
     stop, old, closed = Stop(), {}, threading.Event()
+    raised = False
 
     def ask(number, frame):
-        if not (stop.waits or stop.asked):
-            stop.asked = True
+        nonlocal raised
+        if not (stop.waits or raised):
+            raised = stop.asked = True
             raise KeyboardInterrupt(number)
         stop.ask()
 

@@ -318,3 +318,14 @@ def test_an_answer_that_breaks_off_does_not_end_the_watch(metadata, monkeypatch,
     told, closed = threading.Event(), threading.Event()
     preemption.watch(lambda words: told.set(), closed)
     assert told.wait(10)
+
+
+def test_a_signal_after_a_notice_still_ends_what_is_before_training(monkeypatch):
+    monkeypatch.setattr(preemption, "here", lambda: None)
+    with signals.stop_signals() as stop:
+        stop.ask("notice of preempted: ")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)  # a second one is harmless
+        time.sleep(0.05)
