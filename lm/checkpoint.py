@@ -36,9 +36,7 @@ class Config:
     timeout_seconds: float = 3600.0  # for writing one, else the run ends; for a last copy; 0 = any
     grace_seconds: float = 120.0  # from a stop's signal to its saved step, as above; 0 = any
     remote: str = ""  # folder or URL of this run's own, a second place where good ones are copied
-    remote_every: int = (
-        0  # steps; only checkpoints at its multiples, the last, and what a start finds are; 0 = all
-    )
+    remote_every: int = 0  # only its multiples, the last and what a start finds are copied; 0 = all
 
     ONLY_FOR: ClassVar = {"remote_every": ("remote", SET)}
 
@@ -68,7 +66,6 @@ class Loaded(NamedTuple):
     params: Any
 
 
-FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
 TRIES = 3  # of one save: when it is due, again at once, again at the next step
 SAVES = 2  # that fail with all their tries, one after the other, before that is an error
 
@@ -87,13 +84,13 @@ class Checkpointer:
 
     def __init__(self, workdir: str | Path, cfg: Config, say: Callable[[str], None] = warn):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.cfg = cfg
-        self.say = say
+        self.cfg, self.say = cfg, say
         self._remote = remote.Remote(cfg.remote, self.folder, say) if cfg.remote else None
         self._writer = saving.Writer(self.folder)
         self._failures = 0  # tries that failed, one after the other
         self._unsaved: OSError | None = None  # what the last save failed with
         self._owed = False  # it is to be tried at the next step
+        self._asks = False  # the other processes are to be told so
         self._last = False  # the save in flight is the last one
 
     def save(
@@ -155,12 +152,11 @@ class Checkpointer:
 
     def _failed(self, error: OSError, *, at_once: bool = False, last: bool = False) -> None:
         """Count a try that failed and say what follows; raise `error` where nothing does."""
-        # Only the first of several processes may know of it: their next try is the save that is due next.
-        tries = TRIES if jax.process_count() == 1 else 1
         self._failures += 1
-        if last or (not at_once and self._failures >= SAVES * tries):
+        if last or (not at_once and self._failures >= SAVES * TRIES):
             raise OSError(f"{error}, {self._failures} times one after the other") from error
-        self._unsaved, self._owed = error, not at_once and self._failures % tries > 0
+        self._unsaved, self._owed = error, not at_once and self._failures % TRIES > 0
+        self._asks = self._owed
         then = "the next step" if self._owed else "the next that is due"
         self.say(f"{error}; not saved, {'trying again' if at_once else f'saving {then} instead'}")
 
@@ -175,13 +171,18 @@ class Checkpointer:
             self._succeeded() if error is None else self._failed(error)
 
     def owed(self) -> bool:
-        """Return whether this step is to be saved because a save failed; that is said here.
+        """Return whether this step is to be saved because a save failed; that is said here. Never waits.
 
-        Asked before each step. Waits for nothing. Raises what `save` raises.
+        Raises what `save` raises. Several processes agree to save again by what each `asks`.
         """
         if self.writing() is None:
             self.settle()
-        return self._owed
+        return self._owed and jax.process_count() == 1
+
+    def asks(self) -> bool:
+        """Return whether a save failed here since this was asked, and is to be tried again."""
+        asks, self._asks = self._asks, False
+        return asks
 
     def wait(self) -> None:
         """Wait until the last save is good. Raises OSError where it is not."""
@@ -256,14 +257,13 @@ class Checkpointer:
     def fetch(self) -> None:
         """Bring the newest good checkpoint here where only `checkpoint.remote` has it; say what is damaged.
 
-        Raises:
-          ConfigError: the remote cannot be read, and there is no checkpoint here to go on from.
+        Raises ConfigError where that cannot be read, and there is no checkpoint here to go on from.
         """
         if self._remote and jax.process_index() == 0:
             here = manifests.all_steps(self.folder)
             found = self._newest_good(print, self._remote)
             if found is not None and found not in here:
-                manifests.write_whole(self.folder.parent / FETCHED, self.cfg.remote)
+                manifests.write_whole(self.folder.parent / remote.FETCHED, self.cfg.remote)
         if self.cfg.remote:
             distributed.from_first("fetched")
 

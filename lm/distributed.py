@@ -10,6 +10,7 @@ aborted by its C++ client in the moment in which process 0 dies, before a word c
 Imports of jax are inside functions: a command knows this file before it knows whether it needs jax.
 """
 
+import contextlib
 import faulthandler
 import itertools
 import json
@@ -226,6 +227,42 @@ def from_all(value: str) -> list[str]:
     known.client.key_value_set(f"{key}/{known.process_id}", value)
     everyone = range(known.num_processes)
     return [known.client.blocking_key_value_get(f"{key}/{i}", FOREVER) for i in everyone]
+
+
+def meet(place: str, failed: str) -> None:
+    """Wait until every process has come to `place`, a name of this one time.
+
+    Raises OSError, in a line, where one has told its end of that under `failed` (see `tell`).
+    """
+    from jax._src import distributed as jax_distributed
+
+    known, pause = jax_distributed.global_state, 0.02
+    known.client.key_value_set(f"{place}/{known.process_id}", "here")
+    while len(known.client.key_value_dir_get(place)) < known.num_processes:
+        if told := known.client.key_value_dir_get(failed):
+            raise OSError(told[0][1])
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def tell(failed: str, why: str) -> None:
+    """Tell those who `meet`, or will, that this process does not come."""
+    import jax
+    from jax._src import distributed as jax_distributed
+
+    if (known := jax_distributed.global_state).client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already
+            known.client.key_value_set(f"{failed}/{known.process_id}", why)
+
+
+def forget(name: str) -> None:
+    """Take from the store, in the first process, what lies under `name`."""
+    import jax
+    from jax._src import distributed as jax_distributed
+
+    if (known := jax_distributed.global_state).client is not None and known.process_id == 0:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            known.client.key_value_delete(f"{name}/")
 
 
 def leave(code: int) -> None:

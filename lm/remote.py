@@ -19,6 +19,7 @@ import fsspec
 from lm import manifests
 from lm.config import ConfigError
 
+FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
 FETCHING = "fetching"  # a folder's name while it is brought here
 RUN = "run"  # beside a copy's state: files of the run's folder
 TRIES = 3  # to reach it when a run begins or ends

@@ -17,13 +17,8 @@ import orbax.checkpoint as ocp
 from lm import distributed, fingerprint, manifests
 from lm.stored import flatten, handler
 
-FOREVER = (
-    10**8
-)  # seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes
-
-
-def _orbax() -> ocp.AsyncCheckpointer:
-    return ocp.AsyncCheckpointer(handler(), timeout_secs=FOREVER)
+# Seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes.
+FOREVER = 10**8
 
 
 @contextlib.contextmanager
@@ -42,9 +37,30 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._orbax = _orbax()
+        self._number = 0  # of the save, the same in all processes
+        self._met = 0  # how often this process has waited for the others in it
+        self._orbax = self._new()
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+
+    def _new(self) -> ocp.AsyncCheckpointer:
+        options = ocp.AsyncOptions(timeout_secs=FOREVER, barrier_sync_fn=self._meet)
+        return ocp.AsyncCheckpointer(handler(), async_options=options)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the writers of all processes; where one of them has failed, so has this save in all."""
+        self._met += 1
+        distributed.meet(f"{self._name}/{self._met}", f"{self._name}/failed")
+
+    @property
+    def _name(self) -> str:
+        return f"lm/save/{self._number}"
+
+    def _fail(self, target: Path, error: Exception) -> OSError:
+        """Tell the other processes; return the error of the save."""
+        told = failed(target, error)
+        distributed.tell(f"{self._name}/failed", f"process {jax.process_index()}: {told}")
+        return told
 
     def start(
         self, step: int, state: Any, more: Mapping[str, Any], good: Callable[[int], None]
@@ -59,6 +75,8 @@ class Writer:
           OSError: it cannot be started, in a line.
         """
         target = self.folder / str(step)
+        distributed.forget(f"lm/save/{self._number - 1}")
+        self._number, self._met = self._number + 1, 0
         with _taking_turns_often():
             self._start(target, step, state, more, good)
 
@@ -82,7 +100,7 @@ class Writer:
             found = found or fingerprint.of_all(arrays)
         except Exception as error:
             self._renew()
-            raise failed(target, error) from error
+            raise self._fail(target, error) from error
         manifest = {
             "format": manifests.FORMAT,
             "step": step,
@@ -113,7 +131,7 @@ class Writer:
             except OSError:  # the arrays are there: what is left is tried again at once
                 manifests.write(target, manifest)
         except Exception as error:  # handed on by `join`
-            self._error = failed(target, error)
+            self._error = self._fail(target, error)
             return
         good(manifest["step"])
 
@@ -139,7 +157,7 @@ class Writer:
 
     def _renew(self) -> None:
         """Take a new writer of Orbax's: the one that failed may still hold what went wrong."""
-        old, self._orbax = self._orbax, _orbax()
+        old, self._orbax = self._orbax, self._new()
         with contextlib.suppress(Exception):  # the error that is told already
             old.close()
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -39,6 +38,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = _ASKED.get()
+        self._again = False  # a process has asked to save again, and `save_again` has not said so
         self._mesh: Mesh | None = None
         self._before: jax.Array | None = None
 
@@ -56,20 +56,28 @@ class Stop:
             self._mesh = mesh
             every = PartitionSpec(mesh.axis_names)
             self._places = NamedSharding(mesh, every)
-            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+            whole = NamedSharding(mesh, PartitionSpec())
+            self._any = jax.jit(lambda votes: votes.any(axis=0), out_shardings=whole)
 
-    def agreed(self) -> bool:
+    def agreed(self, again: bool = False) -> bool:
         """Return whether to stop now; every process asks as often, and each is told the same.
 
         Of several processes it is the answer of the time before, so that no device waits for a host: what
-        it costs is one small collective beside a step.
+        it costs is one small collective beside a step. In it goes whether this one asks to save `again`.
         """
         if self._mesh is None:
             return self.asked
-        mine = np.full(len(self._mesh.local_devices), self.asked)
-        votes = jax.make_array_from_process_local_data(self._places, mine, (self._mesh.size,))
+        mine = np.tile([self.asked, again], (len(self._mesh.local_devices), 1))
+        votes = jax.make_array_from_process_local_data(self._places, mine, (self._mesh.size, 2))
         before, self._before = self._before, self._any(votes)
-        return before is not None and bool(before)
+        stop, asked = (False, False) if before is None else np.asarray(before)
+        self._again |= bool(asked)
+        return bool(stop)
+
+    def save_again(self) -> bool:
+        """Return whether one of several processes has asked so; told once, at the same step in all."""
+        again, self._again = self._again, False
+        return again
 
 
 @contextlib.contextmanager

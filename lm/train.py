@@ -101,8 +101,10 @@ def run(
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
-            saving = fresh and (saver.owed() or last or (now % save_every == 0 and now > 0))
-            stopping = stop.agreed()
+            saving = (
+                saver.owed() or stop.save_again() or last or (now % save_every == 0 and now > 0)
+            )
+            saving, stopping = saving and fresh, stop.agreed(saver.asks())
             if evaluating or saving or stopping:
                 state = guard.settle(now, state)
             if evaluating:

@@ -12,7 +12,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lm import checkpoint, complete, distributed, experiment, manifests, peers, receipt, tasks
+from lm import (
+    checkpoint,
+    complete,
+    distributed,
+    experiment,
+    manifests,
+    peers,
+    receipt,
+    remote,
+    tasks,
+)
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.data import corpus, tokenizers
@@ -131,7 +141,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
         causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
         refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
-    came = (workdir / checkpoint.FETCHED).exists()
+    came = (workdir / remote.FETCHED).exists()
     if other := [
         key
         for key, *_ in changes
@@ -176,7 +186,7 @@ def write_files(
         return
     workdir.mkdir(parents=True, exist_ok=True)
     receipt.write(workdir, made, first, origins)
-    (workdir / checkpoint.FETCHED).unlink(missing_ok=True)
+    (workdir / remote.FETCHED).unlink(missing_ok=True)
     manifests.write_whole(workdir / "config.json", config_lib.to_json(made.config))
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
     manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")

@@ -300,3 +300,37 @@ def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_pa
     assert replay.main([str(folder)]) == 0
     said = capsys.readouterr().out
     assert "row 5, shard 2 of 4" in said and "batch weights: 16 numbers are not finite" in said
+
+
+UNWRITTEN = """
+
+import os
+from orbax.checkpoint._src.futures import future
+
+original, calls = future.ChainedFuture.result, []
+
+
+def result(self, timeout=None):
+    calls.append(None)
+    if os.environ.get("JAX_PROCESS_ID") == "WHICH" and len(calls) == 1:
+        raise OSError("no room there")
+    return original(self, timeout)
+
+
+future.ChainedFuture.result = result
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_save_that_one_process_cannot_write_holds_nobody_up(text_file, tmp_path, whole, which):
+    """It fails in all of them, soon; the run goes on, saves again, and comes to the same numbers."""
+    path = tmp_path / "unwritten.py"
+    faulty = UNWRITTEN.replace("WHICH", str(which))
+    path.write_text(EXPERIMENT.format(path=str(text_file)) + faulty)
+    job, code = run(path, tmp_path / "run", 2)
+    assert code == 0, job.said(0)
+    assert "no room there; not saved, saving the next step instead" in job.said(0)
+    assert manifests.good_steps(tmp_path / "run/checkpoints")[1] in range(16, 25), "soon"
+    assert_same(tmp_path / "run", whole)
+    assert manifests.good_steps(tmp_path / "run/checkpoints")[-1] == 60
