@@ -8,6 +8,7 @@ What differs: a replacement is drawn evenly and not by how frequent it is; neigh
 anywhere; what is deleted are spans. Each token's fate is drawn by itself, so a share is an expectation.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,7 +64,7 @@ class Augmenter:
         )
         cfg, tokens = self._cfg, tokens.copy()
         if rate := getattr(cfg, "delete_spans", 0.0):
-            begins = random.random(len(tokens)) < rate / MEAN_SPAN
+            begins = random.random(len(tokens)) < _begin_rate(rate)
             lengths = random.geometric(1 / MEAN_SPAN, len(tokens))
             ends = np.where(begins, np.arange(len(tokens)) + lengths, 0)
             gone = np.maximum.accumulate(ends) > np.arange(len(tokens))
@@ -81,3 +82,16 @@ class Augmenter:
             chosen = (random.random(len(tokens)) < cfg.drop_tokens) & common
             tokens[chosen] = self._blank
         return tokens
+
+
+@functools.cache
+def _begin_rate(share: float) -> float:
+    """Return how often spans, which may overlap, begin where a `share` of the tokens is to lie in one."""
+    # How likely a span that begins k tokens before reaches so far.
+    reach = (1 - 1 / MEAN_SPAN) ** np.arange(200)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = np.prod(1 - middle * reach)
+        low, high = (middle, high) if kept > 1 - share else (low, middle)
+    return high

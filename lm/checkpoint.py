@@ -170,14 +170,14 @@ class Checkpointer:
             error = self._writer.join()
             self._succeeded() if error is None else self._failed(error)
 
-    def owed(self) -> bool:
+    def owed(self, agreed: bool = False) -> bool:
         """Return whether this step is to be saved because a save failed; that is said here. Never waits.
 
-        Raises what `save` raises. Several processes agree to save again by what each `asks`.
+        Several processes have `agreed` to, by what each of them `asks`. Raises what `save` raises.
         """
         if self.writing() is None:
             self.settle()
-        return self._owed and jax.process_count() == 1
+        return agreed or (self._owed and jax.process_count() == 1)
 
     def asks(self) -> bool:
         """Return whether a save failed here since this was asked, and is to be tried again."""

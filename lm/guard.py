@@ -249,7 +249,8 @@ def set_aside(workdir: Path, folder: Path, made: experiment.Experiment) -> None:
     if not (workdir / "config.json").exists():
         return
     old = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
-    if config_lib.difference(old, made.config):
+    changed = [key for key, *_ in config_lib.difference(old, made.config)]
+    if any(key.startswith(("seed", "data.", "task.", "model.", "optim.")) for key in changed):
         for name in (FILE, recorder.FOLDER):
             if aside := manifests.move_aside(workdir / name):
                 print(f"{name} is of another config, which saved nothing: moved to {aside}")

@@ -101,10 +101,8 @@ def run(
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
-            saving = (
-                saver.owed() or stop.save_again() or last or (now % save_every == 0 and now > 0)
-            )
-            saving, stopping = saving and fresh, stop.agreed(saver.asks())
+            saving = fresh and (saver.owed(stop.save_again()) or last or falls_on(now, save_every))
+            stopping = stop.agreed(saver.asks())
             if evaluating or saving or stopping:
                 state = guard.settle(now, state)
             if evaluating:
@@ -143,6 +141,11 @@ def run(
         saver.wait()
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
+
+
+def falls_on(now: int, every: int) -> bool:
+    """Return whether step `now` is a multiple of `every`, 0 left out."""
+    return now > 0 and now % every == 0
 
 
 def begin(

@@ -128,3 +128,10 @@ def test_shares_that_are_none_and_noise_without_pairs_are_refused():
     split = Split("train", np.array([END, 1, 2, END], np.uint16), np.array([0]), 2)
     with pytest.raises(ConfigError, match="noise is for the sources of pairs"):
         make("seq2seq", "source", drop_tokens=0.1).num_rows(split)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_spans_take_out_the_share_that_is_asked_for(share):
+    before = np.arange(20_000)
+    left = [len(noisy(before, delete_spans=share, row=row)) for row in range(5)]
+    assert 1 - np.mean(left) / len(before) == pytest.approx(share, abs=0.015)

@@ -293,6 +293,7 @@ def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_pa
     for name, processes, mode in (("skip", 2, "skip"), ("back", 2, "rollback"), ("one", 1, "skip")):
         with Job(path, tmp_path / name, processes, f"--config.train.on_bad_step={mode}") as job:
             assert job.wait(300) == 0, job.said(0)
+        assert ("back to step 15" if name == "back" else "step 21 is skipped") in job.said(0)
     assert_same(tmp_path / "skip", tmp_path / "one")
     assert_same(tmp_path / "skip", tmp_path / "back")
     folder = tmp_path / "skip" / "recorder" / "20"

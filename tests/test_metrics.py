@@ -269,10 +269,10 @@ def test_reading_rows_does_not_import_torch():
 def test_rows_cost_little(tmp_path):
     writers = open_quiet(tmp_path, resume_step=None)
     values = {f"train/{n}": 0.1 for n in range(10)}
-    began = time.perf_counter()
+    began = time.process_time()
     for step in range(200):
         writers.write(step, values)
-    seconds = (time.perf_counter() - began) / 200
+    seconds = (time.process_time() - began) / 200
     writers.close()
     assert seconds < 5e-3  # measured 0.5 ms; a hundredth of a small model's step
 

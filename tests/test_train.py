@@ -302,7 +302,8 @@ def test_a_damaged_file_is_named(tiny, tmp_path_factory, finished, name, content
 
 def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     """The last row, one step after another, has a rate like those before it."""
-    train.run(tiny(train__num_steps=41, train__log_every_steps=20, eval__every_steps=0), tmp_path)
+    options = {"train__log_every_steps": 20, "eval__every_steps": 0, "checkpoint__every_steps": 0}
+    train.run(tiny(train__num_steps=41, **options), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
     assert len(rates) == 3

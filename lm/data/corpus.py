@@ -26,7 +26,9 @@ from lm.data.tokenizers import Tokenizer
 from lm.data.writer import JOURNAL, LOCK
 
 # Fields that are about reading a corpus, not about what is in it.
-_READING = ("source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches")
+_READING = (
+    "source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches", "mixture_temperature",
+)  # fmt: skip
 _OF_TOKENIZER = [
     "tokenizer",
     "tokenizer_path",
@@ -309,7 +311,9 @@ def _key(cfg: Config, source: Any, tokenizer: Tokenizer | None) -> str:
         settings[1:] = [cfg.vocab_size, cfg.user_symbols]
     if cfg.tokenizer == "word":
         settings[1] = cfg.vocab_size
-    encoder = tokenizer.fingerprint if tokenizer else settings
+    encoder: Any = settings
+    if tokenizer:  # with the roles that files beside its own give
+        encoder = [tokenizer.fingerprint, sorted(getattr(tokenizer, "specials", {}).items())]
     parts = [prepare.FORMAT, source.fingerprint(), encoder, cfg.validation_fraction, cfg.fold]
     if cfg.clean:
         parts.append(cleaning.open_cleaner(cfg.clean).fingerprint)

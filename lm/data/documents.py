@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -50,6 +51,15 @@ class Fields(NamedTuple):
         """The fields that are read, in order: one, or two for pairs."""
         second = self.target or self.label
         return (self.source, second) if second else (self.source or self.text,)
+
+    def setting(self, field: str) -> str:
+        """Return which setting names a field that is read."""
+        named = {
+            self.label: "label_field",
+            self.target: "target_field",
+            self.source: "source_field",
+        }
+        return f"data.{named.get(field, 'field')}"
 
 
 class Reading(NamedTuple):
@@ -164,12 +174,14 @@ def of_record(record: Any, where: str, reading: Reading) -> Document:
     texts, replaced = [], 0
     for field in reading.fields.names:
         value = _value(record, field)
+        if field == reading.fields.label and type(value) is int:
+            value = str(value)
         if not isinstance(value, str):
             holds = ", ".join(map(str, record)) if isinstance(record, Mapping) else "no object"
             return reading.broken(
                 "no such text",
-                f"data.field={field}: {where} has no text by that name (it holds {holds}); "
-                "set data.field (of pairs: data.source_field and the other), repair that record",
+                f"{reading.fields.setting(field)}={field}: {where} has no text by that name (it holds "
+                f"{holds}); set that, or repair that record",
             )
         if len(value) > reading.max_bytes:
             return reading.broken("too long", reading.too_long(where))
@@ -197,7 +209,7 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
     """Yield the cells in the fields of every line; CSV has quotes, and lines in them, and TSV has not."""
     name = files.printable(file)
     rows = _damage_told(_rows(file, name, delimiter, reading), reading)
-    names, before = reading.fields.names, 0
+    names, before, width = reading.fields.names, 0, sys.maxsize
     if all(field.isdecimal() and len(field) < 10 for field in names):
         columns = [int(field) for field in names]
     else:
@@ -206,10 +218,17 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
             yield from [first][start:]
             return
         columns = _columns(name, names, first.cells if first else [])
+        width = len(first.cells) if first else 0
         before = first.replaced if first else 0  # bytes of the line of names; the first row's count
     for number, row in enumerate(itertools.islice(rows, start, None), start + 1):
         if isinstance(row, Document):
             yield row
+        elif any(row.cells[width:]):  # a delimiter that stands in a text cuts it in two
+            yield reading.broken(
+                "ragged row",
+                f"data.path: {name}: row {number} has {len(row.cells)} columns and the line of names {width} "
+                f"(line {row.line}); repair that row, such as by quotes",
+            )
         elif max(columns) < len(row.cells):
             text, *second = (row.cells[column] for column in columns)
             replaced = row.replaced + (before if number == 1 else 0)

@@ -154,6 +154,11 @@ class Config:
                 f"data.{name}={value}: used only for JSON lines and tables; leave it out, or name such a "
                 "file by data.source=jsonl, tsv or csv, or by a data.path that ends so"
             )
+        if "field" in given and len(given) > 1:
+            raise ConfigError(
+                f"data.field={self.field}: of pairs and labelled texts data.source_field names the text; "
+                "give that alone"
+            )
         if self.target_field and self.label_field:
             raise ConfigError(
                 f"data.label_field={self.label_field}: there is data.target_field={self.target_field} "

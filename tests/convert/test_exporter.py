@@ -15,6 +15,7 @@ from lm import checkpoint, experiment, models, sharding, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.convert import architectures, exporter, importer, safetensors_file
+from lm.convert.architectures import llama
 from lm.convert.settings import Settings
 from lm.models import gpt
 from lm.stored import flatten
@@ -405,3 +406,16 @@ def test_headers_are_padded_to_eight_bytes(tmp_path):
     safetensors_file.write(tmp_path / "x", {"a": np.ones(1)}, order=["a"], metadata={"k": "v"})
     (length,) = struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])
     assert length % 8 == 0
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rotary_positions_are_where_every_version_looks(scaled):
+    """transformers before 5 reads rope_theta and rope_scaling; without them it takes 10,000 and none."""
+    scaling = {"rope_scaling": "linear", "rope_factor": 4.0} if scaled else {}
+    cfg = models.config_class("gpt")(**{**LLAMA, "rope_base": 5e5, **scaling})
+    cfg = models.resolve(cfg, vocab_size=64, max_length=32, packed=False)
+    written = llama.write(cfg)
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+    assert written.get("rope_scaling") == (
+        {"rope_type": "linear", "factor": 4.0} if scaled else None
+    )

@@ -93,6 +93,24 @@ def test_the_embedded_pairs():
             "line 3: unexpected end",
         ),
         ("a.csv", "x,y\n1,2\n", {"source_field": "9" * 5000, "target_field": "0"}, "no column"),
+        (
+            "a.csv",
+            "text,y\nHello, world,pos\n",
+            {"source_field": "text", "label_field": "y"},
+            "row 1 has 3 columns and the line of names 2",
+        ),
+        (
+            "a.jsonl",
+            '{"q": "x", "l": 1.5}',
+            {"source_field": "q", "label_field": "l"},
+            "data.label_field=l: .*:1 has no",
+        ),
+        (
+            "a.jsonl",
+            '{"q": "x"}',
+            {"field": "b", "source_field": "q", "label_field": "l"},
+            "data.field=b: of pairs",
+        ),
         ("a.tsv", "a\tb\n", {"source_field": "0"}, "data.source_field=0"),
         ("a.tsv", "a\tb\n", {"target_field": "0"}, "give both"),
         (
@@ -125,3 +143,11 @@ def test_too_many_labels_are_no_labels(tmp_path, monkeypatch):
     content = "".join(f"text {i}\tlabel {i}\n" for i in range(5))
     with pytest.raises(ConfigError, match=r"is it data\.target_field"):
         build(tmp_path / "a.tsv", content, source_field="0", label_field="1")
+
+
+def test_labels_may_be_whole_numbers_and_lines_may_end_with_empty_cells(tmp_path):
+    rows = "".join(json.dumps({"t": "x" * i, "l": i % 2}) + "\n" for i in range(1, 5))
+    assert build(tmp_path / "a.jsonl", rows, source_field="t", label_field="l").labels == ("0", "1")
+    table = "t,l\na,b,,\nc,d\n"
+    built = build(tmp_path / "a.csv", table, source_field="t", label_field="l")
+    assert sorted(everything(built)) == [("a", "b"), ("c", "d")]

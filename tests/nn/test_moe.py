@@ -207,7 +207,7 @@ def assert_alike(found, expected):
     errors = jax.tree.map(
         lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), params, expected[1]
     )
-    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+    assert all(error < 1e-5 for error in jax.tree.leaves(errors)), errors
 
 
 def one_device():

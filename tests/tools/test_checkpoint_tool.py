@@ -44,7 +44,8 @@ def run(saved, tmp_path):
 
 def damage(run, step):
     path = max((run / "checkpoints" / str(step)).rglob("d/*"), key=lambda path: path.stat().st_size)
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     return path.name
 
 

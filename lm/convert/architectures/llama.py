@@ -113,8 +113,16 @@ def write(cfg: gpt.Config) -> dict[str, Any]:
         "attention_bias": cfg.biased("attention"),
         "mlp_bias": cfg.biased("mlp"),
         "tie_word_embeddings": cfg.tied,
-        "rope_parameters": _write_rope(cfg),
+        **_write_rope_twice(cfg),
     }
+
+
+def _write_rope_twice(cfg: gpt.Config) -> dict[str, Any]:
+    """Return the rotary positions where transformers 5 looks for them, and where all before it do."""
+    rope = _write_rope(cfg)
+    older = {name: value for name, value in rope.items() if name != "rope_theta"}
+    scaling = {} if cfg.rope_scaling == "none" else {"rope_scaling": older}
+    return {"rope_parameters": rope, "rope_theta": cfg.rope_base, **scaling}
 
 
 def _write_rope(cfg: gpt.Config) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from lm.data.cleaning import segmentation
 from lm.data.cleaning.step import Step, check_least
 
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-_LINE_END = re.compile("\r\n?|[\v\f\x85]")
+_LINE_END = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Controls but newline and tab; soft hyphen; Mongolian vowel separator; zero-width space, word joiner and byte
 # order mark; marks of direction, invisible operators and format characters without effect; annotations;
 # tags. Joiners (U+200C, U+200D) stay: they are part of words in Persian and Hindi, and of emoji.
 _INVISIBLE = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "[\0-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 

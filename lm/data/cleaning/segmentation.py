@@ -34,7 +34,7 @@ _PIECE = re.compile(rf"[{_unspaced}]|[^\W{_unspaced}]+")
 TERMINAL = ".!?…。！？｡．؟۔।॥։።။។៕"
 _CLOSING = " \t\"'”’»›)]}」』）】》〉〕］"
 # The marks are looked behind, so that a long run of them is tried once.
-_SENTENCE_END = re.compile(r"(?<![.!?…؟۔։።])[.!?…؟۔։።]++[\"'”’»›)\]}]*+(?!\S)|[。！？｡।॥။។៕]++")
+_SENTENCE_END = re.compile(r"(?<![.!?…؟۔։።])[.!?…؟۔։።]++[\"'”’»›)\]}]*+(?!\S)|[。．！？｡।॥။។៕]++")
 
 _KEY = np.uint64(0x9E3779B97F4A7C15)
 _BASE = 0xD6E8FEB86659FD93  # odd, so that it has an inverse modulo 2^64

@@ -28,7 +28,8 @@ def clean(text, step="boilerplate"):
     ],
 )  # fmt: skip
 def test_lines(line, stays):
-    assert clean(f"One.\n{line}\nTwo.\n") == f"One.\n{line}\nTwo.\n" if stays else "One.\nTwo.\n"
+    expected = f"One.\n{line}\nTwo.\n" if stays else "One.\nTwo.\n"
+    assert clean(f"One.\n{line}\nTwo.\n") == expected
 
 
 def test_repeats_of_a_line_beyond_three_are_taken_out_unless_it_is_short():

@@ -37,6 +37,7 @@ def test_control_takes_out_what_is_invisible_and_keeps_joiners():
     for text in ("👩\u200d👩\u200d👧", "می\u200cخواهم", "क्\u200dष", "❤\ufe0f"):
         assert clean("control", text) == text
     assert clean("control", "\r\0\n") == "\n"
+    assert clean("control", "a\u2028b\u2029c\x1ed\x1fe") == "a\nb\nc\nde"
 
 
 def test_whitespace_is_taken_from_ends_of_lines_and_documents():

@@ -77,6 +77,7 @@ def test_ngrams_are_of_words_in_a_row():
 
 
 def test_lines_and_sentences():
+    assert segmentation.count_sentences("新しい手法を提案する．実験で示した．考察する．") == 3
     assert segmentation.count_words("don't stop me") == 3
     assert segmentation.count_words("他说GPT很好。") == 5
     assert segmentation.count_letters("ab漢字") == 8 and segmentation.count_letters("한국 é") == 6
