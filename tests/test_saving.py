@@ -185,10 +185,10 @@ def test_a_run_whose_saves_fail_now_and_then_is_the_same_run(tiny, tmp_path, mon
     Failing(monkeypatch, manifests, "write", fails)
     asked = checkpoint.Checkpointer.owed
 
-    def asked_late(saver):
+    def asked_late(saver, agreed):
         """Whatever the step's speed, a failure is there when it is asked for."""
         saver.settle()
-        return asked(saver)
+        return asked(saver, agreed)
 
     monkeypatch.setattr(checkpoint.Checkpointer, "owed", asked_late)
     train.run(tiny(checkpoint__keep=9), tmp_path / "run")

@@ -308,9 +308,6 @@ def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     rates = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
     assert len(rates) == 3
     assert rates[2] < 5 * rates[1]
-    for row in rows:
-        if "steps_per_second" in row:  # 8 full rows of 16
-            assert row["tokens_per_second"] == pytest.approx(128 * row["steps_per_second"])
 
 
 def test_tokens_a_second_are_those_that_are_scored(tiny, tmp_path):

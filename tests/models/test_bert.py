@@ -258,7 +258,7 @@ def test_every_parameter_is_float32_and_names_its_axes(fields):
 def test_muon_has_the_kernels_and_adamw_the_tables():
     axes, shapes = step.parameter_axes(build(next_sentence=True, num_layers=1))
     tree = muon.matrices(shapes, axes)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_matrix)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=muon.is_matrix)
     block = "layers/block_0"
     assert {sharding.path_name(path) for path, _ in leaves} == {
         "head/kernel",

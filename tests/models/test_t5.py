@@ -210,7 +210,7 @@ def test_every_parameter_is_float32_and_names_its_axes(fields):
 def test_muon_has_the_kernels_and_adamw_the_tables():
     axes, shapes = step.parameter_axes(build(**V1_1, num_layers=1))
     tree = muon.matrices(shapes, axes)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_matrix)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=muon.is_matrix)
     kernels = ["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
     cross = [f"cross_attention/{name}" for name in ("query", "key_value", "out")]
     assert {sharding.path_name(path) for path, _ in leaves} == {
