@@ -11,7 +11,7 @@ from flax import linen as nn
 from safetensors import safe_open
 from safetensors.flax import load_file
 
-from lm import models, muon, optim, placement, sharding, step
+from lm import models, muon, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import bert
 from lm.nn.transformer import UNROLLED

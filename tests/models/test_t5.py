@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm import models, muon, optim, placement, sharding, step
+from lm import models, muon, placement, sharding, step
 from lm.config import ConfigError
 from lm.models import t5
 from lm.nn.transformer import SCANNED
