@@ -127,15 +127,27 @@ def test_a_command_is_needed(capsys):
     assert "after -- a command" in capsys.readouterr().err
 
 
-def test_a_signal_that_comes_while_processes_start_reaches_them_all(monkeypatch):
-    begun, original = [], launch._start
+STARTED = """
+import os, signal
+from tools import launch
 
-    def start(words, environment):
-        if len(begun) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        begun.append(original(words, environment))
-        return begun[-1]
+begun, original = [], launch._start
 
-    monkeypatch.setattr(launch, "_start", start)
-    code = launch.run(["sleep", "60"], processes=2, devices=1, logs=None, grace=30.0)
-    assert [child.returncode for child in begun] == [-signal.SIGTERM] * 2 and code != 0
+
+def start(words, environment):
+    if len(begun) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    begun.append(original(words, environment))
+    return begun[-1]
+
+
+launch._start = start
+launch.run(["sleep", "60"], processes=2, devices=1, grace=30.0)
+print([child.returncode for child in begun])
+"""
+
+
+def test_a_signal_that_comes_while_processes_start_reaches_them_all():
+    words = [sys.executable, "-c", STARTED]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert done.stdout == f"{[-signal.SIGTERM] * 2}\n", done.stderr
