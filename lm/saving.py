@@ -4,6 +4,7 @@ What fails leaves nothing that looks like a checkpoint, and frees the room that 
 """
 
 import contextlib
+import itertools
 import shutil
 import sys
 import threading
@@ -19,6 +20,7 @@ from lm.stored import flatten, handler
 
 # Seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes.
 FOREVER = 10**8
+_SAVES = itertools.count(1)
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._number = 0  # of the save, the same in all processes
+        self._number = 0  # of the save among all of this process, the same in all processes
         self._met = 0  # how often this process has waited for the others in it
         self._orbax = self._new()
         self._thread: threading.Thread | None = None
@@ -76,7 +78,7 @@ class Writer:
         """
         target = self.folder / str(step)
         distributed.forget(f"lm/save/{self._number - 1}")
-        self._number, self._met = self._number + 1, 0
+        self._number, self._met = next(_SAVES), 0
         with _taking_turns_often():
             self._start(target, step, state, more, good)
 
