@@ -38,12 +38,14 @@ class Log:
         if self._waiting is None:
             return
         (now, sums), self._waiting = self._waiting, None
-        self.healthy = bool(sums.pop("healthy"))  # waits for the step
+        # Waits for the step, and is one word with the device.
+        healthy, tokens = jax.device_get((sums.pop("healthy"), sums["tokens"][0]))
+        self.healthy = bool(healthy)
         if not self.healthy:
             self.bad = metrics.summarize(jax.device_get(sums))
             if self.count_skipped:
                 return  # its row is one of a step that is left out, or none
-        self._tokens += float(sums["tokens"][0])
+        self._tokens += float(tokens)
         if now % self._every == 0 or now in (1, self._made.num_steps):
             means = metrics.summarize(jax.device_get(sums))
             row = {f"train/{name}": value for name, value in means.items()}

@@ -72,9 +72,8 @@ def alone_in(workdir: Path) -> Iterator[None]:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open(
-        "a+"
-    ) as file:  # another run's mark stays until this one has the lock
+    # Not "w": another run's mark stays until this one has the lock.
+    with (workdir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
