@@ -1,6 +1,7 @@
 """The NaN matrix: a fault anywhere changes no parameter, is recorded whole, and `tools.replay` names it."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lm.exits import Diverged
 from lm.nn import embed
 from tests.test_guard import BAD, killed_at
 from tests.test_train import arrays_of, assert_same_run
+from tools import recorded as recorded_lib
 from tools import replay
 
 MARK = 7  # a byte that no text has: the faults below come of it
@@ -125,8 +127,6 @@ PLAIN = [("gradient", "stop")]
 def test_a_fault_changes_nothing_and_is_named(
     tiny, tmp_path, monkeypatch, marked, capsys, fault, mode
 ):
-    import re
-
     break_it, options, words = FAULTS[fault]
     break_it(monkeypatch)
     options = {name: ConfigDict(v) if isinstance(v, dict) else v for name, v in options.items()}
@@ -179,7 +179,7 @@ def recorded(tiny, tmp_path, monkeypatch, **options):
     bad_weights(monkeypatch)
     with pytest.raises(Diverged):
         train.run(tiny(**options), tmp_path / "run")
-    return replay.Recorded(tmp_path / "run" / "recorder" / str(BAD), "float32")
+    return recorded_lib.Recorded(tmp_path / "run" / "recorder" / str(BAD), "float32")
 
 
 def test_of_an_exact_run_every_shard_is_of_the_whole_batch(tiny, tmp_path, monkeypatch, marked):
@@ -197,6 +197,50 @@ def test_of_one_group_its_own_parameters_are_taken(tiny, tmp_path, monkeypatch, 
     own, outer = (arrays[f"{part}params.embed.embedding"] for part in ("local.", ""))
     assert not np.array_equal(own[0], outer)
     np.testing.assert_array_equal(params["embed"]["embedding"], own[0])
+
+
+PARTS = ConfigDict({"data": 4, "tensor": 2})
+
+
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [
+        ("grad_norm", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
+        ("loss", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
+        ("grad_norm", {"mesh": ConfigDict({"data": 8, "local_steps": 5})}),
+        ("grad_norm", {"mesh": ConfigDict({"data": 8}), "train__exact_reduction": 8}),
+    ],
+)
+def test_a_spike_is_taken_again_by_what_it_was_a_spike_of(
+    tiny, tmp_path, monkeypatch, capsys, metric, options
+):
+    from lm.data import pipeline
+
+    original = pipeline.Batches.__getitem__
+
+    def batch(self, number):
+        found = original(self, number)
+        if number == 7:
+            found["targets"] = np.full_like(found["targets"], 200)
+        return found
+
+    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+    config = tiny(
+        train__num_steps=10, train__spike_zscore=3.0, train__spike_steps=5, optim__peak_lr=2e-2,
+        train__spike_metric=metric, **options,
+    )  # fmt: skip
+    with pytest.raises(Diverged, match=f"its {metric} of"):
+        train.run(config, tmp_path)
+    folder = tmp_path / "recorder" / "7"
+    path = folder / "record.json"
+    record = json.loads(path.read_text())
+    assert replay.main([str(folder)]) == 0
+    found = re.search(rf"reproduced: {metric} (\S+), then (\S+)\n", capsys.readouterr().out)
+    assert found and float(found[1]) == pytest.approx(record["metrics"][metric], rel=1e-4)
+    record["metrics"][metric] *= 1.02
+    path.write_text(json.dumps(record))
+    assert replay.main([str(folder)]) == 1
+    assert f"not reproduced: {metric}" in capsys.readouterr().out
 
 
 def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marked, capsys):
