@@ -20,7 +20,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import distributed, hardware, manifests, models, remote, retention, saving, stored
+from lm import distributed, hardware, manifests, models, newest, remote, retention, saving, stored
 from lm.config import SET, ConfigError, Duration
 from lm.step import parameter_axes
 from lm.stored import averaged, flatten, restore, unflatten
@@ -92,6 +92,7 @@ class Checkpointer:
         self._owed = False  # it is to be tried at the next step
         self._asks = False  # the other processes are to be told so
         self._last = False  # the save in flight is the last one
+        self._copying = cfg.timeout_seconds  # how long to wait for the last copy
 
     def save(
         self,
@@ -200,6 +201,10 @@ class Checkpointer:
             except OSError as error:
                 self.say(f"checkpoint {step}: its metrics are not kept: {error}")
 
+    def hurry(self, seconds: float) -> None:
+        """Let `close` wait no longer than `seconds` for the last copy; a run that resumes makes it."""
+        self._copying = min(seconds, self._copying or seconds)
+
     def close(self) -> None:
         """Wait until the last save is good and release Orbax's threads. Raises what `wait` raises."""
         try:
@@ -207,7 +212,7 @@ class Checkpointer:
         finally:
             self._writer.close()
             if self._remote:
-                self._remote.close(self.cfg.timeout_seconds)
+                self._remote.close(self._copying)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -244,15 +249,15 @@ class Checkpointer:
         What is damaged or unfinished is moved aside and said.
         """
         self.settle()
-        found = self._newest_good(say) if jax.process_index() == 0 else None
-        if not (step := distributed.from_first("" if found is None else str(found))):
-            return None
-        if jax.process_index() == 0:  # where a kill came before it was done
-            for problem in retention.delete(self.folder, ()):
+        found = newest.restored(self.folder, abstract, say)
+        if found and jax.process_index() == 0:
+            for problem in retention.delete(
+                self.folder, ()
+            ):  # where a kill came before it was done
                 self.say(problem)
             if self._remote:
-                self._remote.copy(int(step))
-        return unflatten(abstract, restore(self.folder, int(step), flatten(abstract)))
+                self._remote.copy(found[0])
+        return found[1] if found else None
 
     def fetch(self) -> None:
         """Bring the newest good checkpoint here where only `checkpoint.remote` has it; say what is damaged.
@@ -261,40 +266,11 @@ class Checkpointer:
         """
         if self._remote and jax.process_index() == 0:
             here = manifests.all_steps(self.folder)
-            found = self._newest_good(print, self._remote)
+            found = newest.good(self.folder, print, self._remote)
             if found is not None and found not in here:
                 manifests.write_whole(self.folder.parent / remote.FETCHED, self.cfg.remote)
         if self.cfg.remote:
             distributed.from_first("fetched")
-
-    def _newest_good(
-        self, say: Callable[[str], None], other: remote.Remote | None = None
-    ) -> int | None:
-        """Return the newest good step, moving aside what is not good; of `other` too, brought here."""
-        here = manifests.all_steps(self.folder)
-        there, unread = other.seen() if other else ([], "")
-        for step in sorted({*here, *there}, reverse=True):
-            if step in here:
-                if not (problem := manifests.problem(self.folder, step)):
-                    if unread:
-                        say(f"{unread}; going on with checkpoint {step} here")
-                    return step
-                try:
-                    then = f"moved to {manifests.move_aside(self.folder / str(step))}"
-                except OSError as error:
-                    then = f"it stays where it is: {error}"
-                say(f"checkpoint {step} is not used: {problem}; {then}")
-            if other and step in there:
-                if not (problem := other.fetch(step, newest=step > max(here, default=-1))):
-                    say(f"checkpoint {step} is taken from {self.cfg.remote}")
-                    return step
-                say(f"checkpoint {step} of {self.cfg.remote} is not used: {problem}")
-        if unread:
-            raise ConfigError(
-                f"checkpoint.remote: {unread}, and there is no good checkpoint in {self.folder}; wait until "
-                "it can be read, or set checkpoint.remote='' to begin anew"
-            )
-        return None
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:

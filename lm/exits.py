@@ -5,6 +5,7 @@ An exception of a run that ends early carries its code. A process that cannot ra
 """
 
 import signal
+from contextvars import ContextVar
 
 FINISHED = 0
 FAILED = 1
@@ -23,7 +24,7 @@ MEANINGS = {
     FAILED: "an error in the code, with its traceback; of a tool that verifies, a difference or damage",
     USER_ERROR: "a mistake, told in one line",
     DIVERGED: "the loss, a gradient or the parameters were not finite, or a spike; nothing of it is saved",
-    DATA_ENDED: "the data ended before the last step; what was trained is saved",
+    DATA_ENDED: "the data ended (data.epochs) before the last step; what was trained is saved",
     RESUMABLE: "stopped by SIGINT, SIGTERM or a preemption notice, and saved; the same command resumes",
     LOST: "another process of the run died or hung; the same command resumes",
     HUNG: "a step, batch, compilation, evaluation, save or stop took too long; the same command resumes",
@@ -31,6 +32,10 @@ MEANINGS = {
     TERMINATED: "stopped by SIGTERM before training began: nothing to save",
     UNREAD: "nobody reads the output of a tool; a run goes on",
 }
+
+
+# Whether this process ends with its run: what signals ask of it after that is done already.
+ENDS_WITH_RUN: ContextVar[bool] = ContextVar("ends_with_run", default=False)
 
 
 class Ended(Exception):

@@ -116,6 +116,7 @@ def _origins(assignments: list[str], swept: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    exits.ENDS_WITH_RUN.set(True)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved; what is left is to end
     distributed.leave(code)

@@ -24,18 +24,21 @@ READ = (2, 3)  # formats that are read: 2 has no fingerprints
 
 
 def write(target: Path, manifest: dict[str, Any]) -> None:
-    """Make the checkpoint at `target` good: hash its files, then write the manifest, synced.
+    """Make the checkpoint at `target` good: hash its files, then write the manifest, all of it synced.
 
     Raises OSError where it cannot be written, or is then not what was written.
     """
-    (target / f"{MANIFEST}.partial").unlink(missing_ok=True)  # of a try that failed
-    files = sorted(path for path in target.rglob("*") if path.is_file())
+    for name in (MANIFEST, f"{MANIFEST}.partial"):  # of a try that failed
+        (target / name).unlink(missing_ok=True)
+    found = sorted(target.rglob("*"))
+    files = [path for path in found if path.is_file()]
     manifest["files"] = {
         str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
     }
-    for path in files:
+    # Folders too, and those that hold it: a file whose name is not on the disk is lost with the power.
+    for path in (*found, target.parent, target.parent.parent):
         sync(path)
-    manifest["digest"] = _digest(manifest)
+    manifest["digest"] = digest(manifest)
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
     if bad := problem(target.parent, int(target.name)):
         raise OSError(bad)
@@ -44,13 +47,15 @@ def write(target: Path, manifest: dict[str, Any]) -> None:
 def add_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Put `metrics` into the manifest of a good checkpoint, whose files are not read again."""
     manifest = read(folder, step)
-    assert manifest is not None, step
+    if manifest is None:
+        raise OSError(f"it has no whole {MANIFEST}")
     manifest["metrics"] = {**manifest["metrics"], **metrics}
-    manifest["digest"] = _digest(manifest)
+    manifest["digest"] = digest(manifest)
     write_whole(folder / str(step) / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return what `manifest["digest"]` is when nothing of it was changed."""
     body = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -109,7 +114,7 @@ def parsed(text: bytes, step: int) -> dict[str, Any] | None:
     """Return the manifest of `step` that a text is; None where it is none that makes sense."""
     try:
         manifest = json.loads(text)
-        whole = manifest["digest"] == _digest(manifest) and manifest["step"] == step
+        whole = manifest["digest"] == digest(manifest) and manifest["step"] == step
         return manifest if whole else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -37,7 +37,7 @@ class Remote:
             raise ConfigError(
                 f"checkpoint.remote={url}: {error}; give a folder, or a URL that fsspec opens"
             ) from None
-        self._url, self._folder, self._say = url, folder, say
+        self.url, self._folder, self._say = url, folder, say
         self._due: int | None = None  # the next to be copied
         self._now: int | None = None  # the one that is copied
         self._closing = False
@@ -48,7 +48,7 @@ class Remote:
         """Begin to copy the checkpoint of `step`, which is good; return at once."""
         with self._changed:
             if self._due is not None:
-                self._say(f"checkpoint {self._due} is not copied to {self._url}: {step} is newer")
+                self._say(f"checkpoint {self._due} is not copied to {self.url}: {step} is newer")
             self._due = step
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
@@ -65,14 +65,14 @@ class Remote:
         with self._changed:
             self._closing = True
             if self._due is not None or self._now is not None:
-                self._say(f"waiting for the copy to {self._url}")
+                self._say(f"waiting for the copy to {self.url}")
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(seconds or None)
         for step in sorted(self.needed()):
             self._say(
-                f"checkpoint {step} is not copied to {self._url}: that takes longer than {seconds:g} s "
-                "(checkpoint.timeout_seconds); given up"
+                f"checkpoint {step} is not copied to {self.url}: that takes longer than {seconds:.3g} s; "
+                "given up"
             )
 
     def _work(self) -> None:
@@ -100,7 +100,7 @@ class Remote:
                 given_up = left == 0 or self._due is not None
                 then = "a newer one is" if self._due is not None else "given up"
                 self._say(
-                    f"checkpoint {step} is not copied to {self._url}: {problem}; "
+                    f"checkpoint {step} is not copied to {self.url}: {problem}; "
                     f"{then if given_up else 'trying again'}"
                 )
                 if given_up:
@@ -126,21 +126,29 @@ class Remote:
             self._fs.rm(there, recursive=True)
         for name, (_, digest) in manifest["files"].items():
             self._put(self._folder / str(step) / name, f"{there}/{name}", digest)
+        manifest[RUN] = {}
         for path in sorted(self._folder.parent.glob("*.json*")):
             if path.is_file():
-                self._put(path, f"{there}/{RUN}/{path.name}")
+                content = path.read_bytes()  # at once: rows are being added
+                manifest[RUN][path.name] = hashlib.sha256(content).hexdigest()
+                self._put(content, f"{there}/{RUN}/{path.name}", manifest[RUN][path.name])
+        manifest["digest"] = manifests.digest(manifest)
         text = json.dumps(manifest, indent=1)
         self._fs.pipe_file(f"{there}/{manifests.MANIFEST}", text.encode())
         self._sync(f"{there}/{manifests.MANIFEST}")
         if self._manifest(step) != manifest:
             raise OSError(f"file {manifests.MANIFEST} did not arrive whole")
 
-    def _put(self, path: Path, there: str, digest: str = "") -> None:
+    def _put(self, what: Path | bytes, there: str, digest: str) -> None:
+        """Write a file, or these bytes, and read them back. Raises OSError where they differ."""
         self._fs.makedirs(there.rpartition("/")[0], exist_ok=True)
-        self._fs.put_file(str(path), there)
+        if isinstance(what, bytes):
+            self._fs.pipe_file(there, what)
+        else:
+            self._fs.put_file(str(what), there)
         self._sync(there)
-        if digest and not self._has(there, digest):
-            raise OSError(f"file {path.name} did not arrive whole")
+        if not self._has(there, digest):
+            raise OSError(f"file {there.rpartition('/')[2]} did not arrive whole")
 
     def _has(self, there: str, digest: str) -> bool:
         with self._fs.open(there, "rb") as file:
@@ -148,10 +156,10 @@ class Remote:
 
     def _is_whole(self, there: str, manifest: dict) -> bool:
         """Return whether every file of a copy is what its manifest says."""
+        files = {name: digest for name, (_, digest) in manifest["files"].items()}
+        files |= {f"{RUN}/{name}": digest for name, digest in manifest.get(RUN, {}).items()}
         try:
-            return all(
-                self._has(f"{there}/{n}", digest) for n, (_, digest) in manifest["files"].items()
-            )
+            return all(self._has(f"{there}/{name}", digest) for name, digest in files.items())
         except FileNotFoundError:
             return False
 
@@ -174,7 +182,7 @@ class Remote:
                 return []
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
         except Exception as error:  # every file system raises its own
-            raise OSError(f"{self._url}: {error}") from error
+            raise OSError(f"{self.url}: {error}") from error
         return sorted(int(name) for name in names if name.isdecimal())
 
     def seen(self) -> tuple[list[int], str]:
@@ -201,7 +209,7 @@ class Remote:
             if left:
                 time.sleep(WAIT)
         raise ConfigError(
-            f"checkpoint.remote: checkpoint {step} of {self._url} cannot be brought here: {problem}; try "
+            f"checkpoint.remote: checkpoint {step} of {self.url} cannot be brought here: {problem}; try "
             "again when it can, or set checkpoint.remote='' to go on without it"
         )
 
@@ -220,28 +228,47 @@ class Remote:
                 except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                     return f"file {name} is missing"
                 manifests.sync(path)
+            digests = manifest.pop(RUN, None)
+            manifest["digest"] = manifests.digest(manifest)
             manifests.write_whole(target / manifests.MANIFEST, json.dumps(manifest, indent=1))
             if problem := manifests.files_problem(target, manifest):
                 return problem
-            self._fetch_run(step, newest)
+            if problem := self._fetch_run(step, newest, digests):
+                return problem
             target.rename(self._folder / str(step))
             manifests.sync(self._folder)
         finally:
             shutil.rmtree(target, ignore_errors=True)
         return ""
 
-    def _fetch_run(self, step: int, newest: bool) -> None:
-        """Bring the files of the run's folder; those of an older part of the run are moved aside."""
+    def _fetch_run(self, step: int, newest: bool, digests: dict[str, str] | None) -> str:
+        """Bring the files of the run's folder; those of an older part of the run are moved aside.
+
+        Return which of them is not what was written, "" for none; a copy of an older version has no digests.
+        """
         there = f"{self._root}/{step}/{RUN}"
-        for path in self._fs.ls(there, False) if self._fs.exists(there) else []:
-            here = self._folder.parent / path.rstrip("/").rpartition("/")[2]
-            if here.exists() and not newest:
-                continue
-            partial = here.with_name(f"{here.name}.partial")
-            self._fs.get_file(path, str(partial))
-            manifests.sync(partial)
-            if here.exists() and here.read_bytes() == partial.read_bytes():
-                partial.unlink()
-                continue
-            manifests.move_aside(here)
-            partial.replace(here)
+        names = digests
+        if names is None:
+            found = self._fs.ls(there, False) if self._fs.exists(there) else []
+            names = dict.fromkeys((path.rstrip("/").rpartition("/")[2] for path in found), "")
+        partials = {name: self._folder.parent / f"{name}.partial" for name in names}
+        try:
+            for name, partial in partials.items():
+                try:
+                    self._fs.get_file(f"{there}/{name}", str(partial))
+                except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                    return f"file {RUN}/{name} is missing"
+                if names[name] and manifests.hash_file(partial) != names[name]:
+                    return f"file {RUN}/{name} is not what was written"
+                manifests.sync(partial)
+            for name, partial in partials.items():
+                here = self._folder.parent / name
+                if not here.exists():
+                    partial.replace(here)
+                elif newest and here.read_bytes() != partial.read_bytes():
+                    manifests.move_aside(here)
+                    partial.replace(here)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+        return ""

@@ -1,9 +1,11 @@
 """Whether to stop: asked by a signal to any process of the run, and answered the same in all of them."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -38,6 +40,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = _ASKED.get()
+        self._since = time.monotonic() if self.asked else math.inf
         self._again = False  # a process has asked to save again, and `save_again` has not said so
         self._mesh: Mesh | None = None
         self._before: jax.Array | None = None
@@ -46,8 +49,13 @@ class Stop:
         """Ask to stop after the step; a second time changes nothing."""
         first, self.asked = not self.asked, True
         if first:
+            self._since = time.monotonic()
             with contextlib.suppress(OSError):  # nobody may read it
                 os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
+
+    def left(self, seconds: float) -> float:
+        """Return what is left of `seconds` from the request on: at least one."""
+        return max(1.0, seconds - max(0.0, time.monotonic() - self._since))
 
     def begin(self, mesh: Mesh) -> None:
         """Let requests wait for the step from now on, and all processes of `mesh` answer together."""
@@ -110,4 +118,4 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         closed.set()
         for number, handler in old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if exits.ENDS_WITH_RUN.get() else handler)

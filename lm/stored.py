@@ -142,6 +142,22 @@ def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = Non
     return ""
 
 
+def difference(folder: Path, step: int, arrays: Mapping[str, jax.Array]) -> str:
+    """Return which of the arrays restored from a checkpoint is not what was saved; "" for none.
+
+    Looked at are those that have the name and shape they were stored with, and a fingerprint.
+    """
+    stored = (manifests.read(folder, step) or {"arrays": {}})["arrays"]
+    known = {
+        name: stored[name][2]
+        for name, x in arrays.items()
+        if len(stored.get(name, ())) > 2 and stored[name][:2] == [list(x.shape), str(x.dtype)]
+    }
+    found = fingerprint.of_all({name: arrays[name] for name in known})
+    bad = (name for name in known if fingerprint.shown(found[name]) != known[name])
+    return next((f"array {name} is not what was saved" for name in bad), "")
+
+
 def layers_by_stack(names: Iterable[str]) -> dict[str, int]:
     """Return how many unrolled layers each stack has, by what its names begin with."""
     found: dict[str, int] = {}

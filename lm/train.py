@@ -121,6 +121,8 @@ def run(
                 log.pause(now)
             if stopping:
                 saver.wait()
+                if grace := cfg["checkpoint"].grace_seconds:
+                    saver.hurry(stop.left(grace))
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
@@ -198,10 +200,13 @@ def open_writers(
 def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:
     """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is."""
     cfg = made.cfg["data"]
+    last = made.num_steps
+    if cfg.epochs:
+        last = min(last, int(cfg.epochs * made.batches.steps_per_epoch))
     ahead = pipeline.prefetch(
         made.batches,
         first,
-        made.num_steps,
+        last,
         threads=cfg.prefetch_threads,
         buffer=cfg.prefetch_batches,
     )
@@ -265,9 +270,11 @@ def data_ended(
     """Save step `now`, for which there is no batch, unless it is `saved`; return the run's end."""
     state = guard.settle(now, state)
     if not saved:
-        guard.save(now, state, {}, wait=True)
+        guard.save(now, state, {}, wait=True, verify=True)
     saver.wait()
-    return DataEnded(f"the data ended at step {now} of {num_steps}, which is saved")
+    return DataEnded(
+        f"the data ended at step {now} of {num_steps}, which is saved; raise data.epochs to go on"
+    )
 
 
 def announce(

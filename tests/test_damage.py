@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, manifests, stored
+from lm import checkpoint, manifests, newest, stored
 
 # Files of a checkpoint, but for what differs from save to save in their names.
 KINDS = [
@@ -164,7 +164,7 @@ def test_damage_is_found_and_named_and_the_step_before_used(saved, run, kind, da
             continue  # the other one has the same bytes, as of a file that every checkpoint has
         said: list = []
         with checkpoint.Checkpointer(copy, checkpoint.Config()) as saver:
-            assert saver._newest_good(said.append) == 1
+            assert newest.good(saver.folder, said.append) == 1
             if number == 0:
                 restored = saver.restore_latest(abstract())
                 jax.tree.map(np.testing.assert_array_equal, restored, state(2))
@@ -185,7 +185,14 @@ def test_all_damaged_is_none(saved, run):
     assert {path.name for path in saver.folder.iterdir()} == {"1.aside0", "2.aside0"}
 
 
-def test_what_orbax_restores_silently_wrong_is_found_in_the_files_and_in_the_arrays(run):
+def unmovable(folder):
+    raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize("movable", [True, False])
+def test_what_orbax_restores_silently_wrong_is_found_in_the_files_and_in_the_arrays(
+    run, monkeypatch, movable
+):
     """A flipped bit among an array's bytes; then a manifest that was made of the damaged files."""
     folder = run / "checkpoints"
     target, place = folder / "2", jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -202,15 +209,21 @@ def test_what_orbax_restores_silently_wrong_is_found_in_the_files_and_in_the_arr
     assert manifests.problem(folder, 2) == ""
     assert stored.problem(folder, 2) == "array params.a is not what was saved"
     assert stored.problem(folder, 1) == ""
+    said: list = []
+    if not movable:
+        monkeypatch.setattr(manifests, "move_aside", unmovable)
+    with checkpoint.Checkpointer(run, checkpoint.Config()) as saver:
+        restored = saver.restore_latest(abstract(), said.append)
+    np.testing.assert_array_equal(restored["params"]["a"], state(2)["params"]["a"])
+    (line,) = said
+    assert line.startswith("checkpoint 2 is not used: array params.a is not what was saved; ")
+    assert target.exists() != movable
 
 
 def test_a_folder_that_cannot_be_moved_is_said_and_passed_over(saved, run, monkeypatch):
     truncate(same_kind("state/d/0", run / "checkpoints" / "2"), saved)
 
-    def fails(folder):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(manifests, "move_aside", fails)
+    monkeypatch.setattr(manifests, "move_aside", unmovable)
     said: list = []
     with checkpoint.Checkpointer(run, checkpoint.Config()) as saver:
         jax.tree.map(

@@ -1,12 +1,20 @@
 """The one table of exit codes: complete, told apart, and what the README says."""
 
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from lm import exits, main, train
-from lm.data import pipeline
+from lm import exits, experiment, main, manifests, train
+from tests import quickly
+from tests.test_distributed import EXPERIMENT
+from tests.test_train import assert_same_run
 
 ROOT = Path(__file__).parent.parent
 CODES = {k: v for k, v in vars(exits).items() if k.isupper() and isinstance(v, int)}
@@ -33,28 +41,147 @@ def test_no_other_place_has_a_code_of_its_own():
 
 @pytest.mark.parametrize("end", exits.Ended.__subclasses__())
 def test_main_ends_with_the_code_of_the_exception(end, tiny, tmp_path, monkeypatch, capsys):
-    experiment = tmp_path / "small.py"
-    experiment.write_text(
-        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()"
-    )
+    path = tmp_path / "small.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()")
 
     def ended(*args, **kwargs):
         raise end("words")
 
     monkeypatch.setattr(train, "run", ended)
-    assert main.main(["--config", str(experiment), "--workdir", str(tmp_path)]) == end.code
+    assert main.main(["--config", str(path), "--workdir", str(tmp_path)]) == end.code
     said = capsys.readouterr()
     assert ("error: words" in said.err) == end.error
     assert ("to resume" in said.out) == (not end.error)
 
 
-def test_data_that_ends_is_told_and_saved(tiny, tmp_path, monkeypatch):
-    whole = pipeline.prefetch
+def test_data_that_ends_is_told_and_saved_and_goes_on(tiny, tmp_path):
+    whole = tiny(train__num_steps=12, data__batch_size=400)
+    train.run(whole, tmp_path / "whole")
+    steps = experiment.build(whole).batches.steps_per_epoch
+    assert 3 < steps < 5
+    config = tiny(train__num_steps=12, data__batch_size=400, data__epochs=1)
+    for _ in range(2):  # it says the same again, and reads nothing more
+        with pytest.raises(
+            exits.DataEnded, match=r"ended at step \d of 12, which is saved; raise data.epochs"
+        ):
+            train.run(config, tmp_path / "cut")
+        assert manifests.good_steps(tmp_path / "cut" / "checkpoints")[-1] == int(steps)
+    config.data.epochs = 99
+    train.run(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 12)
 
-    def short(batches, start, stop, **options):
-        return whole(batches, start, min(stop, 3), **options)
 
-    monkeypatch.setattr(pipeline, "prefetch", short)
-    with pytest.raises(exits.DataEnded, match="ended at step 3 of 6, which is saved"):
-        train.run(tiny(), tmp_path)
-    assert (tmp_path / "checkpoints" / "3" / "manifest.json").exists()
+def test_less_text_than_a_batch_ends_at_once(tiny, tmp_path):
+    config = tiny(data__epochs=1, data__batch_size=4096, data__order="shuffle")
+    with pytest.raises(exits.DataEnded, match="ended at step 0 of"):
+        train.run(config, tmp_path)
+
+
+def process(path, workdir, *flags, before="", **options):
+    """Start a run as a user does; `before` is code that runs in it first."""
+    command = [
+        sys.executable, "-c", f"{before}\nimport runpy; runpy.run_module('lm.main', run_name='__main__')",
+        "--config", str(path), "--workdir", str(workdir), *flags,
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": quickly.FLAGS, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env={**environment, "JAX_PLATFORMS": "cpu"}, text=True, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(running, words):
+    """Return what a process has said until a line with these words."""
+    said = ""
+    for line in running.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+@pytest.fixture
+def small(tmp_path, text_file):
+    path = tmp_path / "small.py"
+    path.write_text(EXPERIMENT.format(path=str(text_file)).replace('"fsdp": 2', '"fsdp": 1'))
+    return path
+
+
+ONE = ("--config.mesh.data=-1", "--config.eval.max_tokens=128")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "words", "flags"),
+    [
+        (exits.FINISHED, "next:", ["--config.train.num_steps=2"]),
+        (exits.USER_ERROR, "did you mean optim.peak_lr?", ["--config.optim.lr=1"]),
+        (exits.DIVERGED, "not finite", ["--config.optim.peak_lr=1e18", "--config.optim.warmup=0"]),
+        (exits.DATA_ENDED, "the data ended at step", ["--config.data.epochs=1", "--config.data.batch_size=400"]),
+    ],
+)
+def test_a_process_ends_with_the_code_of_the_table(small, tmp_path, code, words, flags):
+    running = process(small, tmp_path / "run", *ONE, *flags)
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == code and words in said, said
+
+
+@pytest.mark.slow
+def test_a_process_that_is_asked_to_stop_again_and_again_ends_as_if_asked_once(small, tmp_path):
+    running = process(small, tmp_path / "run", *ONE, "--config.train.num_steps=100000")
+    wait_for(running, "/100000  loss")
+    began, signals = time.monotonic(), 0
+    while running.poll() is None:
+        running.send_signal((signal.SIGTERM, signal.SIGINT)[signals % 2])
+        signals += 1
+        time.sleep(0.005)
+        assert time.monotonic() - began < 120
+    said = running.communicate()[0]
+    assert running.returncode == exits.RESUMABLE and signals > 1, said
+    assert "is saved; to resume" in said and "Traceback" not in said
+    (step,) = re.findall(r"stopped at step (\d+)", said)
+    assert manifests.good_steps(tmp_path / "run" / "checkpoints")[-1] == int(step)
+
+
+WAITS = """
+import time
+from lm.data import corpus
+def build(*args, **options):
+    print("at it", flush=True)
+    while True:
+        time.sleep(0.1)
+corpus.build = build
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, exits.STOPPED), (signal.SIGTERM, exits.TERMINATED)],
+)
+def test_a_process_that_is_stopped_before_training_says_so(small, tmp_path, number, code):
+    running = process(small, tmp_path / "run", *ONE, before=WAITS)
+    wait_for(running, "at it")
+    running.send_signal(number)
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == code and "nothing is lost; to start again" in said, said
+
+
+@pytest.mark.slow
+def test_a_process_whose_peer_dies_ends_with_a_code_of_its_own(small, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = [f"--coordinator_address={address}", "--num_processes=2"]
+    first, second = (
+        process(
+            small, tmp_path / "run", *ONE, "--config.train.num_steps=100000", *flags,
+            f"--process_id={index}",
+        )
+        for index in range(2)
+    )  # fmt: skip
+    wait_for(first, "/100000  loss")
+    second.kill()
+    second.communicate()
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == exits.LOST and "process 1 (" in said, said

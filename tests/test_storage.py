@@ -62,6 +62,70 @@ def test_a_call_that_fails_costs_no_good_checkpoint(tmp_path, monkeypatch, name,
     assert all("\n" not in text for text in said)
 
 
+@pytest.mark.parametrize("wait", [True, False], ids=["last", "in flight"])
+@pytest.mark.parametrize("name", [*CALLS, "open", "read_bytes"])
+def test_each_call_of_a_save_may_be_the_one_that_fails(tmp_path, monkeypatch, name, wait):
+    """One call of a kind after the other fails, once: the same save or the next step's is good."""
+    said: list = []
+    of = CALLS.get(name, Path)
+    original, calls, bad = getattr(of, name), [0], [-1]
+
+    def fails(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == bad[0]:
+            raise OSError(5, "Input/output error")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(of, name, fails)
+    cfg = checkpoint.Config(keep=1, keep_best=False)
+    with checkpoint.Checkpointer(tmp_path, cfg, said.append) as saver:
+
+        def save(step):
+            saver.save(step, state(step), {}, wait=wait, verify=wait)
+            saver.settle()
+
+        save(1)
+        calls[0] = 0
+        save(2)
+        count, step = calls[0], 3
+        for number in range(1, count + 1):
+            calls[0], bad[0] = 0, number
+            save(step)
+            failed, bad[0] = calls[0] >= number, -1
+            assert failed and (good(saver.folder) or not wait)
+            if saver.owed():
+                step += 1
+                save(step)
+            assert good(saver.folder)[-1] == step and not stored.problem(saver.folder, step), number
+            step += 1
+    assert count or name in ("rename", "unlink"), name
+    if name in ("write_text", "replace", "fsync", "hash_file"):
+        assert not said, "the manifest is tried again at once"
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_is_good(tmp_path, monkeypatch):
+    """Every file, and every folder that has a name of it, is synced; the older one goes after that."""
+    synced: list = []
+    original = manifests.sync
+
+    def sync(path):
+        original(path)
+        synced.append(path)
+
+    monkeypatch.setattr(manifests, "sync", sync)
+    cfg = checkpoint.Config(keep=1, keep_best=False)
+    with checkpoint.Checkpointer(tmp_path, cfg, [].append) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        saver._good = lambda step: synced.append(step)
+        saver.save(2, state(2), {}, wait=True)
+    target = saver.folder / "2"
+    before = synced[: synced.index(2)]
+    needed = {tmp_path, saver.folder, target, *target.rglob("*")} - {target / "manifest.json"}
+    assert needed <= set(before)
+    assert before.index(target / "manifest.json.partial") > before.index(target / "state")
+    assert before[-1] == target
+
+
 @pytest.mark.parametrize(
     "name", [name for name in CALLS if name not in ("rmtree", "rename", "unlink")]
 )

@@ -27,7 +27,8 @@ from lm.data.writer import JOURNAL, LOCK
 
 # Fields that are about reading a corpus, not about what is in it.
 _READING = (
-    "source", "path", "batch_size", "order", "prefetch_threads", "prefetch_batches", "mixture_temperature",
+    "source", "path", "batch_size", "epochs", "order", "prefetch_threads", "prefetch_batches",
+    "mixture_temperature",
 )  # fmt: skip
 _OF_TOKENIZER = [
     "tokenizer",

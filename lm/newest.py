@@ -1,0 +1,78 @@
+"""Which checkpoint a run goes on from: the newest that is good, of both places.
+
+Looked at are the files of each, from the newest down, then the arrays as they are on the devices. What is
+damaged or unfinished is moved aside and said.
+"""
+
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm import distributed, manifests, remote, stored
+from lm.config import ConfigError
+
+
+def good(
+    folder: Path,
+    say: Callable[[str], None],
+    other: remote.Remote | None = None,
+    without: Set[int] = frozenset(),
+) -> int | None:
+    """Return the newest step of which all files are good, None where none is; of `other` too, brought here.
+
+    Those of `without` are passed over.
+
+    Raises ConfigError where `other` cannot be read, and there is no checkpoint here to go on from.
+    """
+    here = manifests.all_steps(folder)
+    there, unread = other.seen() if other else ([], "")
+    for step in sorted({*here, *there} - without, reverse=True):
+        if step in here:
+            if not (problem := manifests.problem(folder, step)):
+                if unread:
+                    say(f"{unread}; going on with checkpoint {step} here")
+                return step
+            move_aside(folder, step, problem, say)
+        if other and step in there:
+            if not (problem := other.fetch(step, newest=step > max(here, default=-1))):
+                say(f"checkpoint {step} is taken from {other.url}")
+                return step
+            say(f"checkpoint {step} of {other.url} is not used: {problem}")
+    if unread:
+        raise ConfigError(
+            f"checkpoint.remote: {unread}, and there is no good checkpoint in {folder}; wait until "
+            "it can be read, or set checkpoint.remote='' to begin anew"
+        )
+    return None
+
+
+def move_aside(folder: Path, step: int, problem: str, say: Callable[[str], None]) -> None:
+    """Move aside a checkpoint that has a `problem`, and say so."""
+    try:
+        then = f"moved to {manifests.move_aside(folder / str(step))}"
+    except OSError as error:
+        then = f"it stays where it is: {error}"
+    say(f"checkpoint {step} is not used: {problem}; {then}")
+
+
+def restored(folder: Path, abstract: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
+    """Return (step, state) of the newest good one, with the shapes and shardings of `abstract`, or None.
+
+    All processes call it, and get the same.
+    """
+    first = jax.process_index() == 0
+    passed: set[int] = set()
+    while True:
+        found = good(folder, say, without=passed) if first else None
+        if not (told := distributed.from_first("" if found is None else str(found))):
+            return None
+        step = int(told)
+        arrays = stored.restore(folder, step, stored.flatten(abstract))
+        problems = distributed.from_all(stored.difference(folder, step, arrays))
+        if not (problem := next(filter(None, problems), "")):
+            return step, stored.unflatten(abstract, arrays)
+        passed.add(step)
+        if first:
+            move_aside(folder, step, problem, say)
