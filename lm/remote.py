@@ -71,8 +71,8 @@ class Remote:
             self._thread.join(seconds or None)
         for step in sorted(self.needed()):
             self._say(
-                f"checkpoint {step} is not copied to {self.url}: that takes longer than {seconds:.3g} s; "
-                "given up"
+                f"checkpoint {step} is not copied to {self.url}: that takes longer than {seconds:.3g} s "
+                "(checkpoint.timeout_seconds; of a stop, the rest of checkpoint.grace_seconds); given up"
             )
 
     def _work(self) -> None:

@@ -117,7 +117,11 @@ ONE = ("--config.mesh.data=-1", "--config.eval.max_tokens=128")
         (exits.FINISHED, "next:", ["--config.train.num_steps=2"]),
         (exits.USER_ERROR, "did you mean optim.peak_lr?", ["--config.optim.lr=1"]),
         (exits.DIVERGED, "not finite", ["--config.optim.peak_lr=1e18", "--config.optim.warmup=0"]),
-        (exits.DATA_ENDED, "the data ended at step", ["--config.data.epochs=1", "--config.data.batch_size=400"]),
+        (
+            exits.DATA_ENDED,
+            "the data ended at step",
+            ["--config.data.epochs=1", "--config.data.batch_size=400"],
+        ),
     ],
 )
 def test_a_process_ends_with_the_code_of_the_table(small, tmp_path, code, words, flags):

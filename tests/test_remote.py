@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -15,6 +17,7 @@ import pytest
 
 from lm import checkpoint, manifests, remote, train
 from lm.config import ConfigError
+from lm.exits import Interrupted
 from lm.metrics import read_rows, untimed
 
 
@@ -225,6 +228,30 @@ def test_a_last_copy_that_hangs_is_given_up_in_time(tmp_path, said, monkeypatch)
     assert 0.5 <= time.monotonic() - began < 30
     assert manifests.good_steps(tmp_path / "checkpoints") == [1]
     assert "checkpoint 1 is not copied" in said[-1] and "timeout_seconds" in said[-1]
+
+
+def test_a_stop_waits_for_a_copy_no_longer_than_its_grace(tiny, tmp_path, monkeypatch, capfd):
+    freed = threading.Event()
+    put, stopped = remote.Remote._put, []
+
+    def hangs(self, *args):
+        if not stopped:
+            stopped.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            freed.wait()
+        put(self, *args)
+
+    monkeypatch.setattr(remote.Remote, "_put", hangs)
+    config = tiny(
+        train__num_steps=100_000, eval__every_steps=0, checkpoint__grace_seconds=4.0,
+        checkpoint__remote=f"memory://{uuid.uuid4().hex}",
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        train.run(config, tmp_path)
+    took = time.monotonic() - stopped[0]
+    freed.set()
+    assert 3 < took < 30
+    assert "is not copied" in (said := capfd.readouterr().err) and "grace_seconds" in said
 
 
 def test_an_address_of_nothing_is_a_line():
