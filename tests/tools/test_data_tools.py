@@ -1,10 +1,12 @@
 """A corpus is prepared, looked into and measured by commands, as a user would type them."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from lm.data import corpus
 from tools import bench_data, bench_prepare, inspect_data, prepare_data
@@ -104,6 +106,8 @@ def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
         (inspect_data, ["x", "--rows", "-1"], "--rows=-1"),
         (bench_data, ["--length", "0"], "--length=0"),
         (bench_prepare, ["a.jsonl", "--tokenizer", "none.json"], "none.json"),
+        (bench_prepare, ["a.jsonl", "--tokenizer", "x", "--rounds", "0"], "--rounds=0"),
+        (bench_prepare, ["a.jsonl", "--tokenizer", "x", "--workers", "0"], "--workers=0"),
     ],
 )
 def test_a_mistake_is_one_line(text, capsys, tool, argv, words):
@@ -146,3 +150,13 @@ def test_rows_are_those_that_the_model_of_a_run_reads(text, capsys):
         said = capsys.readouterr().out
         assert "row 1:" in said and "row 40:" not in said
         assert (", 1 scored" in said) == shown
+
+
+def test_both_sides_write_tokens_alone(text):
+    """A column that is not encoded is nobody's work."""
+    datasets = pytest.importorskip("datasets")
+    text.write_text('{"text": "a tree", "note": "long"}\n' * 4)
+    Tokenizer(models.WordLevel({"a": 0, "tree": 1}, unk_token="a")).save("tokenizer.json")
+    args = argparse.Namespace(file=str(text), tokenizer="tokenizer.json", workers=1, out="out")
+    assert bench_prepare._datasets(args) > 0
+    assert datasets.load_from_disk("out/saved").column_names == ["ids"]
