@@ -23,6 +23,15 @@ def test_there_is_a_notebook():
     assert NOTEBOOKS
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_may_run_again(notebook, monkeypatch):
+    monkeypatch.chdir(notebook.parent)
+    first = code_of(notebook).partition("import lm")[0]
+    for _ in range(2):
+        exec(first, {})
+        assert Path.cwd() == ROOT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_notebook_runs(notebook, tmp_path, monkeypatch):
@@ -37,3 +46,4 @@ def test_every_notebook_runs(notebook, tmp_path, monkeypatch):
     scope: dict = {}
     exec(compile(shortened, str(notebook), "exec"), scope)
     assert scope["metrics"]["eval/loss"] > 0 and len(scope["tokens"]) <= 60
+    assert "stop_tokens=tokenizer.stop_tokens" in code

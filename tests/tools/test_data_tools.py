@@ -5,9 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer, models
 
+from lm import config as config_lib
+from lm import experiment, workdir
 from lm.data import corpus
 from tools import bench_data, bench_prepare, inspect_data, prepare_data
 
@@ -56,9 +59,6 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
     assert inspect_data.main(["--config", "e.py", "--step", "4", *flags]) == 0
     said = capsys.readouterr().out
     assert said.count("a.jsonl record") == 8
-    from lm import config as config_lib
-    from lm import experiment
-
     made = experiment.build(
         config_lib.override(config_lib.load("e.py"), [f[9:] for f in flags], experiment.SCHEMA)
     )
@@ -69,6 +69,23 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
         low, high = rest.split("tokens ")[1].split(" of ")[0].split(" to ")
         seen = bytes(t for t in batch["inputs"][row] if t < 256).decode().rstrip("\0")
         assert seen == lines[int(record)][int(low) : int(high)]
+
+
+def test_a_run_is_shown_the_text_that_it_was_trained_on(text, capsys):
+    given = ["data.path=a.jsonl", "data.tokenizer=byte", "task.length=64", "data.batch_size=8"]
+    config = config_lib.override(ConfigDict({"data": {}, "task": {}}), given, experiment.SCHEMA)
+    made = experiment.build(config)
+    run = text.parent / "run"
+    workdir.write_files(run, made, 0, {})
+    assert inspect_data.main(["run"]) == inspect_data.main(["run", "--step", "1"]) == 0
+    assert made.corpus.fingerprint in capsys.readouterr().out
+    assert inspect_data.main(["run", "--step", "1", "--out", "x.png"]) == 2
+    assert "--out=x.png: a step has no histogram" in capsys.readouterr().err
+    with text.open("a") as file:
+        file.write('{"text": "another tree"}\n')
+    for more in ([], ["--step", "1"]):
+        assert inspect_data.main(["run", *more]) == 2
+        assert "trained on other text" in capsys.readouterr().err
 
 
 def test_what_cleaning_did_is_shown(text, capsys):
@@ -157,6 +174,6 @@ def test_both_sides_write_tokens_alone(text):
     datasets = pytest.importorskip("datasets")
     text.write_text('{"text": "a tree", "note": "long"}\n' * 4)
     Tokenizer(models.WordLevel({"a": 0, "tree": 1}, unk_token="a")).save("tokenizer.json")
-    args = argparse.Namespace(file=str(text), tokenizer="tokenizer.json", workers=1, out="out")
+    args = argparse.Namespace(file=str(text), tokenizer="tokenizer.json", workers=None, out="out")
     assert bench_prepare._datasets(args) > 0
     assert datasets.load_from_disk("out/saved").column_names == ["ids"]
