@@ -53,7 +53,7 @@ def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> s
             }  # all are on one GPU
             if gpus := launch.visible_gpus(os.environ):
                 own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:count])
-            side = stack.enter_context(Side("tools.bench_ours", **own))
+            side = stack.enter_context(Side("tools.bench_ours", cores=(), **own))
             fields = {f"mesh.{axis}": size for axis, size in {"data": 1, **sizes}.items()}
             fields["train.exact_reduction"] = fields.pop(f"mesh.{EXACT}", 0)
             assignments = [f"{field}={value}" for field, value in fields.items()]
