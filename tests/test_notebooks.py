@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_there_is_a_notebook():
     assert NOTEBOOKS
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_may_run_again(notebook):
+    first = code_of(notebook).partition("import lm")[0]
+    twice = [sys.executable, "-c", f"{first}\n{first}\nprint(os.getcwd())"]
+    done = subprocess.run(twice, cwd=notebook.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ROOT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_notebook_runs(notebook, tmp_path, monkeypatch):
@@ -37,3 +46,4 @@ def test_every_notebook_runs(notebook, tmp_path, monkeypatch):
     scope: dict = {}
     exec(compile(shortened, str(notebook), "exec"), scope)
     assert scope["metrics"]["eval/loss"] > 0 and len(scope["tokens"]) <= 60
+    assert "stop_tokens=tokenizer.stop_tokens" in code

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 from lm import config as config_lib
+from lm import sharding
 from lm.config import ConfigError
 from lm.nn import pipeline
-from tools import bench
+from tools import bench, launch
 from tools.bench_pipe import Side, SideError
 
 EXACT = "exact"
@@ -37,7 +38,6 @@ def parse(text: str, known: Sequence[str]) -> dict[str, int]:
 
 def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> str:
     """Return in words how fast each mesh trains, over one device with the same batch."""
-    from lm import sharding
     from lm.experiment import SCHEMA
 
     known = sharding.ORDER
@@ -47,15 +47,17 @@ def measure(config: Any, meshes: Sequence[str], *, steps: int, rounds: int) -> s
         for name, sizes in asked.items():
             count = math.prod(size for axis, size in sizes.items() if axis != EXACT)
             flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}={count}"
-            visible = ",".join(map(str, range(count)))  # on accelerators
-            side = stack.enter_context(
-                Side("tools.bench_ours", XLA_FLAGS=flags, CUDA_VISIBLE_DEVICES=visible)
-            )
+            own = {
+                "XLA_FLAGS": flags,
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            }  # all are on one GPU
+            if gpus := launch.visible_gpus(os.environ):
+                own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:count])
+            side = stack.enter_context(Side("tools.bench_ours", cores=(), **own))
             fields = {f"mesh.{axis}": size for axis, size in {"data": 1, **sizes}.items()}
             fields["train.exact_reduction"] = fields.pop(f"mesh.{EXACT}", 0)
             assignments = [f"{field}={value}" for field, value in fields.items()]
-            own = config_lib.override(config, assignments, SCHEMA)
-            text = config_lib.to_json(own)
+            text = config_lib.to_json(config_lib.override(config, assignments, SCHEMA))
             try:
                 facts[name] = side.call("prepare", config=text, decode=False, started=0.0)
             except SideError as error:
@@ -93,9 +95,8 @@ def _bubble(shape: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     stages = sizes.get("stage", 1)
     if stages == 1:
         return ""
-    rows = (
-        shape["rows"] // shape["accumulate_steps"] // sizes.get("data", 1) // sizes.get("fsdp", 1)
-    )
+    shards = math.prod(sizes.get(axis, 1) for axis in sharding.RULES["act_batch"])
+    rows = shape["rows"] // shape["accumulate_steps"] // shards
     parts = pipeline.num_parts(rows, shape["microbatches"], stages)
     bubble = pipeline.bubble(stages, parts, shape["stage_repeats"])
     return f"; {parts} parts, of which the bubble leaves {1 - bubble:.2f}"

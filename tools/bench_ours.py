@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from lm import config as config_lib
 from lm import distributed, experiment, generate, hardware, models, placement, sharding, step, train
-from lm.data import corpus
+from lm.data import corpus, external
 from lm.data.tokenizers import Tokenizer
 from tools import bench, bench_pipe
 
@@ -124,10 +124,10 @@ class Ours:
     def _data(self):
         config = config_lib.complete(self.config, experiment.SCHEMA)
         data, rows = config.data, config.data.batch_size * bench.row_tokens(config)
-        vocab_size = VOCAB_SIZES.get(data.tokenizer, data.vocab_size)
-        return synthetic_data(
-            config.model.get("vocab_size") or vocab_size, max(NUM_BATCHES * rows, 100_000)
-        )
+        vocab_size = config.model.get("vocab_size") or VOCAB_SIZES.get(data.tokenizer)
+        if not vocab_size and data.tokenizer == "file":
+            vocab_size = external.open_tokenizer(data.tokenizer_path).vocab_size
+        return synthetic_data(vocab_size or data.vocab_size, max(NUM_BATCHES * rows, 100_000))
 
     def _shape(self) -> dict[str, Any]:
         """Return what a peer needs to know: the model's fields, and of the task and the batch."""
@@ -200,11 +200,12 @@ class Ours:
         return time.perf_counter() - start
 
     def gemm(self) -> float:
-        """Return the FLOP/s of all devices in a matrix product of the model's type of computation."""
+        """Return the FLOP/s of this process in a matrix product of the model's type of computation."""
         on_cpu = jax.default_backend() == "cpu"
-        dtype = jnp.float32 if on_cpu else jnp.bfloat16
+        dtype = hardware.compute_dtype(getattr(self.made.cfg["model"], "dtype", "float32"))
         rate = hardware.measure_matmul_flops((2048 if on_cpu else 8192,), seconds=0.3, dtype=dtype)
-        return rate if on_cpu else rate * self.made.mesh.size  # devices of a CPU share its cores
+        # Devices of a CPU share its cores.
+        return rate if on_cpu else rate * len(self.made.mesh.local_devices)
 
     def bandwidth(self) -> float:
         """Return the bytes a second that one device reads from memory: the best of two ways."""
@@ -239,9 +240,11 @@ class Ours:
         turns = Turns(steps)
         config = config_lib.complete(self.config, experiment.SCHEMA)
         config.train.update(num_steps=steps * (rounds + 1) + 1, sample_tokens=0, init_from="")
-        config.train.update(profile_steps=0, compilation_cache=False)
+        config.train.update(profile_steps=0, compilation_cache=False, wandb_project="")
+        config.train.update(vectors="", freeze_vectors=False)
+        config.optim.update(schedule="constant", warmup=0)  # its durations may be longer than this
         config.eval.update(every_steps="100%", max_tokens=1)
-        config.checkpoint.update(every_steps="100%")
+        config.checkpoint.update(every_steps="100%", remote="", remote_every=0)
         real = experiment.jitted
 
         def jitted(made):

@@ -42,6 +42,7 @@ class Side:
             cwd=ROOT,
             env={**os.environ, **environment},
         )
+        self._owed = 0  # answers to calls that were started
         if cores:  # at once, before it starts threads
             os.sched_setaffinity(self._process.pid, cores)
 
@@ -60,11 +61,15 @@ class Side:
         with contextlib.suppress(BrokenPipeError):  # it has ended: the read says so
             self._process.stdin.write(json.dumps([method, arguments]) + "\n")
             self._process.stdin.flush()
+        self._owed += 1
 
     def answer(self, method: str) -> Any:
-        """Return the result of the call that was started, or raise as `call` does."""
+        """Return the result of the call that was started last, or raise as `call` does."""
         assert self._process.stdout
-        line = self._process.stdout.readline()
+        line = ""
+        while self._owed:  # an earlier one is left where another process of its side has failed
+            line = self._process.stdout.readline()
+            self._owed -= 1
         if not line:
             raise SideError(f"{method}: the process ended with exit code {self._process.wait()}")
         answer = json.loads(line)

@@ -50,6 +50,9 @@ def _run(args: argparse.Namespace) -> int:
         side = {"ours": _ours, "datasets": _datasets, "share": _share}[args.side]
         print(json.dumps(side(args)))
         return 0
+    for name in ("workers", "rounds"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name}={getattr(args, name)}: use 1 or more")
     external.open_tokenizer(args.tokenizer)
     turns = {name: partial(_turn, args, name) for name in ("ours", "datasets")}
     share = _turn(args, "share")
@@ -130,7 +133,7 @@ def _datasets(args: argparse.Namespace) -> float:
     tokenizers.use_one_thread()
     start = time.perf_counter()
     rows = datasets.load_dataset("json", data_files=args.file, split="train", cache_dir=args.out)
-    mapped = rows.map(encode, batched=True, remove_columns=["text"], num_proc=args.workers)
+    mapped = rows.map(encode, batched=True, remove_columns=rows.column_names, num_proc=args.workers)
     mapped.save_to_disk(f"{args.out}/saved")
     return time.perf_counter() - start
 

@@ -3,8 +3,8 @@
     python -m tools.bench_saves --megabytes 500
 
 A state of large and small arrays changes before every save, so that nothing is written twice. Told of
-each side: the seconds until the call returns, which a step waits for, and until the checkpoint is written;
-ours is then verified. "A step meanwhile" is of work that goes on while a save is written.
+each side: the seconds until the call returns, which a step waits for, and until the checkpoint is written.
+"A step meanwhile" is of work that goes on while a save is written.
 """
 
 import argparse

@@ -7,14 +7,14 @@ interrupted one resumes. Results: history.md (the table), history.csv, history.p
 """
 
 import argparse
-import csv
+import io
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import command, startup, sweep
+from lm import command, manifests, startup
 from lm import config as config_lib
 from tools import sweep as sweep_tool
 
@@ -108,7 +108,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 1.12 * max(values, default=1.0))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    manifests.write_whole(path, picture.getvalue())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", default="experiments/history.py", help="(%(default)s)")
     parser.add_argument("--workdir", default="runs/history", help="(%(default)s)")
-    parser.add_argument("--only", nargs="*", metavar="MODEL", help="some of the models")
+    parser.add_argument("--only", nargs="*", metavar="MODEL", help="train some of the models")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     fixed, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(rest)
@@ -134,23 +136,14 @@ def _run(args: argparse.Namespace, fixed: list[str]) -> int:
     papers = config_lib.call(args.config, "papers")
     if unknown := sorted(set(args.only or ()) - set(points)):
         raise config_lib.ConfigError(f"--only {unknown[0]}: no such model; use {', '.join(points)}")
-    wanted = [
-        sweep.name(point)
-        for point in points.values()
-        if not args.only or sweep.name(point) in args.only
-    ]
-    code = sweep_tool.run(args.config, args.workdir, fixed=fixed, only=wanted)
-    workdir, rows = Path(args.workdir), []
-    for name in wanted:
-        if sweep_tool.finished(workdir / name):
-            rows.append(result(workdir, name, *papers[name]))
+    code = sweep_tool.run(args.config, args.workdir, fixed=fixed, only=args.only or ())
+    workdir = Path(args.workdir)
+    done = {row["name"] for row in sweep_tool.read_rows(workdir) if row["exit_code"] == 0}
+    rows = [result(workdir, name, *papers[name]) for name in points if name in done]
     rows.sort(key=lambda row: row["year"])
     if rows:
-        (workdir / "history.md").write_text(table(rows))
-        with (workdir / "history.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        manifests.write_whole(workdir / "history.md", table(rows))
+        manifests.write_whole(workdir / "history.csv", sweep_tool.csv_of(rows, COLUMNS))
         draw(rows, workdir / "history.png")
         print(table(rows))
         print(f"{workdir}/history.md, history.csv, history.png")

@@ -73,10 +73,9 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
             f"--step={args.step}: a corpus has no steps; name a run's workdir, or an experiment by --config"
         )
     if args.step is not None:
-        config = _config(folder, args.config, assignments)
-        described = folder / "data.json" if folder else None
-        known = receipt.read_json(described) if described and described.exists() else {}
-        _show_step(config, args.step, known.get("fingerprint", ""))
+        if args.out:
+            raise ConfigError(f"--out={args.out}: a step has no histogram; leave it out")
+        _show_step(_config(folder, args.config, assignments), args.step, folder)
         return 0
     if folder and prepared:
         text = corpus.load(folder, thorough=args.verify)
@@ -88,6 +87,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         whole = _config(folder, args.config, assignments)
         config = ConfigDict({name: whole.get(name, {}) for name in SCHEMA}, type_safe=False)
         text = corpus.build(_frozen(config, "data"))
+        _check_trained_on(folder, text)
     task_cfg = _frozen(config, "task")
     for name, member in text.mixed or (("", text),):
         if name:
@@ -226,7 +226,17 @@ def _draw(text: corpus.Corpus, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def _show_step(config: ConfigDict, step: int, trained_on: str) -> None:
+def _check_trained_on(folder: Path | None, text: corpus.Corpus) -> None:
+    """Refuse another text than the run in `folder` was trained on."""
+    described = folder / "data.json" if folder else None
+    known = receipt.read_json(described) if described and described.exists() else {}
+    if known.get("fingerprint", text.fingerprint) != text.fingerprint:
+        raise ConfigError(
+            "data.path: the run was trained on other text than is there now; bring it back"
+        )
+
+
+def _show_step(config: ConfigDict, step: int, folder: Path | None) -> None:
     """Print where each row of the batch of `step` comes from."""
     from lm import experiment
 
@@ -235,10 +245,7 @@ def _show_step(config: ConfigDict, step: int, trained_on: str) -> None:
     made = experiment.build(config_lib.complete(here, experiment.SCHEMA))
     if step >= made.num_steps:
         raise ConfigError(f"--step={step}: the run has {made.num_steps} steps, counted from 0")
-    if trained_on and trained_on != made.corpus.fingerprint:
-        raise ConfigError(
-            "data.path: the run was trained on other text than is there now; bring it back"
-        )
+    _check_trained_on(folder, made.corpus)
     found = origins.of_step(made.batches, made.corpus.members, made.corpus.names, step)
     print(f"step {step} of {made.num_steps}: {len(found)} rows")
     for place, row in enumerate(found):

@@ -49,9 +49,15 @@ def environments(
     """Return the environment of each process: its number, the coordinator, its `devices` (0 = one).
 
     Raises:
-      ConfigError: fewer GPUs than are asked for.
+      ConfigError: fewer GPUs than are asked for, or JAX_PLATFORMS asks for what cannot be shared out.
     """
     gpus, devices = visible_gpus(outside), devices or 1
+    platforms = outside.get("JAX_PLATFORMS") or "cpu"
+    if not gpus and "cpu" not in platforms.split(","):
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms}: NVIDIA GPUs and CPUs are shared out here, and no such GPU is seen; "
+            "use JAX_PLATFORMS=cpu, or start the processes without this tool"
+        )
     if gpus and len(gpus) < processes * devices:
         raise ConfigError(
             f"--processes={processes} x --devices_per_process={devices}: there are {len(gpus)} GPUs; use "

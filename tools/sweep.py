@@ -10,6 +10,7 @@ does not stop the others. Results are in sweep.json and sweep.csv; the exit code
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import signal
@@ -41,20 +42,22 @@ def run(
     """Run every unfinished point of the file's sweep in `workdir`, and return the worst exit code.
 
     `fixed` are assignments for all points, which win over a point's own; `metric` sorts the table,
-    smallest first; `only` names some points.
+    smallest first; `only` names the points to run: of the others the table has those that have finished.
 
     Raises ConfigError where `fixed` makes two points the same, or a point's folder is of another config.
     """
-    points = {name: point for name, point in read_points(path).items() if not only or name in only}
+    every = read_points(path)
+    points = {name: point for name, point in every.items() if not only or name in only}
     _check_apart(points, fixed)
     base = config_lib.to_json(config_lib.load(path))
-    assigned = {name: [*sweep_lib.assignments(point), *fixed] for name, point in points.items()}
+    assigned = {name: [*sweep_lib.assignments(point), *fixed] for name, point in every.items()}
     marks = {
         name: {"identity": hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()}
         for name, given in assigned.items()
     }
-    for name, mark in marks.items():
-        _check_folder(Path(workdir) / name, mark)
+    for name in points:
+        _check_folder(Path(workdir) / name, marks[name])
+    others = [n for n in every if n not in points and _is_done(Path(workdir) / n, marks[n])]
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
         folder, mark = Path(workdir) / name, marks[name]
@@ -67,7 +70,8 @@ def run(
         codes[name] = 0 if done else _run_point(command, path, folder, assigned[name], swept=swept)
         if codes[name] == 0:
             _write(folder / _MARKER, json.dumps(mark))
-        rows = [_result(Path(workdir), name, points[name], code) for name, code in codes.items()]
+        ended = {**codes, **dict.fromkeys(others, 0)}
+        rows = [_result(Path(workdir), n, every[n], code) for n, code in ended.items()]
         rows.sort(key=lambda row: math.inf if (value := _number(row, metric)) is None else value)
         _save(Path(workdir), rows)
         if codes[name] in (exits.STOPPED, exits.RESUMABLE, exits.TERMINATED):
@@ -81,6 +85,11 @@ def finished(folder: Path) -> bool:
     """Return whether the point of a sweep in `folder` has finished."""
     mark = _read_json(folder / _MARKER)
     return "identity" in mark and mark.get("finished", True)
+
+
+def _is_done(folder: Path, mark: Mapping[str, Any]) -> bool:
+    """Return whether the point of this config has finished in `folder`."""
+    return finished(folder) and _read_json(folder / _MARKER)["identity"] == mark["identity"]
 
 
 def _check_folder(folder: Path, mark: Mapping[str, Any]) -> None:
@@ -183,10 +192,21 @@ def _result(workdir: Path, name: str, point: Point, code: int) -> dict[str, Any]
 def _save(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
     _write(workdir / "sweep.json", json.dumps(list(rows), indent=2, default=str) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(workdir / "sweep.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    _write(workdir / "sweep.csv", csv_of(rows, columns))
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return the rows as the text of a CSV file."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """Return the rows of the sweep in `workdir`: its points that have ended."""
+    return json.loads((workdir / "sweep.json").read_text())
 
 
 def _write(path: Path, text: str) -> None:

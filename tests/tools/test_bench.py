@@ -7,12 +7,14 @@ import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from lm import config as config_lib
-from lm import models, tasks
-from lm.data import pipeline
+from lm import experiment, models, optim, tasks
+from lm.config import ConfigError
+from lm.data import corpus, pipeline, tokenizers
 from lm.tasks import causal_lm
-from tools import bench, bench_ours, bench_pipe, bench_processes
+from tools import bench, bench_alike, bench_mesh, bench_ours, bench_pipe, bench_processes
 
 EXPERIMENT = "experiments/gpt2_small.py"
 TINY = {
@@ -24,6 +26,12 @@ TINY = {
     "data.batch_size": 2,
     "train.accumulate_steps": 1,
 }
+
+GPT2 = [
+    f"--config.model.{key}={value}"
+    for key, (value, *_) in bench_alike.ALIKE["gpt"].items()
+    if key not in ("matmul_dtype", "bias_in")
+]
 
 
 def flags(**more):
@@ -95,6 +103,127 @@ def test_a_task_of_any_kind_is_measured(experiment, fields):
     assert ours.run(steps=2) > 0
 
 
+def test_a_tokenizer_of_a_file_has_its_own_size(tmp_path):
+    tokenizers.Byte().save(tmp_path)
+    ours = bench_ours.Ours()
+    data = {"tokenizer": "file", "tokenizer_path": str(tmp_path), "vocab_size": 4096}
+    ours.config = ConfigDict({"data": data})
+    with ours._data():
+        assert corpus.build(None).tokenizer.vocab_size == 257
+
+
+def test_the_loop_touches_nothing_of_the_run_and_has_a_schedule_as_short(monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench_ours.train, "run", lambda config, folder: ran.append(config))
+    ours = bench_ours.Ours()
+    ours.config = config_lib.override(
+        config_lib.load(EXPERIMENT),
+        [
+            *("checkpoint.remote=gs://bucket/mine", "checkpoint.remote_every=500"),
+            *("train.wandb_project=mine", "train.vectors=a.txt", "train.freeze_vectors=True"),
+            *("optim.schedule=wsd", "optim.warmup=100", "optim.decay=100"),
+        ],
+        experiment.SCHEMA,
+    )
+    ours.loop(steps=2, rounds=1)
+    cfg = experiment.freeze(ran[0])
+    assert not (cfg["checkpoint"].remote or cfg["checkpoint"].remote_every)
+    assert not (cfg["train"].wandb_project or cfg["train"].vectors or cfg["train"].freeze_vectors)
+    steps = lambda duration, field: config_lib.to_steps(  # noqa: E731
+        duration, field=field, tokens_per_step=1, steps_per_epoch=1, num_steps=5
+    )
+    optim.build_schedule(cfg["optim"], num_steps=cfg["train"].num_steps, to_steps=steps)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("", "bfloat16"), ("float32", "float32")])
+def test_a_product_is_of_the_models_type_on_the_devices_of_the_process(
+    dtype, expected, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(bench_ours.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        bench_ours.hardware,
+        "measure_matmul_flops",
+        lambda sizes, *, seconds, dtype: asked.append(dtype) or 10.0,
+    )
+    ours = bench_ours.Ours()
+    ours.made = types.SimpleNamespace(
+        cfg={"model": types.SimpleNamespace(dtype=dtype)},
+        mesh=types.SimpleNamespace(size=8, local_devices=[0, 1]),  # of four processes
+    )
+    assert ours.gemm() == 20.0
+    assert asked == [expected]
+
+
+class Measured:
+    """Stands for our side: a loop that fails, and memory that the limit takes."""
+
+    def __init__(self):
+        self.peak = 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def call(self, method, **arguments):
+        if method == "loop":
+            raise bench_pipe.SideError("ConfigError: no such place")
+        self.peak = {"run": max(2, self.peak), "gemm": 9}.get(method, self.peak)
+        return {"prepare": {}, "peak_bytes": self.peak}.get(method, 1.0)
+
+
+def test_what_was_measured_is_told_without_a_loop_and_memory_without_the_limits(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(bench, "_started", lambda *args, **environment: Measured())
+    args = types.SimpleNamespace(
+        peer=None, peer_python=None, processes=1, decode=False, steps=1, rounds=2
+    )
+    report = bench.measure(ConfigDict(), args)
+    assert report["seconds"] == {"ours": [1.0, 1.0]} and "loop" not in report
+    assert "no such place" in capsys.readouterr().out
+    assert report["ours"]["peak_bytes"] == 2
+
+
+def test_a_mode_that_the_peer_has_not_is_named():
+    args = types.SimpleNamespace(
+        peer="flax", peer_modes=["eager"], processes=1, decode=False, steps=1
+    )
+    peer = types.SimpleNamespace(call=lambda method, **arguments: {"modes": ["jit"]})
+    facts = {"devices": 1, "backend": "cpu", "shape": {}, "optim": {}}
+    with pytest.raises(ConfigError, match=r"eager: --peer=flax has no such mode; use some of jit"):
+        bench._prepare_peer(peer, facts, args)
+
+
+def test_a_mesh_has_some_of_the_gpus_that_are_given(monkeypatch):
+    started = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+
+    class Side(Measured):
+        def __init__(self, module, **environment):
+            super().__init__()
+            started.append(environment)
+
+        def call(self, method, **arguments):
+            facts = {"device": "some", "jax": "1", "shape": {}}
+            return facts if method == "prepare" else 1.0
+
+    monkeypatch.setattr(bench_mesh, "Side", Side)
+    bench_mesh.measure(ConfigDict(), ["data=2"], steps=1, rounds=1)
+    assert [own["CUDA_VISIBLE_DEVICES"] for own in started] == ["4", "4,6"]
+    assert {own["XLA_PYTHON_CLIENT_PREALLOCATE"] for own in started} == {"false"}
+
+
+def test_a_bubble_is_of_the_rows_of_a_device():
+    shape = {"rows": 32, "accumulate_steps": 1, "microbatches": 0, "stage_repeats": 1}
+    for axis in ("dcn", "data", "fsdp", "expert"):
+        said = bench_mesh._bubble(shape, {"stage": 2, axis: 8})
+        assert said.startswith("; 4 parts"), axis
+
+
 def test_bare_steps_follow_as_many_of_the_loop(monkeypatch):
     clock, steps = [0.0], []
     monkeypatch.setattr(bench_ours, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -158,6 +287,22 @@ def test_calls_cross_the_pipe(side):
         side.call("give", value=1)
 
 
+def test_processes_stay_in_step_where_one_fails(tmp_path):
+    (tmp_path / "part.py").write_text(
+        "import os\n"
+        "from tools import bench_pipe\n"
+        "class Part:\n"
+        "    def run(self, *, mode):\n"
+        "        assert mode or os.environ['JAX_PROCESS_ID'] != '0', 'not in the first'\n"
+        "        return float(mode)\n"
+        "bench_pipe.serve(Part())\n"
+    )
+    with bench_processes.Sides("part", processes=2, PYTHONPATH=str(tmp_path)) as sides:
+        with pytest.raises(bench_pipe.SideError, match="not in the first"):
+            sides.call("run", mode=0)
+        assert [side.call("run", mode=5) for side in sides.sides] == [5.0, 5.0]
+
+
 def test_processes_answer_together(tmp_path):
     """Each on its share of the cores; the slowest's seconds count, and bytes add up."""
     (tmp_path / "part.py").write_text(
@@ -188,7 +333,10 @@ def test_processes_answer_together(tmp_path):
         (["--rounds", "0"], ["--rounds=0", "use 1 or more"]),
         (["--processes", "2"], ["--processes=2", "give --peer"]),
         (["--decode", "--steps", "17"], ["--steps=17", "32 positions"]),
-        (["--peer", "transformers", *flags(**{"optim.name": "lion"})], ["optim.name=adamw"]),
+        (
+            ["--peer", "transformers", *GPT2, "--config.optim.name=lion"],
+            ["optim.name='lion'", "--config.optim.name=adamw"],
+        ),
         (
             ["--peer", "transformers", "--config.model.name=rnn"],
             ["model.name='rnn'", "torch or flax"],
@@ -206,6 +354,29 @@ def test_processes_answer_together(tmp_path):
         (
             ["--peer", "torch", "--peer_python", shutil.which("false"), "--config.model.name=rnn"],
             ["has no torch;"],
+        ),
+        (
+            ["--peer", "flax", "--config.model.name=rnn", "--processes", "2"],
+            ["--processes=2", "a model of its own"],
+        ),
+        (["--peer_modes", "eager"], ["--peer_modes", "only with --peer"]),
+        (["--peer_python", "python"], ["--peer_python", "only with --peer"]),
+        (["--peer", "transformers"], ["model.positions='rotary'", "positions=learned"]),
+        (
+            ["--peer", "transformers", *GPT2, "--config.model.num_experts=4"],
+            ["model.num_experts=4", "--config.model.num_experts=0"],
+        ),
+        (
+            ["--peer", "transformers", *GPT2, "--config.model.dtype=bfloat16"],
+            ["model.dtype='bfloat16'", "--config.model.dtype="],
+        ),
+        (
+            ["--peer", "transformers", *GPT2, "--config.optim.ema_decay=0.9"],
+            ["optim.ema_decay=0.9", "--config.optim.ema_decay=0.0"],
+        ),
+        (
+            ["--peer", "transformers", "--config.model.name=t5", "--config.model.num_experts=4"],
+            ["model.num_experts=4"],
         ),
         (["--config.model.layers=2"], ["did you mean", "num_layers"]),
     ],
@@ -225,10 +396,12 @@ def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
 
 @pytest.mark.measure
 @pytest.mark.parametrize("decode", [False, True])
-def test_a_tiny_model_is_measured(decode, tmp_path, capsys):
+def test_a_tiny_model_is_measured(decode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
     out = tmp_path / "report.json"
+    longer = {} if decode else {"optim.warmup": 100}  # than the loop is here
     arguments = ["--rounds", "2", "--json", str(out), *(["--decode", "--steps", "8"] * decode)]
-    assert bench.main(["--config", EXPERIMENT, *flags(), *arguments]) == 0
+    assert bench.main(["--config", EXPERIMENT, *flags(**longer), *arguments]) == 0
     words, report = capsys.readouterr().out, json.loads(out.read_text())
     assert len(report["seconds"]["ours"]) == 2
     assert min(report["seconds"]["ours"]) > 0

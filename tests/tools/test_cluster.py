@@ -51,6 +51,41 @@ def test_a_dry_run_prints_the_commands_of_a_tpu(tmp_path):
     assert "lm.main" in lines[-1] and "--config.seed=1" in lines[-1]
 
 
+GCLOUD = """#!/bin/bash
+echo "$4" >> "$FOLDER/asked"
+[ "$4" != describe ] || { echo "$STATE"; [ -n "$STATE" ]; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "asked"),
+    [
+        ("READY", ["scp", "ssh"]),
+        ("", ["create", "scp", "ssh"]),
+        ("PREEMPTED", ["delete", "create", "scp", "ssh"]),
+        ("TERMINATED", ["delete", "create", "scp", "ssh"]),
+        ("CREATING", []),
+        ("REPAIRING", []),
+    ],
+)
+def test_a_slice_is_deleted_only_where_it_is_lost(state, asked, tmp_path):
+    for name, script in (("gcloud", GCLOUD), ("git", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FOLDER": str(tmp_path), "STATE": state}
+    done = subprocess.run(
+        ["bash", CLUSTER / "tpu.sh", *TPU[:-1], "--", "--config", "x"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    said = (tmp_path / "asked").read_text().split()
+    assert list(dict.fromkeys(said)) == ["describe", *asked], done.stderr
+    assert done.returncode == (not asked) and (state in done.stderr or bool(asked))
+
+
+def test_the_environment_of_a_tpu_is_made_anew():
+    assert "uv venv --quiet --clear " in (CLUSTER / "tpu.sh").read_text()
+
+
 def test_a_tpu_without_a_zone_is_refused():
     done = subprocess.run(
         ["bash", CLUSTER / "tpu.sh", "--type", "v5p-8", "--", "--config", "x"],

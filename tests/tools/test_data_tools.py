@@ -1,11 +1,16 @@
 """A corpus is prepared, looked into and measured by commands, as a user would type them."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
+from tokenizers import Tokenizer, models
 
+from lm import config as config_lib
+from lm import experiment, workdir
 from lm.data import corpus
 from tools import bench_data, bench_prepare, inspect_data, prepare_data
 
@@ -54,9 +59,6 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
     assert inspect_data.main(["--config", "e.py", "--step", "4", *flags]) == 0
     said = capsys.readouterr().out
     assert said.count("a.jsonl record") == 8
-    from lm import config as config_lib
-    from lm import experiment
-
     made = experiment.build(
         config_lib.override(config_lib.load("e.py"), [f[9:] for f in flags], experiment.SCHEMA)
     )
@@ -67,6 +69,23 @@ def test_what_a_step_saw_is_where_it_says(text, capsys):
         low, high = rest.split("tokens ")[1].split(" of ")[0].split(" to ")
         seen = bytes(t for t in batch["inputs"][row] if t < 256).decode().rstrip("\0")
         assert seen == lines[int(record)][int(low) : int(high)]
+
+
+def test_a_run_is_shown_the_text_that_it_was_trained_on(text, capsys):
+    given = ["data.path=a.jsonl", "data.tokenizer=byte", "task.length=64", "data.batch_size=8"]
+    config = config_lib.override(ConfigDict({"data": {}, "task": {}}), given, experiment.SCHEMA)
+    made = experiment.build(config)
+    run = text.parent / "run"
+    workdir.write_files(run, made, 0, {})
+    assert inspect_data.main(["run"]) == inspect_data.main(["run", "--step", "1"]) == 0
+    assert made.corpus.fingerprint in capsys.readouterr().out
+    assert inspect_data.main(["run", "--step", "1", "--out", "x.png"]) == 2
+    assert "--out=x.png: a step has no histogram" in capsys.readouterr().err
+    with text.open("a") as file:
+        file.write('{"text": "another tree"}\n')
+    for more in ([], ["--step", "1"]):
+        assert inspect_data.main(["run", *more]) == 2
+        assert "trained on other text" in capsys.readouterr().err
 
 
 def test_what_cleaning_did_is_shown(text, capsys):
@@ -104,6 +123,8 @@ def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
         (inspect_data, ["x", "--rows", "-1"], "--rows=-1"),
         (bench_data, ["--length", "0"], "--length=0"),
         (bench_prepare, ["a.jsonl", "--tokenizer", "none.json"], "none.json"),
+        (bench_prepare, ["a.jsonl", "--tokenizer", "x", "--rounds", "0"], "--rounds=0"),
+        (bench_prepare, ["a.jsonl", "--tokenizer", "x", "--workers", "0"], "--workers=0"),
     ],
 )
 def test_a_mistake_is_one_line(text, capsys, tool, argv, words):
@@ -146,3 +167,13 @@ def test_rows_are_those_that_the_model_of_a_run_reads(text, capsys):
         said = capsys.readouterr().out
         assert "row 1:" in said and "row 40:" not in said
         assert (", 1 scored" in said) == shown
+
+
+def test_both_sides_write_tokens_alone(text):
+    """A column that is not encoded is nobody's work."""
+    datasets = pytest.importorskip("datasets")
+    text.write_text('{"text": "a tree", "note": "long"}\n' * 4)
+    Tokenizer(models.WordLevel({"a": 0, "tree": 1}, unk_token="a")).save("tokenizer.json")
+    args = argparse.Namespace(file=str(text), tokenizer="tokenizer.json", workers=None, out="out")
+    assert bench_prepare._datasets(args) > 0
+    assert datasets.load_from_disk("out/saved").column_names == ["ids"]

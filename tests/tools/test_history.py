@@ -1,6 +1,7 @@
 """One table and one picture of models trained on the same text, and what is asked for by a wrong name."""
 
 import csv
+import json
 import math
 
 import pytest
@@ -28,6 +29,27 @@ def test_a_model_is_trained_once_and_put_into_table_and_picture(text_file, tmp_p
     capfd.readouterr()
     assert history.main(flags) == 0
     assert "trigram_kneser_ney: finished" in capfd.readouterr().out
+
+
+def test_some_models_again_keep_the_rows_of_the_others(tmp_path, monkeypatch, capsys):
+    def run(path, workdir, *, fixed, only):
+        assert only == ["gpt"]
+        ended = [("gpt", 0), ("lstm", 0), ("bert", 1)]
+        rows = [{"name": name, "exit_code": code} for name, code in ended]
+        (tmp_path / "sweep.json").write_text(json.dumps(rows))
+        return 1
+
+    def result(workdir, name, year, paper):
+        numbers = dict.fromkeys(history.COLUMNS, 1.0)
+        return {**numbers, "model": name, "year": year, "paper": paper, "sample": "x"}
+
+    monkeypatch.setattr(history.sweep_tool, "run", run)
+    monkeypatch.setattr(history, "result", result)
+    assert history.main(["--workdir", str(tmp_path), "--only", "gpt"]) == 1
+    with (tmp_path / "history.csv").open(newline="") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["lstm", "gpt"]
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("\n| ") == 3
 
 
 @pytest.mark.parametrize(("name", "near"), [("lstn", "lstm"), ("gpt9", "gpt2")])

@@ -70,6 +70,16 @@ def test_environments_of_gpus():
     assert on_cpu[2]["JAX_PROCESS_ID"] == "2" and on_cpu[2]["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.parametrize("platforms", ["cuda", "tpu", "rocm"])
+def test_a_platform_that_is_asked_for_is_not_left_for_the_cpu(platforms):
+    outside = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": platforms}
+    with pytest.raises(ConfigError, match=f"JAX_PLATFORMS={platforms}: "):
+        launch.environments(2, 1, 1234, outside)
+    for either in ("", "cpu", f"{platforms},cpu"):
+        every = launch.environments(2, 1, 1234, {**outside, "JAX_PLATFORMS": either})
+        assert [own["JAX_PLATFORMS"] for own in every] == ["cpu", "cpu"]
+
+
 def test_a_port_is_held_and_the_coordinator_may_still_take_it():
     with launch.free_port() as port, socket.socket() as server, socket.socket() as other:
         with pytest.raises(OSError, match="in use"):

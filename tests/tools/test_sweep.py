@@ -103,6 +103,17 @@ def test_a_failed_point_stops_no_other_and_is_tried_again(place):
     assert ran(place) == flags(0.1, 0.2)
 
 
+def test_the_table_keeps_finished_points_that_are_not_run_again(place):
+    def rows(**arguments):
+        assert run(place, **arguments) == 0
+        return [row["name"] for row in json.loads((place / "out" / "sweep.json").read_text())]
+
+    assert rows(only=["peak_lr=0.2"]) == ["peak_lr=0.2"]
+    assert rows(only=["peak_lr=0.1"]) == ["peak_lr=0.2", "peak_lr=0.1"]
+    shutil.rmtree(place / "out" / "peak_lr=0.2")
+    assert rows(only=["peak_lr=0.3"], fixed=["seed=2"]) == ["peak_lr=0.3"]  # of another config
+
+
 def test_a_loss_that_is_not_finite_is_last_and_no_number(place, capsys):
     (place / "out" / "make_0.3").write_text(
         "file = open(folder / 'metrics.jsonl', 'a')\n"

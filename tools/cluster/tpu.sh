@@ -44,14 +44,22 @@ on_all() {
   do_it "${vm[@]}" ssh "$name" --zone "$zone" --worker all --command "$1"
 }
 
-if [ -n "$dry" ] || ! "${vm[@]}" describe "$name" --zone "$zone" --format 'value(state)' | grep -q READY; then
-  do_it "${vm[@]}" delete "$name" --zone "$zone" --quiet || true
-  do_it "${vm[@]}" create "$name" --zone "$zone" --accelerator-type "$type" --version "$version"
+state=PREEMPTED  # as a dry run takes it to be
+if [ -z "$dry" ]; then
+  state=$("${vm[@]}" describe "$name" --zone "$zone" --format 'value(state)') || state=''  # none is there
 fi
+case $state in
+  READY) ;;
+  '' | PREEMPTED | TERMINATED)
+    if [ -n "$state" ]; then do_it "${vm[@]}" delete "$name" --zone "$zone" --quiet; fi
+    do_it "${vm[@]}" create "$name" --zone "$zone" --accelerator-type "$type" --version "$version"
+    ;;
+  *) echo "error: $name is $state; try again when it is READY, or delete it" >&2; exit 1 ;;
+esac
 do_it git archive --format tar.gz --output lm.tar.gz HEAD
 do_it "${vm[@]}" scp lm.tar.gz "$name:" --zone "$zone" --worker all
 on_all 'mkdir -p lm && tar -xzf lm.tar.gz -C lm && pip install --quiet --user uv'
-on_all '~/.local/bin/uv venv --quiet --python 3.12 env'  # the system's own may be older than 3.11
+on_all '~/.local/bin/uv venv --quiet --clear --python 3.12 env'  # the system's own may be older than 3.11
 on_all '~/.local/bin/uv pip install --quiet --python env/bin/python "./lm[tpu]"'
 on_all "sudo apt-get install -qq nfs-common && mkdir -p shared && (mountpoint -q shared || sudo mount $nfs shared)"
 on_all "cd lm && LM_CACHE_DIR=~/shared/cache ~/env/bin/python -m lm.main --workdir ~/shared/runs/$name $(printf '%q ' "$@")"

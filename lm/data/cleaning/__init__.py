@@ -41,7 +41,7 @@ from lm.data.cleaning.overlap import Overlap
 from lm.data.cleaning.pages import Html
 from lm.data.cleaning.step import Step
 
-FORMAT = 2  # of the steps' results: one more for every change of what they do
+FORMAT = 3  # of the steps' results: one more for every change of what they do
 STEPS: dict[str, type[Step]] = {
     "html": Html,
     "mojibake": Mojibake,

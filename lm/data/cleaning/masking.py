@@ -9,10 +9,11 @@ from lm.config import ConfigError
 from lm.data.cleaning.step import Step
 
 # Nothing is masked that touches a placeholder, so that a masked text stays as it is. Every repetition has a
-# bound and none begins within another's match, so that the time is linear in the text.
+# bound, so that the time is linear in the text.
 _APART = r"(?<!EMAIL>)(?<!PHONE>)(?<!CARD>)(?<!IP>)"
 _ALONE = r"(?!<(?:EMAIL|PHONE|CARD|IP)>)"
-_LOCAL = r"[\w.!#$%&'*+/=?^`{|}~-]"
+# Latin to Cyrillic: in a script without blanks an address begins where its letters end.
+_LETTER = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f"
 
 
 def _pattern(body: str, *, before: str = r"[\w.+-]", after: str = r"[\w-]|\.\d") -> re.Pattern[str]:
@@ -20,12 +21,17 @@ def _pattern(body: str, *, before: str = r"[\w.+-]", after: str = r"[\w-]|\.\d")
 
 
 _EMAIL = _pattern(
-    rf"{_LOCAL}{{1,64}}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}[A-Za-z]{{2,24}}",
-    before=_LOCAL,
-    after=r"[\w@-]",
+    rf"[\d{_LETTER}][\d{_LETTER}_.+-]{{0,63}}@"
+    rf"(?:[\d{_LETTER}](?:[\d{_LETTER}-]{{0,61}}[\d{_LETTER}])?\.){{1,8}}[{_LETTER}]{{2,24}}",
+    before=rf"[\d{_LETTER}]",
+    after=rf"[\d{_LETTER}@-]",
 )
 _IPV4 = _pattern(r"(?:\d{1,3}\.){3}\d{1,3}", before=r"[\w.]", after=r"\w|\.\d")
-_IPV6 = _pattern(r"[23][\dA-Fa-f]{3}:[\dA-Fa-f:]{1,34}", before=r"[\w:.]", after=r"[\w:]|\.\d")
+_IPV6 = _pattern(
+    r"[23][\dA-Fa-f]{3}:[\dA-Fa-f:]{0,33}(?:[\dA-Fa-f]|::)",
+    before=r"[\w:.]",
+    after=r"\w|:[\w:]|\.\d",
+)
 _CARD = _pattern(r"(?=[2-6])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|3\d{3}([ -])\d{6}\2\d{5})")
 _PHONE = _pattern(
     r"\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"  # international
@@ -33,6 +39,10 @@ _PHONE = _pattern(
     r"|(?:\(0[1-9]\d{0,3}\) ?|0[1-9]\d{0,3}[ /-])\d{3,5}[ -]?\d{3,5}"  # area code and number
     r"|0[1-9](?:[ .-]\d{2}){4}"  # France
     r"|1[3-9]\d{9}"  # mobile in China
+)
+
+_NO_PHONE = re.compile(  # a decimal with its sign; a month and years
+    r"\+\d+\.\d+|0[1-9][ /-](?:19|20)\d{2}[ -](?:19|20)\d{2}"
 )
 
 
@@ -53,7 +63,7 @@ def _is_card(found: str) -> bool:
 
 
 def _is_phone(found: str) -> bool:
-    return 8 <= sum(map(str.isdecimal, found)) <= 15
+    return 8 <= sum(map(str.isdecimal, found)) <= 15 and not _NO_PHONE.fullmatch(found)
 
 
 # In this order: an address may look like a number.

@@ -7,7 +7,7 @@ from typing import ClassVar
 from lm.data.cleaning.step import Step
 
 # Before the first tag come only an XML declaration, comments and blanks; a fragment also ends with a tag.
-_BEFORE = r"(?:\s|\ufeff|<\?xml\b[^>]{0,200}>|<!--(?:(?!-->).){0,2000}-->)*+"
+_BEFORE = r"(?:\s|\ufeff|<\?xml\b[^>]{0,200}>|<!--.*?-->)*+"
 _PAGE = re.compile(rf"{_BEFORE}<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
 _FRAGMENT = re.compile(
     rf"{_BEFORE}<(?:main|article|section|header|footer|nav|aside|div|p|h[1-6]|table|ul|ol|dl|blockquote|pre|form|"

@@ -11,8 +11,13 @@ from lm.data import cleaning
         ("Write to joe.b+x@mail.example.co.uk.", "Write to <EMAIL>."),
         ("<a href='mailto:a@b.org'>", "<a href='mailto:<EMAIL>'>"),
         ("邮箱abc@qq.com。", "邮箱<EMAIL>。"),
+        ("?to=joe@x.com&cc=_ann@x.org_", "?to=<EMAIL>&cc=_<EMAIL>_"),
+        ("'joe@x.com' `joe@x.com` |joe@x.com|", "'<EMAIL>' `<EMAIL>` |<EMAIL>|"),
+        ("https://x.com/joe@y.com", "https://x.com/<EMAIL>"),
+        ("jürgen@müller.de, иван@почта.рф", "<EMAIL>, <EMAIL>"),
         ("at 8.8.4.40, port 80", "at <IP>, port 80"),
         ("from 2606:4700:4700::1111 on", "from <IP> on"),
+        ("2606:4700:4700::1111: timeout, 2606:4700:: too", "<IP>: timeout, <IP> too"),
         ("card 4111 1111 1111 1111 and 378282246310005", "card <CARD> and <CARD>"),
         ("3782-822463-10005", "<CARD>"),
         ("Call +49 (0)30 1234567 or +1-202-555-0123.", "Call <PHONE> or <PHONE>."),
@@ -28,12 +33,13 @@ def test_masked(text, masked):
 @pytest.mark.parametrize(
     "text",
     [
-        "a@b, @name, joe@localhost, x@y.1",
+        "a@b, @name, joe@localhost, x@y.1, lm@v1.rc1",
         "10.0.0.12, 192.168.10.1, 127.0.0.1, 300.1.2.33, version 1.2.3.4, 1.20.3.4.5",
         "fe80::1, ::1, 12:30:45, std::vector, a::b",
         "4111 1111 1111 1112, 1234567890123456, 0000 0000 0000 0000",  # no check digit, no issuer
         "2024-01-02, 01-02-2024, 1,234,567.89, 3.14159265, ISBN 0-306-40615-2, 978-0-306-40615-7",
         "1500000000, 1700000000000, 12345678901234567890",
+        "+3.14159265, -1.23456789, 05/1998-2003, 05/1998 - 2003",
         "pages 100-200, 555-0123, $ 300 400 5000, +1 23 45",
         "<EMAIL> <IP> <CARD> <PHONE>",
     ],

@@ -23,6 +23,7 @@ def test_a_page_becomes_its_text_without_what_is_around():
     whole = clean(PAGE, "html main_content=false").text
     assert "Home About" in whole and "Cookie policy" in whole and "x = " not in whole
     assert clean("\ufeff <?xml version='1.0'?>\n<!-- c --><HTML><p>x</p>").text == "x"
+    assert clean(f"<!-- {'c ' * 9_000} -->\n<!-- c --><html><p>x</p>").text == "x"
     assert clean("<p>One</p><p>Two</p>\n").text == "One\n\nTwo"
 
 
