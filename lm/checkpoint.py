@@ -185,8 +185,13 @@ class Checkpointer:
         asks, self._asks = self._asks, False
         return asks
 
-    def wait(self) -> None:
-        """Wait until the last save is good. Raises OSError where it is not."""
+    def wait(self, copying: float = 0.0) -> None:
+        """Wait until the last save is good. Raises OSError where it is not.
+
+        Then `close` waits no longer than `copying` seconds for the last copy, which a run that resumes makes.
+        """
+        if copying:
+            self._copying = min(copying, self._copying or copying)
         self.settle()
         error, self._unsaved = self._unsaved, None
         if error is not None:
@@ -200,10 +205,6 @@ class Checkpointer:
                 manifests.add_metrics(self.folder, step, metrics)
             except OSError as error:
                 self.say(f"checkpoint {step}: its metrics are not kept: {error}")
-
-    def hurry(self, seconds: float) -> None:
-        """Let `close` wait no longer than `seconds` for the last copy; a run that resumes makes it."""
-        self._copying = min(seconds, self._copying or seconds)
 
     def close(self) -> None:
         """Wait until the last save is good and release Orbax's threads. Raises what `wait` raises."""

@@ -54,8 +54,8 @@ class Stop:
                 os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
 
     def left(self, seconds: float) -> float:
-        """Return what is left of `seconds` from the request on: at least one."""
-        return max(1.0, seconds - max(0.0, time.monotonic() - self._since))
+        """Return what is left of `seconds` from the request on: at least one, of 0 (for ever) 0."""
+        return seconds and max(1.0, seconds - max(0.0, time.monotonic() - self._since))
 
     def begin(self, mesh: Mesh) -> None:
         """Let requests wait for the step from now on, and all processes of `mesh` answer together."""

@@ -120,9 +120,7 @@ def run(
             if evaluating or saving:
                 log.pause(now)
             if stopping:
-                saver.wait()
-                if grace := cfg["checkpoint"].grace_seconds:
-                    saver.hurry(stop.left(grace))
+                saver.wait(stop.left(cfg["checkpoint"].grace_seconds))
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break

@@ -77,11 +77,18 @@ def test_less_text_than_a_batch_ends_at_once(tiny, tmp_path):
         train.run(config, tmp_path)
 
 
+MAIN = """
+from lm import distributed, exits, main
+exits.ENDS_WITH_RUN.set(True)
+distributed.leave(main.main())
+"""
+
+
 def process(path, workdir, *flags, before="", **options):
-    """Start a run as a user does; `before` is code that runs in it first."""
+    """Start a run as a user does; where there is one, in the code `before`."""
+    program = ["-c", before + MAIN] if before else ["-m", "lm.main"]
     command = [
-        sys.executable, "-c", f"{before}\nimport runpy; runpy.run_module('lm.main', run_name='__main__')",
-        "--config", str(path), "--workdir", str(workdir), *flags,
+        sys.executable, *program, "--config", str(path), "--workdir", str(workdir), *flags,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": quickly.FLAGS, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
