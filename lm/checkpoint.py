@@ -80,13 +80,21 @@ class Checkpointer:
 
     A save that fails is said and tried again, at once and at the next step; when the save that is due after
     it fails with all its tries too, that is an error. Whatever fails, earlier checkpoints stay whole.
+
+    `gone` says so where the workdir is not the same any more: then nothing is written or deleted there.
     """
 
-    def __init__(self, workdir: str | Path, cfg: Config, say: Callable[[str], None] = warn):
+    def __init__(
+        self,
+        workdir: str | Path,
+        cfg: Config,
+        say: Callable[[str], None] = warn,
+        gone: Callable[[], str] = str,
+    ):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        self.cfg, self.say = cfg, say
+        self.cfg, self.say, self._gone = cfg, say, gone
         self._remote = remote.Remote(cfg.remote, self.folder, say) if cfg.remote else None
-        self._writer = saving.Writer(self.folder)
+        self._writer = saving.Writer(self.folder, gone)
         self._failures = 0  # tries that failed, one after the other
         self._unsaved: OSError | None = None  # what the last save failed with
         self._owed = False  # it is to be tried at the next step
@@ -99,7 +107,7 @@ class Checkpointer:
         step: int,
         state: Any,
         metrics: Mapping[str, float],
-        skipped: Mapping[int, str] = types.MappingProxyType({}),
+        more: Mapping[str, Any] = types.MappingProxyType({}),
         *,
         wait: bool = False,
         verify: bool = False,
@@ -107,7 +115,8 @@ class Checkpointer:
         """Start to save `state`; return when its arrays are copied.
 
         Args:
-          skipped: the steps before `step` that were left out, and why (see `lm.guard`).
+          more: what else is kept in the manifest, where it is not empty: steps that were left out, and why
+            (`lm.guard`), the mark of the rows (`lm.metrics`).
           wait: return when the checkpoint is good; all tries are made here.
           verify: of a save that is waited for, read the arrays back and compare them.
 
@@ -116,9 +125,7 @@ class Checkpointer:
         """
         self.settle()
         self._last = wait
-        more: dict[str, Any] = {"metrics": dict(metrics)}
-        if skipped:
-            more["skipped"] = {str(number): why for number, why in skipped.items()}
+        more = {"metrics": dict(metrics), **{name: value for name, value in more.items() if value}}
         alone = jax.process_count() == 1
         tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
         for left in reversed(range(tries)):
@@ -237,6 +244,8 @@ class Checkpointer:
             needed |= self._remote.needed()
         best = cfg.best_metric if cfg.keep_best else ""
         try:
+            if problem := self._gone():
+                raise OSError(problem)
             kept = retention.kept(self.folder, cfg.keep, cfg.keep_every, best) | needed
             old = set(manifests.good_steps(self.folder)) - kept
             for problem in retention.delete(self.folder, old):

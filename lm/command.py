@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import select
 import sys
@@ -15,9 +16,26 @@ from lm import exits
 class Parser(argparse.ArgumentParser):
     """Reads a command line; a mistake in it is one line."""
 
+    def __init__(self, *args: Any, **options: Any):
+        _open_streams()
+        super().__init__(*args, **options)
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(exits.USER_ERROR)
+
+
+def _open_streams() -> None:
+    """Open to nowhere what of standard input, output and error was closed: else a file gets its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -76,7 +94,11 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
 
 
 class _Output:
-    """A text stream that goes on where nobody reads it any more: what it is given goes nowhere."""
+    """A text stream that goes on where it cannot be written to.
+
+    What nobody reads (a pipe's end or a terminal is gone) goes nowhere from then on; where there is no
+    room for it, it is lost.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -97,21 +119,33 @@ class _Output:
     def _unbroken(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                _to_nowhere(self._stream)
+            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 @contextlib.contextmanager
 def unread_goes_on() -> Iterator[None]:
-    """Within, no output that nobody reads is an error: Ctrl-C ends a run and the `tee` behind it, and the run
-    has to be saved."""
+    """Within, no output that cannot be written is an error: Ctrl-C ends a run and the `tee` behind it, a
+    terminal is closed, the disk of a log is full, and the run has to be saved."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Output(streams[0]), _Output(streams[1])  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # what there was no room for would be tried again when the process ends
+                _to_nowhere(stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _reader_is_gone() -> bool:

@@ -15,6 +15,7 @@ DATA_ENDED = 4
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
 LOST = 76
 HUNG = 77
+HUNG_UP = 128 + signal.SIGHUP
 STOPPED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 UNREAD = 128 + signal.SIGPIPE
@@ -25,9 +26,11 @@ MEANINGS = {
     USER_ERROR: "a mistake, told in one line",
     DIVERGED: "the loss, a gradient or the parameters were not finite, or a spike; nothing of it is saved",
     DATA_ENDED: "the data ended (data.epochs) before the last step; what was trained is saved",
-    RESUMABLE: "stopped by SIGINT, SIGTERM or a preemption notice, and saved; the same command resumes",
+    RESUMABLE: "stopped by SIGINT, SIGTERM, SIGHUP or a preemption notice, and saved; the same command "
+    "resumes",
     LOST: "another process of the run died or hung; the same command resumes",
     HUNG: "a step, batch, compilation, evaluation, save or stop took too long; the same command resumes",
+    HUNG_UP: "stopped by SIGHUP, as its terminal was closed, before training began: nothing to save",
     STOPPED: "stopped by SIGINT before training began: nothing to save",
     TERMINATED: "stopped by SIGTERM before training began: nothing to save",
     UNREAD: "nobody reads the output of a tool; a run goes on",
@@ -66,7 +69,7 @@ class DataEnded(Ended):
 
 def words(code: int) -> str:
     """Return in a word or two how a process with this exit code ended."""
-    if code in (RESUMABLE, STOPPED, TERMINATED):
+    if code in (RESUMABLE, HUNG_UP, STOPPED, TERMINATED):
         return "interrupted"
     named = {FINISHED: "finished", DIVERGED: "diverged", DATA_ENDED: "data ended", HUNG: "hung"}
     return named.get(code, f"exit code {code}")

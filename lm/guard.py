@@ -34,6 +34,7 @@ from lm import (
     watchdog,
 )
 from lm import config as config_lib
+from lm.config import ConfigError
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
 
@@ -88,9 +89,9 @@ class Guard:
         """Return how many of the steps before `now` were left out."""
         return sum(number < now for number in self.skipped)
 
-    def listed(self, now: int) -> dict[int, str]:
+    def listed(self, now: int) -> dict[str, str]:
         """Return those of them, for the checkpoint of `now`."""
-        return {number: why for number, why in sorted(self.skipped.items()) if number < now}
+        return {str(number): why for number, why in sorted(self.skipped.items()) if number < now}
 
     def take(self, now: int, state: step.TrainState, batch: step.Batch) -> tuple[Any, Any]:
         """Take step `now`; return (the state after it, its metrics or None where it is left out).
@@ -128,7 +129,8 @@ class Guard:
     ) -> None:
         self._check_finite(now, state)
         self._log.sync()
-        self._saver.save(now, state, scores, self.listed(now), **how)
+        more = {"skipped": self.listed(now), "rows": self._log.mark}
+        self._saver.save(now, state, scores, more, **how)
 
     def rescue(self, now: int, state: step.TrainState) -> None:
         """Save the state before step `now`, if it is not, while the run itself does something that hangs."""
@@ -202,7 +204,9 @@ class Guard:
         first = max(back, bad + 1 - self._cfg.rollback_batches)
         chosen = [number for number in range(first, bad + 1) if number not in self.skipped]
         if not chosen:
-            raise Diverged(f"step {bad + 1}: {why}; it is before {self._kept()}")
+            raise Diverged(
+                f"step {bad + 1}: {why}; to go back is not to leave it out; {self._kept()}"
+            )
         self._add(chosen, why)
         steps = f"step {bad + 1}" if len(chosen) == 1 else f"steps {chosen[0] + 1} to {bad + 1}"
         raise RolledBack(f"back to step {back}, to go on without {steps}: {why}")
@@ -220,8 +224,8 @@ class Guard:
             )
         self.skipped |= dict.fromkeys(numbers, why)
         if jax.process_index() == 0:
-            text = json.dumps({str(n): self.skipped[n] for n in sorted(self.skipped)}, indent=1)
-            manifests.write_whole(self._workdir / FILE, text + "\n")
+            listed = {str(n): self.skipped[n] for n in sorted(self.skipped)}
+            manifests.write_sealed(self._workdir / FILE, listed)
 
     def _kept(self) -> str:
         self._saver.settle()
@@ -263,5 +267,7 @@ def read(workdir: Path, folder: Path, first: int) -> dict[int, str]:
         found = dict((manifests.read(folder, first) or {}).get("skipped", {}))
         if (workdir / FILE).exists():
             found |= receipt.read_json(workdir / FILE)
+        if bad := next((name for name in found if not name.isdecimal()), ""):
+            raise ConfigError(f"{workdir / FILE}: damaged ({bad!r} is no step); restore the file")
     found = json.loads(distributed.from_first(json.dumps(found)))
     return {int(number): str(why) for number, why in found.items()}

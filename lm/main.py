@@ -70,17 +70,22 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         args.process_id,
         timeout=experiment.section(config, "train").peer_timeout_seconds,
     )
-    print("\n".join(said), end="\n" if said else "")
     if args.dry_run:
-        print(description.describe(experiment.build(config)))
+        print("\n".join([*said, description.describe(experiment.build(config))]))
         return 0
-    return _train(args, config, assignments)
+    return _train(args, config, assignments, said)
 
 
 @command.unread_goes_on()
-def _train(args: argparse.Namespace, config: config_lib.ConfigDict, assignments: list[str]) -> int:
+def _train(
+    args: argparse.Namespace,
+    config: config_lib.ConfigDict,
+    assignments: list[str],
+    said: list[str],
+) -> int:
     from lm import train
 
+    print("\n".join(said), end="\n" if said else "")
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
     if workdir.exists() and not workdir.is_dir():
@@ -117,6 +122,9 @@ def _origins(assignments: list[str], swept: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     exits.ENDS_WITH_RUN.set(True)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # Until a run has its own: what jax calls while it is imported swallows a KeyboardInterrupt.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved; what is left is to end
     distributed.leave(code)

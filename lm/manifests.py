@@ -72,6 +72,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object whole, with a digest of all that is in it, which `receipt.read_json` checks."""
+    plain = json.loads(json.dumps(content, default=str, allow_nan=False))
+    write_whole(path, json.dumps({**plain, "digest": digest(plain)}, indent=1) + "\n")
+
+
 def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -87,14 +93,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Rename a checkpoint's folder out of the way, losing nothing; None when there is none."""
-    if not folder.exists():
+def move_aside(path: Path, name: str = "") -> Path | None:
+    """Rename a checkpoint's folder, or a file, out of the way, losing nothing; None when there is none.
+
+    The new name is `name`, or the old one, with .aside and a number.
+    """
+    if not os.path.lexists(path):
         return None
     number = 0
-    while (aside := folder.with_name(f"{folder.name}.aside{number}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{name or path.name}.aside{number}")):
         number += 1
-    return folder.rename(aside)
+    return path.rename(aside)
 
 
 def read(folder: Path, step: int) -> dict[str, Any] | None:
@@ -123,7 +132,12 @@ def parsed(text: bytes, step: int) -> dict[str, Any] | None:
 def all_steps(folder: Path) -> list[int]:
     """Return every step that has a folder, good or not, ascending."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    return sorted(int(path.name) for path in found if is_step(path.name))
+
+
+def is_step(name: str) -> bool:
+    """Return whether a folder's name is a step, as steps are written: no 030."""
+    return name.isdecimal() and str(int(name)) == name
 
 
 def good_steps(folder: Path) -> list[int]:

@@ -3,24 +3,23 @@
 A writer has three methods: `write(step, values)`, where `step` is the number of updates done,
 `sync()`, after which every row written so far survives a crash, and `close()`.
 
-Resuming at step s first moves what lies behind s aside (`move_rows_aside`, `move_events_aside`): a
+Resuming at step s first moves what lies behind s aside (`move_rows_aside`, and of TensorBoard's events): a
 run's record holds each step once, and a side file keeps what was replaced.
 """
 
-import itertools
+import hashlib
 import json
 import math
 import os
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
-from lm import weights_and_biases
+from lm import aside, tensorboard, weights_and_biases
 from lm.config import ConfigError
 
 TIMED = ("tokens_per_second", "steps_per_second", "mfu")  # of a row
@@ -62,13 +61,27 @@ class Jsonl:
     """Append rows to a file, one JSON object a line, `step` first.
 
     JSON has no NaN or infinity: they are written as null, which `read_rows` reads as NaN.
+
+    Attributes:
+      mark: [how many rows there are, a hash of all in them that a run which is repeated has again].
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         if path.exists():
             _repair(path)
+        self._count, self._hash = 0, hashlib.sha256()
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            self._add(json.loads(line))
         self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self._count += 1
+        self._hash.update(json.dumps(untimed(row)).encode())
+
+    @property
+    def mark(self) -> list[Any]:
+        return [self._count, self._hash.hexdigest()]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
@@ -79,6 +92,7 @@ class Jsonl:
         """Append a row as it is."""
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
+        self._add(row)
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -130,107 +144,21 @@ def move_rows_aside(path: str | Path, *, after: int, scored: bool = True) -> Pat
     if not path.exists():
         return None
     _repair(path)
-    kept = [_is_kept(row["step"], row, after, scored) for row in read_rows(path)]
+    kept = [aside.is_kept(row["step"], row, after, scored) for row in read_rows(path)]
     parts = list(zip(kept, path.read_bytes().splitlines(keepends=True), strict=True))
-    return _divide(path, parts, side=f"{path.stem}.*{path.suffix}")
+    return aside.divide(path, parts, side=f"{path.stem}.*{path.suffix}")
 
 
-def _is_kept(step: float, names: Iterable[str], after: int, scored: bool) -> bool:
-    """Return whether what has these names at a step is neither later than `after` nor made again."""
-    again = step == after and not scored and any(name.startswith("eval") for name in names)
-    return step <= after and not again
-
-
-def move_events_aside(folder: str | Path, *, after: int, scored: bool = True) -> list[Path]:
-    """Move the TensorBoard events of steps > `after` out of the event files in `folder`.
-
-    Of an evaluation as `move_rows_aside`. Return the side files, whose names no reader takes for event files.
-    """
-    sides = []
-    for path in sorted(Path(folder).glob("*tfevents*")):
-        parts = []
-        for event, record in _records(path.read_bytes()):
-            names = [value.tag for value in event.summary.value]
-            parts.append((_is_kept(event.step, names, after, scored), record))
-        sides.append(_divide(path, parts, side=path.name.replace("tfevents", "aside.*")))
-    return [side for side in sides if side]
-
-
-def _records(data: bytes) -> Iterator[tuple[Any, bytes]]:
-    """Yield (event, bytes) of each whole record: length u64, its crc u32, event, its crc u32."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    start = 0
-    while start + 12 <= len(data):
-        (size,) = struct.unpack_from("<Q", data, start)
-        end = start + 12 + size + 4
-        if end > len(data):
-            return
-        yield Event.FromString(data[start + 12 : end - 4]), data[start:end]
-        start = end
-
-
-def _divide(path: Path, parts: Sequence[tuple[bool, bytes]], *, side: str) -> Path | None:
-    """Leave the kept parts in the file at `path`; move the others to `side`, its * numbered."""
-    moved = b"".join(part for keep, part in parts if not keep)
-    if not moved:
-        return None
-    names = (path.with_name(side.replace("*", str(n))) for n in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    # In this order: a kill in between leaves rows in both files, never in none.
-    _replace(aside, moved)
-    _replace(path, b"".join(part for keep, part in parts if keep))
-    return aside
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is either as before or whole."""
-    draft = path.with_name(f"draft.{os.getpid()}")
-    with open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-class TensorBoard:
-    """Write rows as scalars to an event file of its own in `folder`.
-
-    tensorboardX's SummaryWriter is passed by: its flush leaves rows in a queue, and two within one
-    second overwrite each other's file.
-    """
-
-    def __init__(self, folder: str | Path, *, first_step: int = 0, flush_seconds: float = 10.0):
-        # Imported here: it imports torch where there is one, 5 s that who reads rows need not wait.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
-
-        self._Event, self._scalar = Event, scalar
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        unique = f".{os.getpid()}.{sum(1 for _ in folder.iterdir())}"
-        self._events = EventsWriter(str(folder / "events"), filename_suffix=unique)
-        self._flush_seconds = flush_seconds
-        self._flushed = time.monotonic()
-        # A TensorBoard that is open right now drops the rows it has read from this step on.
-        self._write(first_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, step: int, **content: Any) -> None:
-        self._events.write_event(self._Event(step=step, wall_time=time.time(), **content))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._write(step, summary=self._scalar(name, float(value)))
-        if time.monotonic() - self._flushed > self._flush_seconds:
-            self.sync()
-
-    def sync(self) -> None:
-        self._events.flush()  # to the disk: it calls fsync
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._events.close()
+def rows_problem(path: str | Path, mark: Sequence[Any]) -> str:
+    """Return what is wrong with the rows of a file when it had this `mark` (see `Jsonl`), "" for nothing."""
+    count, expected = mark
+    lines = Path(path).read_bytes().splitlines()[:count] if Path(path).exists() else []
+    if len(lines) < count:
+        return f"{path}: {len(lines)} rows are there of the {count} that were written"
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(json.dumps(untimed(json.loads(line))).encode())
+    return "" if found.hexdigest() == expected else f"{path}: its rows are not what was written"
 
 
 def _is_screen(stream: TextIO) -> bool:
@@ -335,6 +263,11 @@ class Writers:
         for writer in self._writers:
             writer.write(step, values)
 
+    @property
+    def mark(self) -> list[Any]:
+        """The mark of the rows of metrics.jsonl; [] where there is none."""
+        return next((writer.mark for writer in self._writers if isinstance(writer, Jsonl)), [])
+
     def say(self, text: str) -> None:
         """Print lines for a person; nowhere else are they kept."""
         if self._console:
@@ -354,6 +287,7 @@ def open_writers(
     *,
     resume_step: int | None,
     scored: bool = True,
+    mark: Sequence[Any] = (),
     num_steps: int,
     wandb_project: str = "",
     config: Mapping[str, Any] | None = None,
@@ -361,16 +295,19 @@ def open_writers(
     """Open the writers of a run in `workdir`: metrics.jsonl, tensorboard/, the console.
 
     `resume_step` is the restored checkpoint's step; rows of later steps are moved aside, and those of its own
-    evaluation unless it is `scored`. None is a run from its start: all rows are. Only process 0 calls it.
+    evaluation unless it is `scored`. None is a run from its start: all rows are. `mark` is of the rows when
+    that checkpoint was saved: where they are not those any more it is said. Only process 0 calls it.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     kept = -1 if resume_step is None else resume_step
     move_rows_aside(workdir / "metrics.jsonl", after=kept, scored=scored)
-    move_events_aside(workdir / "tensorboard", after=kept, scored=scored)
+    tensorboard.move_events_aside(workdir / "tensorboard", after=kept, scored=scored)
+    if mark and (problem := rows_problem(workdir / "metrics.jsonl", mark)):
+        print(f"warning: {problem}; training goes on as it would", file=sys.stderr, flush=True)
     writers: list[Writer] = [
         Jsonl(workdir / "metrics.jsonl"),
-        TensorBoard(workdir / "tensorboard", first_step=kept + 1),
+        tensorboard.TensorBoard(workdir / "tensorboard", first_step=kept + 1),
     ]
     if wandb_project:
         writers.append(weights_and_biases.Run(workdir, project=wandb_project, config=config or {}))

@@ -55,7 +55,7 @@ def write(
     """Write the receipt of a start at step `first` and return its path."""
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0) + 1
+    number = max((int(path.stem) for path in _all(workdir)), default=0) + 1
     flat = config_lib.flatten(made.config)
     found = {
         "format": FORMAT,
@@ -75,28 +75,39 @@ def write(
         "seeds": {"seed": made.config.seed},
     }
     path = folder / f"{number:04d}.json"
-    manifests.write_whole(path, json.dumps(found, indent=1, default=str) + "\n")
+    manifests.write_sealed(path, found)
     return path
+
+
+def _all(workdir: Path) -> list[Path]:
+    """Return the receipts of a run, in order; a copy that something else has put there is none."""
+    found = (workdir / FOLDER).glob("*.json")
+    return sorted(
+        (path for path in found if path.stem.isdecimal()), key=lambda path: int(path.stem)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
     try:
-        return dict(json.loads(path.read_text()))
+        found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
+    if found.pop("digest", sealed := manifests.digest(found)) != sealed:
+        raise ConfigError(f"{path}: damaged (not what was written); restore the file")
+    return found
 
 
 def last(workdir: Path) -> dict[str, Any]:
     """Return the newest receipt of a run; {} where it has none. Raises ConfigError where it is damaged."""
-    found = sorted((workdir / FOLDER).glob("[0-9]*.json"))
+    found = _all(workdir)
     return read_json(found[-1]) if found else {}
 
 
 def config_at(workdir: Path, step: int) -> dict[str, Any]:
     """Return {field: value} of the start that took the step after `step`; {} where no receipt tells."""
     found: dict[str, Any] = {}
-    for path in sorted((workdir / FOLDER).glob("[0-9]*.json")):
+    for path in _all(workdir):
         receipt = read_json(path)
         if receipt["first_step"] <= step:  # a later start that went back took its steps again
             found = {name: value for name, (value, _) in receipt["config"].items()}

@@ -11,7 +11,6 @@ The folder gets its name when all of it is written, by all processes: it is whol
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,7 @@ def write(
         if jax.process_index() == 0:
             made.corpus.tokenizer.save(draft / "tokenizer")
             manifests.write_whole(draft / "config.json", config_lib.to_json(made.config))
-            text = json.dumps(described, indent=1, allow_nan=False)
-            manifests.write_whole(draft / FILE, text + "\n")
+            manifests.write_sealed(draft / FILE, described)
             draft.rename(folder)
             manifests.sync(folder.parent)
     except BaseException:

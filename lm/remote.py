@@ -68,7 +68,7 @@ class Remote:
                 self._say(f"waiting for the copy to {self.url}")
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(seconds or None)
+            self._thread.join(min(seconds, threading.TIMEOUT_MAX) or None)
         for step in sorted(self.needed()):
             self._say(
                 f"checkpoint {step} is not copied to {self.url}: that takes longer than {seconds:.3g} s "
@@ -183,7 +183,7 @@ class Remote:
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
         except Exception as error:  # every file system raises its own
             raise OSError(f"{self.url}: {error}") from error
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if manifests.is_step(name))
 
     def seen(self) -> tuple[list[int], str]:
         """Return the steps that are there, and what keeps them from being seen."""

@@ -35,10 +35,10 @@ def _taking_turns_often() -> Iterator[None]:
 
 
 class Writer:
-    """Writes checkpoints into `folder`, one at a time."""
+    """Writes checkpoints into `folder`, one at a time, as long as the folder is not `gone`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, gone: Callable[[], str] = str):
+        self.folder, self._gone = folder, gone
         self._number = 0  # of the save among all of this process, the same in all processes
         self._met = 0  # how often this process has waited for the others in it
         self._orbax = self._new()
@@ -90,7 +90,7 @@ class Writer:
         more: Mapping[str, Any],
         good: Callable[[int], None],
     ) -> None:
-        if problem := distributed.from_first(_make_room(target)):
+        if problem := distributed.from_first(self._gone() or _make_room(target)):
             raise OSError(problem)
         arrays = flatten(state)
         try:

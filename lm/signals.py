@@ -90,7 +90,9 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT, SIGTERM and a cloud's notice into a request to stop after the step; a second is harmless.
+    """Turn SIGINT, SIGTERM, SIGHUP and a cloud's notice into a request to stop after the step.
+
+    A second one is harmless.
 
     Before training begins there is nothing to save: the first signal is a KeyboardInterrupt with its number,
     and a notice stops the run after its first step.
@@ -108,7 +110,10 @@ def stop_signals() -> Iterator[Stop]:
     with contextlib.suppress(
         ValueError
     ):  # only a main thread can: elsewhere signals are its caller's
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # By `nohup` and `disown` a run is to outlive its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                old[number] = signal.signal(number, ask)
     preemption.watch(lambda notice: stop.ask(f"notice of {notice}: "), closed)
     try:
         yield stop

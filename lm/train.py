@@ -75,9 +75,9 @@ def run(
         # 0 is never, but for the last step.
         eval_every = made.steps_of("eval", "every_steps") or num_steps
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
-        stack.enter_context(workdirs.alone_in(workdir))
+        gone = stack.enter_context(workdirs.alone_in(workdir))
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
-        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"]))
+        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"], gone=gone))
         stack.callback(watch.at, watchdog.COPYING, num_steps)  # then the saver closes
         check_past(workdir, made, saver)
         stack.enter_context(sharding.use(made.mesh))
@@ -185,10 +185,14 @@ def open_writers(
     """
     if jax.process_index() > 0:
         return metrics.Writers([])
+    manifest = (
+        manifests.read(workdir / "checkpoints", resume_step) if resume_step is not None else None
+    )
     return metrics.open_writers(
         workdir,
         resume_step=resume_step,
         scored=scored,
+        mark=(manifest or {}).get("rows", ()),
         num_steps=made.num_steps,
         wandb_project=made.cfg["train"].wandb_project,
         config=made.config.to_dict(),

@@ -21,6 +21,7 @@ from lm import exits, peers, signals
 
 COMPILING, EVALUATING, SAVING = "compiling", "evaluating", "saving"
 STOPPING, ENDING = "stopping", "ending"
+LONGEST = threading.TIMEOUT_MAX / 2  # seconds that a thread can wait, and more beside
 COPYING = "copying"  # the last copy of a checkpoint, which limits itself
 
 
@@ -35,7 +36,7 @@ def limits(cfg: Mapping[str, Any]) -> dict[str, Limit]:
     """Return how long each thing that a run does may take, by the sections of its config."""
 
     def limit(section: str, field: str) -> Limit:
-        return Limit(getattr(cfg[section], field), f"{section}.{field}")
+        return Limit(min(getattr(cfg[section], field), LONGEST), f"{section}.{field}")
 
     return {
         peers.TRAINING: limit("train", "step_timeout_seconds"),

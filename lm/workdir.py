@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,10 @@ def facts(workdir: Path, made: experiment.Experiment) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
     """Hold `workdir` for this run alone, where its file system has locks; its first process does.
+
+    Yield a function that says what is wrong where the folder of this name is not the same any more.
 
     Raises ConfigError where another run has it, or a process of this one does not see it.
     """
@@ -69,7 +71,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
                 f"workdir={workdir}: process {jax.process_index()} does not see there what process 0 writes; "
                 "give a folder that all hosts share"
             )
-        yield
+        yield lambda: ""
         return
     workdir.mkdir(parents=True, exist_ok=True)
     # Not "w": another run's mark stays until this one has the lock.
@@ -88,7 +90,18 @@ def alone_in(workdir: Path) -> Iterator[None]:
         file.flush()
         os.fsync(file.fileno())
         distributed.from_first(mark)
-        yield
+        yield lambda: _moved(workdir, file.fileno())
+
+
+def _moved(workdir: Path, lock: int) -> str:
+    try:
+        if os.path.samestat(os.stat(workdir / "lock"), os.fstat(lock)):
+            return ""
+    except OSError:
+        pass
+    return (
+        f"{workdir} was moved or taken away while this run had it; give --workdir where it is now"
+    )
 
 
 def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Completer:

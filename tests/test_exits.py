@@ -1,6 +1,7 @@
 """The one table of exit codes: complete, told apart, and what the README says."""
 
 import os
+import pty
 import re
 import signal
 import socket
@@ -84,16 +85,17 @@ distributed.leave(main.main())
 """
 
 
-def process(path, workdir, *flags, before="", **options):
-    """Start a run as a user does; where there is one, in the code `before`."""
+def process(path, workdir, *flags, before="", closed="", output=subprocess.PIPE, **options):
+    """Start a run as a user does: in the code `before`, with streams `closed`, where these are given."""
     program = ["-c", before + MAIN] if before else ["-m", "lm.main"]
     command = [
+        "sh", "-c", f'exec "$@" {closed}', "sh",
         sys.executable, *program, "--config", str(path), "--workdir", str(workdir), *flags,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": quickly.FLAGS, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env={**environment, "JAX_PLATFORMS": "cpu"}, text=True, **options,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=output, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -154,6 +156,47 @@ def test_a_process_that_is_asked_to_stop_again_and_again_ends_as_if_asked_once(s
     assert manifests.good_steps(tmp_path / "run" / "checkpoints")[-1] == int(step)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True], ids=["ssh", "nohup"])
+def test_a_run_whose_terminal_is_closed_is_saved_or_goes_on(small, tmp_path, ignored):
+    """SIGHUP stops it, unless it is to outlive the terminal; then what it says goes nowhere."""
+    ours, theirs = pty.openpty()
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored
+    steps = 3000 if ignored else 1_000_000
+    running = process(
+        small, tmp_path / "run", *ONE, f"--config.train.num_steps={steps}", before=before,
+        output=theirs, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    said = b""
+    while b"loss" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    if not ignored:
+        running.send_signal(signal.SIGHUP)
+    assert running.wait(120) == (exits.FINISHED if ignored else exits.RESUMABLE)
+    (*_, step) = manifests.good_steps(tmp_path / "run" / "checkpoints")
+    assert (step == steps) == ignored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_run_whose_streams_are_closed_is_the_same_run(small, tmp_path, number):
+    running = process(small, tmp_path / "run", *ONE, closed=f"{number}>&-")
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == exits.FINISHED, said
+    folder = tmp_path / "run" / "checkpoints"
+    assert not [step for step in manifests.good_steps(folder) if manifests.problem(folder, step)]
+
+
+@pytest.mark.slow
+def test_a_log_on_a_full_disk_ends_no_run(small, tmp_path):
+    with open("/dev/full", "w") as full:
+        running = process(small, tmp_path / "run", *ONE, output=full)
+    assert running.wait(120) == exits.FINISHED
+    assert manifests.good_steps(tmp_path / "run" / "checkpoints")[-1] == 60
+
+
 WAITS = """
 import time
 from lm.data import corpus
@@ -168,7 +211,11 @@ corpus.build = build
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, exits.STOPPED), (signal.SIGTERM, exits.TERMINATED)],
+    [
+        (signal.SIGINT, exits.STOPPED),
+        (signal.SIGTERM, exits.TERMINATED),
+        (signal.SIGHUP, exits.HUNG_UP),
+    ],
 )
 def test_a_process_that_is_stopped_before_training_says_so(small, tmp_path, number, code):
     running = process(small, tmp_path / "run", *ONE, before=WAITS)

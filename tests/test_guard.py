@@ -1,6 +1,5 @@
 """A bad step changes nothing, is skipped or undone; a run that is killed on the way is the same one."""
 
-import json
 import os
 import signal
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import manifests, recorder, spikes, train
+from lm import manifests, receipt, recorder, spikes, train
 from lm.config import ConfigError
 from lm.data import pipeline
 from lm.exits import Diverged, Interrupted
@@ -75,7 +74,7 @@ def test_a_bad_step_keeps_its_number_without_an_update(tiny, tmp_path, poison, m
     for step, known in ((2, None), (4, [BAD]), (6, [BAD])):
         manifest = manifests.read(tmp_path / "bad" / "checkpoints", step)
         assert manifest.get("skipped") == (known and {str(BAD): "the loss is not finite"})
-    listed = json.loads((tmp_path / "bad" / "skipped.json").read_text())
+    listed = receipt.read_json(tmp_path / "bad" / "skipped.json")
     assert listed == {str(BAD): "the loss is not finite"}
     said = capsys.readouterr().out
     assert (
@@ -191,7 +190,7 @@ def test_parameters_that_an_update_has_broken_are_rolled_back(tiny, tmp_path, mo
     for every in (2, 0):  # found when it is saved, and by the next step
         workdir = tmp_path / f"{every}"
         train.run(tiny(train__on_bad_step="rollback", checkpoint__every_steps=every), workdir)
-        assert list(json.loads((workdir / "skipped.json").read_text())) == [str(BAD)]
+        assert list(receipt.read_json(workdir / "skipped.json")) == [str(BAD)]
         assert set(losses(workdir)) == {1, 2, 3, 5, 6}
 
 
@@ -285,9 +284,20 @@ def test_settings_that_mean_nothing_are_refused(tiny, tmp_path, field, value, wo
 
 def test_a_damaged_list_is_named(tiny, tmp_path):
     train.run(tiny(train__num_steps=2), tmp_path)
-    (tmp_path / "skipped.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"skipped\.json: damaged"):
-        train.run(tiny(), tmp_path)
+    for text in ("{", '{"one": "why"}', '{"3": "why", "digest": "0"}'):
+        (tmp_path / "skipped.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"skipped\.json: damaged"):
+            train.run(tiny(), tmp_path)
+
+
+def test_one_digit_of_the_list_is_not_another_step(tiny, tmp_path, poison):
+    poison(BAD)
+    train.run(tiny(train__on_bad_step="skip", train__num_steps=5), tmp_path)
+    path = tmp_path / "skipped.json"
+    assert receipt.read_json(path).keys() == {str(BAD)}
+    path.write_text(path.read_text().replace(f'"{BAD}"', f'"{BAD ^ 4}"'))
+    with pytest.raises(ConfigError, match=r"skipped\.json: damaged \(not what was written"):
+        train.run(tiny(train__on_bad_step="skip"), tmp_path)
 
 
 def test_a_stop_that_is_asked_for_outlives_a_rollback(tiny, tmp_path, poison, monkeypatch, capfd):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import manifests, metrics
+from lm import manifests, metrics, tensorboard
 from lm.metrics import read_rows
 from tests import quickly
 
@@ -212,7 +212,7 @@ def events_of(folder):
     """(step, name, value) of all event files, in the order of steps."""
     found = []
     for path in folder.glob("*tfevents*"):
-        for event, _ in metrics._records(path.read_bytes()):
+        for event, _ in tensorboard.records(path.read_bytes()):
             values = [v for v in event.summary.value if v.tag not in metrics.TIMED]
             found += [(event.step, v.tag, v.simple_value) for v in values]
     return sorted(found)

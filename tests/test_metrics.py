@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lm import metrics
+from lm import metrics, tensorboard
 from lm.config import ConfigError
 
 
@@ -110,7 +110,7 @@ def events(folder):
     """Return (tag, step, value) of all scalars in the event files of `folder`, in reading order."""
     found = []
     for path in sorted(folder.glob("*tfevents*")):
-        for _, record in metrics._records(path.read_bytes()):
+        for _, record in tensorboard.records(path.read_bytes()):
             event = Event.FromString(record[12:-4])
             found += [(v.tag, event.step, scalar_of(v)) for v in event.summary.value]
     return found
@@ -145,9 +145,49 @@ def test_resuming_leaves_each_step_once_in_both_files(tmp_path):
     assert sorted(
         event.step
         for path in aside
-        for event, _ in metrics._records(path.read_bytes())
+        for event, _ in tensorboard.records(path.read_bytes())
         if event.HasField("summary")
     ) == sorted(moved)
+
+
+@pytest.mark.parametrize("place", [3, 9, 14, 30, -2])
+def test_a_damaged_event_file_is_moved_aside_whole(tmp_path, capsys, place):
+    for resume_step in (None, 4):
+        writers = open_quiet(tmp_path, resume_step=resume_step)
+        for step in (5, 6):
+            writers.write(step, {"train/loss": 1.0})
+        writers.close()
+        (path, *_) = sorted((tmp_path / "tensorboard").glob("*tfevents*"))
+        content = bytearray(path.read_bytes())
+        content[place] ^= 4
+        path.write_bytes(content)
+    (aside,) = (tmp_path / "tensorboard").glob("*.damaged.*")
+    assert f"{path.parent}" in (said := capsys.readouterr().err) and f"moved to {aside}" in said
+    assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_rows_that_are_missing_or_changed_are_said(tmp_path, capsys):
+    writers = open_quiet(tmp_path, resume_step=None)
+    for step in (1, 2, 3):
+        writers.write(step, {"train/loss": step / 8, "mfu": 0.5})
+    mark = writers.mark
+    writers.write(4, {"train/loss": 1.0})
+    writers.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for content, words in (
+        (b"".join(lines), ""),
+        (lines[0] + lines[1] + lines[3], "2 rows are there of the 3 that were written"),
+        (lines[0], "1 rows are there of the 3 that were written"),
+        (b"".join(lines).replace(b"0.25", b"0.24"), "rows are not what was written"),
+        (b"".join(lines).replace(b"0.5", b"0.9"), ""),  # how fast it was
+    ):
+        path.write_bytes(content)
+        again = open_quiet(tmp_path, resume_step=3, mark=mark)
+        again.close()
+        said = capsys.readouterr().err
+        assert words in said if words else "rows" not in said
+        assert (mark == again.mark) == (not words)
 
 
 def test_a_fresh_start_moves_everything_of_an_earlier_try(tmp_path):
@@ -176,11 +216,11 @@ def test_an_evaluation_that_is_made_again_leaves_one_row(tmp_path):
 
 
 def test_events_tell_an_open_tensorboard_from_where_to_forget(tmp_path):
-    metrics.TensorBoard(tmp_path, first_step=5).close()
+    tensorboard.TensorBoard(tmp_path, first_step=5).close()
     (path,) = tmp_path.iterdir()
     logs = [
         (event.step, event.session_log.status)
-        for _, record in metrics._records(path.read_bytes())
+        for _, record in tensorboard.records(path.read_bytes())
         if (event := Event.FromString(record[12:-4])).HasField("session_log")
     ]
     assert logs == [(5, SessionLog.START)]
@@ -188,14 +228,14 @@ def test_events_tell_an_open_tensorboard_from_where_to_forget(tmp_path):
 
 def test_two_event_files_within_a_second_do_not_overwrite_each_other(tmp_path):
     for step in (1, 2):
-        board = metrics.TensorBoard(tmp_path, first_step=step)
+        board = tensorboard.TensorBoard(tmp_path, first_step=step)
         board.write(step, {"x": 1.0})
         board.close()
     assert [step for _, step, _ in events(tmp_path)] == [1, 2]
 
 
 def test_a_torn_event_is_left_out(tmp_path):
-    board = metrics.TensorBoard(tmp_path)
+    board = tensorboard.TensorBoard(tmp_path)
     board.write(1, {"x": 1.0})
     board.write(2, {"x": 1.0})
     board.close()

@@ -105,3 +105,17 @@ def test_killed_as_it_is_written_the_next_start_writes_it(tiny, tmp_path, monkey
     (tmp_path / "environment.json").write_text("{")
     with pytest.raises(ConfigError, match=r"environment\.json: damaged"):
         receipt.environment(tmp_path)
+
+
+def test_a_copy_that_something_puts_there_is_no_receipt(tiny, tmp_path):
+    train.run(tiny(train__num_steps=2), tmp_path)
+    folder = tmp_path / "receipts"
+    shutil.copy(folder / "0001.json", folder / "0001 (conflicted copy).json")
+    shutil.copy(folder / "0001.json", folder / "1a.json")
+    train.run(tiny(train__num_steps=3), tmp_path)
+    assert receipt.last(tmp_path) == receipt.read_json(folder / "0002.json")
+    text = (folder / "0002.json").read_text()
+    assert '"first_step": 2' in text
+    (folder / "0002.json").write_text(text.replace('"first_step": 2', '"first_step": 0'))
+    with pytest.raises(ConfigError, match=r"0002\.json: damaged"):
+        train.run(tiny(train__num_steps=4), tmp_path)

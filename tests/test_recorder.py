@@ -239,6 +239,8 @@ def test_a_spike_is_taken_again_by_what_it_was_a_spike_of(
     assert found and float(found[1]) == pytest.approx(record["metrics"][metric], rel=1e-4)
     record["metrics"][metric] *= 1.02
     path.write_text(json.dumps(record))
+    assert replay.main([str(folder)]) == 2, "its digest is of another number"
+    manifests.write_sealed(path, record)
     assert replay.main([str(folder)]) == 1
     assert f"not reproduced: {metric}" in capsys.readouterr().out
 

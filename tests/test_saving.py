@@ -222,6 +222,21 @@ def test_what_is_kept(saver, monkeypatch):
     assert manifests.good_steps(saver.folder) == [2, 5, 7, 11, 12]
 
 
+def test_names_that_are_no_steps_are_left_alone(saver, tmp_path):
+    """A copy by another name, and a link to nothing where a checkpoint is to be."""
+    saver.save(3, state(3), {}, wait=True)
+    shutil.copytree(saver.folder / "3", saver.folder / "030")
+    (saver.folder / "4").symlink_to(tmp_path / "nowhere")
+    said: list = []
+    restored = saver.restore_latest(abstract(), said.append)
+    np.testing.assert_array_equal(restored["params"]["a"], state(3)["params"]["a"])
+    assert len(said) == 1 and said[0].startswith("checkpoint 4 is not used")
+    assert {path.name for path in saver.folder.iterdir()} == {"3", "030", "4.aside0"}
+    (saver.folder / "5").symlink_to(tmp_path / "nowhere")
+    saver.save(5, state(5), {}, wait=True)
+    assert manifests.good_steps(saver.folder) == [3, 5]
+
+
 def test_a_metric_that_is_no_number_is_not_the_best(saver):
     for step, loss in ((1, float("nan")), (2, 3.0), (3, float("-inf")), (4, 5.0), (5, 4.0)):
         saver.save(step, state(step), {"eval/loss": loss})

@@ -273,7 +273,7 @@ def test_another_environment_is_listed(tiny, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert found["environment"]["dtype"] == "float32"
     found["environment"]["dtype"] = "bfloat16"
-    path.write_text(json.dumps(found))
+    manifests.write_sealed(path, found)
     train.run(tiny(train__num_steps=3), tmp_path)
     assert "another dtype bfloat16 -> float32" in capsys.readouterr().out
 
@@ -285,6 +285,32 @@ def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
             train.run(tiny(), tmp_path)
         assert mark and (tmp_path / "lock").read_text() == mark, "its other processes look for it"
     assert train.run(tiny(), tmp_path)["eval/loss"] > 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_workdir_that_is_moved_is_left_alone(tiny, tmp_path, monkeypatch, capfd, again):
+    """Another run may have taken its name: nothing of that one is written over or deleted."""
+    here, there = tmp_path / "run", tmp_path / "moved"
+    original = checkpoint.Checkpointer.save
+
+    def save(self, step, *args, **options):
+        if step == 4 and not there.exists():
+            self.settle()
+            here.rename(there)
+            if again:
+                (here / "checkpoints" / "2").mkdir(parents=True)
+                (here / "lock").write_text("another's")
+        return original(self, step, *args, **options)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    with pytest.raises(OSError, match="moved or taken away while this run had it"):
+        train.run(tiny(checkpoint__keep=1), here)
+    assert manifests.good_steps(there / "checkpoints") == [2]
+    left = [str(path.relative_to(here)) for path in sorted(here.rglob("*"))] if again else []
+    assert left == (["checkpoints", "checkpoints/2", "lock"] if again else [])
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", original)
+    train.run(tiny(checkpoint__keep=1), there)
+    assert manifests.good_steps(there / "checkpoints")[-1] == 6
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json", "receipts/0001.json"])

@@ -329,3 +329,16 @@ def test_a_signal_after_a_notice_still_ends_what_is_before_training(monkeypatch)
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)  # a second one is harmless
         time.sleep(0.05)
+
+
+def test_more_seconds_than_a_thread_can_wait_are_for_ever(tiny):
+    config = tiny(
+        checkpoint__grace_seconds=1e18, checkpoint__timeout_seconds=1e18, eval__timeout_seconds=0.5
+    )
+    made = experiment.build(config)
+    found = watchdog.limits(made.cfg)
+    done = threading.Event()
+    done.set()
+    for limit in found.values():
+        assert done.wait(limit.seconds + 60)
+    assert found[watchdog.EVALUATING].seconds == 0.5

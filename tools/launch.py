@@ -2,10 +2,10 @@
 
     python -m tools.launch --processes 4 --devices_per_process 2 -- python -m lm.main --config ...
 
-Each process has its own CPU devices or its own GPUs, and finds the others by the environment. SIGINT and
-SIGTERM go to all of them; a third one kills. When a process fails, the others have `--grace` seconds to
-end by themselves. The exit code is the one that says most: of a failure, else of an interruption, else 0.
-Nothing is left behind, even where this process is killed.
+Each process has its own CPU devices or its own GPUs, and finds the others by the environment. SIGINT,
+SIGTERM and SIGHUP go to all of them; a third one kills. When a process fails, the others have `--grace`
+seconds to end by themselves. The exit code is the one that says most: of a failure, else of an
+interruption, else 0. Nothing is left behind, even where this process is killed.
 """
 
 import argparse
@@ -176,14 +176,17 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, log: IO[bytes] | N
 
 @contextlib.contextmanager
 def _forwarded(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """Send SIGINT and SIGTERM on to all processes; from the third on, kill them. Yield what has come."""
+    """Send SIGINT, SIGTERM and SIGHUP on to all; from the third on, kill them. Yield what has come."""
     told: list[int] = []
 
     def forward(number, frame):
         told.append(number)
         _send(children, number if len(told) < 3 else signal.SIGKILL)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    old = {number: signal.signal(number, forward) for number in asked}
     try:
         yield told
     finally:
