@@ -344,11 +344,12 @@ def mount():
 
 SMALL = "checkpoints"  # on a disk of their own: rows always find room
 ROOM = at("lm.checkpoint:Checkpointer._failed", number=2, kind="room")
+FILLS = at("lm.saving:Writer.start", number=2, kind="no_room")  # the save before is good
 FULL = {  # what is on the disk, and what comes: how the run then ends, how often it says that, in which words
-    "of the run": ("", [row(5, kind="no_room")], 2, 1, "error: workdir="),
-    "of its checkpoints": (SMALL, [row(5, kind="no_room")], 2, 1, "error: workdir="),
+    "of the run": ("", [FILLS], 2, 1, "error: workdir="),
+    "of its checkpoints": (SMALL, [FILLS], 2, 1, "error: workdir="),
     "of its checkpoints, for a while": (
-        SMALL, [row(5, kind="no_room"), ROOM], 0, 2, "warning: checkpoint ",
+        SMALL, [FILLS, ROOM], 0, 2, "warning: checkpoint ",
     ),
 }  # fmt: skip
 
