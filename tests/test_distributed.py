@@ -83,9 +83,9 @@ class Job:
         manifest = self.workdir / "checkpoints" / str(step) / "manifest.json"
         self._wait_until(manifest.exists)
 
-    def wait_for(self, words):
-        """Wait until the first process has said something."""
-        log = self.logs / "process_0.log"
+    def wait_for(self, words, index=0):
+        """Wait until a process has said something."""
+        log = self.logs / f"process_{index}.log"
         self._wait_until(lambda: log.exists() and words in log.read_text())
 
     def _wait_until(self, there, seconds=90):
@@ -202,16 +202,39 @@ def test_processes_that_split_positions_or_heads_train_as_one(
         assert ours == (*theirs[:2], pytest.approx(theirs[2], rel=1e-6))
 
 
+GATE = """
+
+import time
+from pathlib import Path
+
+from lm.data import pipeline
+
+original = pipeline.Batches.__getitem__
+
+
+def batch(self, number):
+    while number >= int(Path({gate!r}).read_text()):
+        time.sleep(0.02)
+    return original(self, number)
+
+
+pipeline.Batches.__getitem__ = batch
+"""
+
+
 @pytest.mark.slow
-def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, tmp_path):
-    """Each time on another number of processes."""
-    workdir = tmp_path / "run"
-    with Job(experiment, workdir, 2) as job:
+def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, tmp_path):
+    """Each time on another number of processes; none gets so many batches that it could end before."""
+    workdir, gate, gated = tmp_path / "run", tmp_path / "gate", tmp_path / "gated.py"
+    gated.write_text(EXPERIMENT.format(path=str(text_file)) + GATE.format(gate=str(gate)))
+    manifests.write_whole(gate, "25")
+    with Job(gated, workdir, 2) as job:
         job.wait_for_checkpoint(15)
         job.send(1, signal.SIGKILL)
         assert job.wait(90) == 128 + signal.SIGKILL
         assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
-    with Job(experiment, workdir, 4) as job:
+    manifests.write_whole(gate, "40")
+    with Job(gated, workdir, 4) as job:
         job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
         assert job.wait(90) == 128 + signal.SIGKILL
@@ -221,12 +244,15 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, 
         )
         # One whose exchange with another survivor fails is ended by gloo before it knows who is lost.
         assert any("process 0 (" in said for said in others)
-    with Job(experiment, workdir, 2) as job:
+    manifests.write_whole(gate, "50")
+    with Job(gated, workdir, 2) as job:
         job.wait_for("/60  loss")
         job.send(1, signal.SIGTERM)
+        job.wait_for("stopping after this step", index=1)
+        manifests.write_whole(gate, "60")
         assert job.wait(60) == 75
         assert "is saved; to resume" in job.said(0)
-    job, code = run(experiment, workdir, 1)
+    job, code = run(gated, workdir, 1)
     assert code == 0, job.said(0)
     assert_same(workdir, whole)
 
