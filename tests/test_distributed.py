@@ -83,9 +83,9 @@ class Job:
         manifest = self.workdir / "checkpoints" / str(step) / "manifest.json"
         self._wait_until(manifest.exists)
 
-    def wait_for(self, words, index=0):
-        """Wait until a process has said something."""
-        log = self.logs / f"process_{index}.log"
+    def wait_for(self, words):
+        """Wait until the first process has said something."""
+        log = self.logs / "process_0.log"
         self._wait_until(lambda: log.exists() and words in log.read_text())
 
     def _wait_until(self, there, seconds=90):
@@ -202,19 +202,21 @@ def test_processes_that_split_positions_or_heads_train_as_one(
         assert ours == (*theirs[:2], pytest.approx(theirs[2], rel=1e-6))
 
 
-GATE = """
+SLOW = """
 
+import os
+import threading
 import time
-from pathlib import Path
 
 from lm.data import pipeline
 
-original = pipeline.Batches.__getitem__
+original, alone = pipeline.Batches.__getitem__, threading.Lock()
 
 
 def batch(self, number):
-    while number >= int(Path({gate!r}).read_text()):
-        time.sleep(0.02)
+    if number >= int(os.environ.get("SLOW_FROM", 60)):
+        with alone:
+            time.sleep(1)
     return original(self, number)
 
 
@@ -224,35 +226,31 @@ pipeline.Batches.__getitem__ = batch
 
 @pytest.mark.slow
 def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, tmp_path):
-    """Each time on another number of processes; none gets so many batches that it could end before."""
-    workdir, gate, gated = tmp_path / "run", tmp_path / "gate", tmp_path / "gated.py"
-    gated.write_text(EXPERIMENT.format(path=str(text_file)) + GATE.format(gate=str(gate)))
-    manifests.write_whole(gate, "25")
-    with Job(gated, workdir, 2) as job:
+    """Each time on another number of processes, and half a minute or more before it would end."""
+    workdir, slow = tmp_path / "run", tmp_path / "slow.py"
+    slow.write_text(EXPERIMENT.format(path=str(text_file)) + SLOW)
+    with Job(slow, workdir, 2, before="export SLOW_FROM=17;") as job:
         job.wait_for_checkpoint(15)
         job.send(1, signal.SIGKILL)
         assert job.wait(90) == 128 + signal.SIGKILL
         assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
-    manifests.write_whole(gate, "40")
-    with Job(gated, workdir, 4) as job:
+    with Job(slow, workdir, 4, before="export SLOW_FROM=32;") as job:
         job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
         assert job.wait(90) == 128 + signal.SIGKILL
         others = [job.said(index) for index in (1, 2, 3)]
-        assert all(
-            f"process {index} (" in said and "ends:" in said for index, said in enumerate(others, 1)
-        )
-        # One whose exchange with another survivor fails is ended by gloo before it knows who is lost.
+        # One whose exchange with another survivor fails is ended by gloo before it knows who is lost;
+        # where that survivor's next one comes first, gloo aborts it.
+        for index, said in enumerate(others, 1):
+            ends = f"process {index} (" in said and "ends:" in said
+            assert ends or "throwing an instance of 'gloo::" in said, said
         assert any("process 0 (" in said for said in others)
-    manifests.write_whole(gate, "50")
-    with Job(gated, workdir, 2) as job:
+    with Job(slow, workdir, 2, before="export SLOW_FROM=32;") as job:
         job.wait_for("/60  loss")
         job.send(1, signal.SIGTERM)
-        job.wait_for("stopping after this step", index=1)
-        manifests.write_whole(gate, "60")
         assert job.wait(60) == 75
         assert "is saved; to resume" in job.said(0)
-    job, code = run(gated, workdir, 1)
+    job, code = run(slow, workdir, 1)
     assert code == 0, job.said(0)
     assert_same(workdir, whole)
 
