@@ -31,6 +31,7 @@ from safetensors import safe_open
 
 from tests import quickly
 
+pytest.register_assert_rewrite("tests.killing")
 WORDS = [
     "the",
     "cat",

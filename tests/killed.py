@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python -m tests.killed
 
-Reads a job a line, {"arguments", "workdir", "output", "variables", "trouble"}, and prints the number of the
+Reads a job a line, {"arguments", "workdir", "output", "variables", "troubles"}, and prints the number of the
 process that does it, then how that ended: its exit code, or minus the signal. jax is imported here and no
 device touched, so a process is as one that was started anew, but 4 seconds sooner.
 
@@ -11,6 +11,7 @@ arguments `about` is a part: "before" the call, "after" it, or when "half" of it
 signal, which the process sends itself, or one of TROUBLES.
 """
 
+import contextlib
 import ctypes
 import importlib
 import itertools
@@ -31,6 +32,7 @@ PRELOADED = (
     "tensorboardX.summary", "fsspec.implementations.local",
 )  # fmt: skip
 
+FILLED = "filled"  # the file that takes a disk's room
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # of sched.h
 
 
@@ -106,6 +108,19 @@ def no_handles(_: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
+def no_room(workdir: str) -> None:
+    """Fill the disk that holds the run's checkpoints to its last byte."""
+    path = Path(workdir, "checkpoints", FILLED)
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def room(workdir: str) -> None:
+    """Free what was filled."""
+    Path(workdir, "checkpoints", FILLED).unlink()
+
+
 def clock_set_back(_: str) -> None:
     """Set the clock on the wall back by a day, and by a minute more each time that it is read."""
     original, read = time.time, itertools.count(1)
@@ -113,7 +128,12 @@ def clock_set_back(_: str) -> None:
     time.time_ns = lambda: int(time.time() * 1e9)
 
 
-TROUBLES = {f.__name__: f for f in (read_only, no_handles, clock_set_back)}
+TROUBLES = {f.__name__: f for f in (read_only, no_handles, no_room, room, clock_set_back)}
+
+
+def beginnings(*arguments: Any) -> str:
+    """Return how each argument begins: a text that is written may quote what a test looks for."""
+    return ", ".join(repr(argument)[:400] for argument in arguments)
 
 
 def arm(workdir: str, call: str, when: str, about: str, number: int, kind: int | str) -> None:
@@ -133,7 +153,7 @@ def arm(workdir: str, call: str, when: str, about: str, number: int, kind: int |
     original, calls = getattr(owner, name), itertools.count(1)
 
     def armed(*args, **kwargs):
-        met = (not about or about in f"{args} {kwargs}") and next(calls) == number
+        met = (not about or about in beginnings(*args, kwargs)) and next(calls) == number
         if met and when == "half":
             HALVES[name](*args, **kwargs)
         if met and when != "after":
@@ -154,7 +174,7 @@ def do(job: dict[str, Any]) -> int:
 
     os.environ.update(job["variables"])
     os.setsid()
-    if (job["trouble"] or {}).get("kind") == "read_only":
+    if any(trouble["kind"] == "read_only" for trouble in job["troubles"]):
         own_mounts()
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -164,7 +184,7 @@ def do(job: dict[str, Any]) -> int:
     jax.config.update("jax_compilation_cache_dir", os.environ["LM_CACHE_DIR"] + "/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     hardware.PEAK_FLOPS["cpu"] = 1e12
-    if trouble := job["trouble"]:
+    for trouble in job["troubles"]:
         arm(job["workdir"], **trouble)
     return main.main(job["arguments"])
 

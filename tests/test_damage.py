@@ -3,6 +3,9 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ KINDS = [
     r"state/ocdbt\.process_0/manifest\.ocdbt",
     r"state/ocdbt\.process_0/d/\w+",
 ]
+FOLDERS = (".", "state", "state/d", "state/ocdbt.process_0", "state/ocdbt.process_0/d")
 
 
 def state(seed):
@@ -131,9 +135,9 @@ def folder_instead(path, saved):
 
 
 def forbid(path, saved):
-    if os.geteuid() == 0:
-        pytest.skip("root reads all")
     path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root reads all; a process that does not is started below")
 
 
 DAMAGES = {
@@ -160,7 +164,8 @@ def test_damage_is_found_and_named_and_the_step_before_used(saved, run, kind, da
         target = copy / "checkpoints" / "2"
         before = (target / name).read_bytes()
         DAMAGES[damage](target / name, saved)
-        if (target / name).is_file() and (target / name).read_bytes() == before:
+        readable = damage != "forbid" and (target / name).is_file()
+        if readable and (target / name).read_bytes() == before:
             continue  # the other one has the same bytes, as of a file that every checkpoint has
         said: list = []
         with checkpoint.Checkpointer(copy, checkpoint.Config()) as saver:
@@ -174,6 +179,49 @@ def test_damage_is_found_and_named_and_the_step_before_used(saved, run, kind, da
         named = files_of(target.with_name("2.aside0")) if either else [name]
         assert any(f" {file} " in f"{said[0]};".replace(":", " ") for file in named), said
         assert manifests.all_steps(copy / "checkpoints") == [1], "moved aside, not deleted"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_that_may_not_be_read_is_found_and_loses_nothing(saved, run, folder):
+    """The step before is used, later ones are saved, and with its mode back the checkpoint is whole."""
+    target = run / "checkpoints" / "2"
+    aside = target.with_name("2.aside0")
+    mode = (target / folder).stat().st_mode
+    forbid(target / folder, saved)
+    said: list = []
+    try:
+        with checkpoint.Checkpointer(run, checkpoint.Config(keep=1)) as saver:
+            restored = saver.restore_latest(abstract(), said.append)
+            jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+            for step in (2, 3):
+                saver.save(step, state(step), {}, wait=True, verify=True)
+    finally:
+        (next(path for path in (aside, target) if path.exists()) / folder).chmod(mode)
+    why = "it has no whole manifest.json" if folder == "." else f"file {folder}/"
+    assert len(said) == 1 and said[0].startswith(f"checkpoint 2 is not used: {why}"), said
+    assert manifests.good_steps(target.parent) == [3]
+    assert manifests.problem(target.parent, 3) == ""
+    aside.rename(target)
+    assert manifests.problem(target.parent, 2) == "", "nothing of it is lost"
+
+
+def test_root_is_refused_what_may_not_be_read(tmp_path):
+    """The cases above that root skips, in a process without the rights that let root read all."""
+    if os.geteuid():
+        pytest.skip("not root, who skips nothing")
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv here, to give up rights with")
+    lost = "-dac_override,-dac_read_search"
+    options = ["-o", "addopts=", "-k", "forbid or may_not_be_read_is_found"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    told = subprocess.run(
+        ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}", sys.executable,
+         "-m", "pytest", *options, "--basetemp", tmp_path / "cases", __file__],
+        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout + told.stderr
+    last = told.stdout.splitlines()[-1]
+    assert f" {len(KINDS) + len(FOLDERS)} passed" in last and "skipped" not in last, told.stdout
 
 
 def test_all_damaged_is_none(saved, run):

@@ -202,31 +202,55 @@ def test_processes_that_split_positions_or_heads_train_as_one(
         assert ours == (*theirs[:2], pytest.approx(theirs[2], rel=1e-6))
 
 
+SLOW = """
+
+import os
+import threading
+import time
+
+from lm.data import pipeline
+
+original, alone = pipeline.Batches.__getitem__, threading.Lock()
+
+
+def batch(self, number):
+    if number >= int(os.environ.get("SLOW_FROM", 60)):
+        with alone:
+            time.sleep(1)
+    return original(self, number)
+
+
+pipeline.Batches.__getitem__ = batch
+"""
+
+
 @pytest.mark.slow
-def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(experiment, whole, tmp_path):
-    """Each time on another number of processes."""
-    workdir = tmp_path / "run"
-    with Job(experiment, workdir, 2) as job:
+def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, tmp_path):
+    """Each time on another number of processes, and half a minute or more before it would end."""
+    workdir, slow = tmp_path / "run", tmp_path / "slow.py"
+    slow.write_text(EXPERIMENT.format(path=str(text_file)) + SLOW)
+    with Job(slow, workdir, 2, before="export SLOW_FROM=17;") as job:
         job.wait_for_checkpoint(15)
         job.send(1, signal.SIGKILL)
         assert job.wait(90) == 128 + signal.SIGKILL
         assert "process 1 (" in job.said(0) and "not heard of" in job.said(0)
-    with Job(experiment, workdir, 4) as job:
+    with Job(slow, workdir, 4, before="export SLOW_FROM=32;") as job:
         job.wait_for_checkpoint(30)
         job.send(0, signal.SIGKILL)  # where all others meet
         assert job.wait(90) == 128 + signal.SIGKILL
         others = [job.said(index) for index in (1, 2, 3)]
-        assert all(
-            f"process {index} (" in said and "ends:" in said for index, said in enumerate(others, 1)
-        )
-        # One whose exchange with another survivor fails is ended by gloo before it knows who is lost.
+        # One whose exchange with another survivor fails is ended by gloo before it knows who is lost;
+        # where that survivor's next one comes first, gloo aborts it.
+        for index, said in enumerate(others, 1):
+            ends = f"process {index} (" in said and "ends:" in said
+            assert ends or "throwing an instance of 'gloo::" in said, said
         assert any("process 0 (" in said for said in others)
-    with Job(experiment, workdir, 2) as job:
+    with Job(slow, workdir, 2, before="export SLOW_FROM=32;") as job:
         job.wait_for("/60  loss")
         job.send(1, signal.SIGTERM)
         assert job.wait(60) == 75
         assert "is saved; to resume" in job.said(0)
-    job, code = run(experiment, workdir, 1)
+    job, code = run(slow, workdir, 1)
     assert code == 0, job.said(0)
     assert_same(workdir, whole)
 

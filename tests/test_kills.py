@@ -2,32 +2,26 @@
 
 Each time the same command finishes the run: rows, fingerprints, final parameters and the copies elsewhere are
 those of a run that was not killed, bit for bit, and it went on from the newest checkpoint that was whole. See
-`tests/killed.py`.
+`tests/killed.py` and `tests/killing.py`.
 """
 
 import contextlib
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from lm import manifests, metrics, tensorboard
-from lm.metrics import read_rows
-from tests import quickly
+from lm import manifests
+from tests import killed, killing
+from tests.killing import STEPS, assert_same
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-STEPS, SAVES = 12, 3
+SAVES = 3
 SETTINGS = {
     "task.length": 16, "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2,
     "data.tokenizer": "byte", "data.batch_size": 8, "optim.peak_lr": 3e-2, "optim.warmup": 2,
@@ -51,6 +45,11 @@ def at(call, when="before", about="", number=1, kind=signal.SIGKILL):
 def row(step, when="before", of="train/", kind=signal.SIGKILL):
     """When the row of a step is written, of which the names begin with `of`."""
     return at(ROW, when, f"'step': {step}, '{of}", kind=kind)
+
+
+def stopped_and(trouble):
+    """The run is asked to stop, saves step 11, at which no save is due, and meets a trouble meanwhile."""
+    return [row(10, kind=signal.SIGTERM), trouble]
 
 
 # By name: the steps that the last start may go on from, and what ends the starts before it.
@@ -119,6 +118,18 @@ POINTS = {
     "Ctrl-C, saved and resumed, and a kill": (
         {5, 6, 9}, row(5, kind=signal.SIGINT), row(9),
     ),
+    "the folder of an emergency save": (
+        9, stopped_and(at("lm.saving:_make_room", "after", "checkpoints/11")),
+    ),
+    "an emergency save": (
+        9, stopped_and(at("orbax.checkpoint:PyTreeCheckpointHandler.finalize", about="checkpoints/11")),
+    ),
+    "half of the manifest of an emergency save": (
+        9, stopped_and(at(TEXT, "half", "checkpoints/11/manifest.json")),
+    ),
+    "the manifest of an emergency save": (
+        11, stopped_and(at(REPLACE, "after", "checkpoints/11/manifest.json")),
+    ),
     "the last save": (9, at("lm.saving:_make_room", about="checkpoints/12")),
     "the end": (12, at("lm.train:say_sample")),
 }  # fmt: skip
@@ -134,117 +145,16 @@ CACHE = {
 }
 
 
-class Server:
-    """Starts training processes and says how they ended (see `tests.killed`)."""
-
-    def __init__(self, environment):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.killed"],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def start(self, **job) -> int:
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def wait(self, process) -> int:
-        late = threading.Timer(600, os.kill, (process, signal.SIGABRT))
-        late.start()
-        code = int(self._process.stdout.readline())
-        late.cancel()
-        return code
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(60)
-
-
-class Run:
-    """A run in `place`, which has its workdir, its remote, and what its processes say."""
-
-    def __init__(self, server, place, experiment, cache, **settings):
-        self.server, self.place, self.cache, self.ends = server, place, cache, 0
-        self.workdir, self.remote, self.said = (place / n for n in ("whole", "remote", "said"))
-        place.mkdir()
-        self.arguments = ["--config", str(experiment), "--workdir", str(self.workdir)]
-        settings |= {"checkpoint.remote": self.remote}
-        self.arguments += [f"--config.{name}={value}" for name, value in settings.items()]
-
-    def start(self, trouble=None) -> int:
-        self.said.unlink(missing_ok=True)
-        return self.server.start(
-            arguments=self.arguments, workdir=str(self.workdir), output=str(self.said), trouble=trouble,
-            variables={"LM_CACHE_DIR": str(self.cache)},
-        )  # fmt: skip
-
-    def end(self, trouble=None) -> int:
-        """Start it, and wait until it has ended; return how."""
-        return self.server.wait(self.start(trouble))
-
-    def check(self):
-        """What there is after a kill is whole, or says that it is not."""
-        for pattern in ("*.json", "receipts/*.json", "tokenizer/*.json", "recorder/[0-9]/*.json"):
-            for path in self.workdir.glob(pattern):
-                json.loads(path.read_text())
-
-    def newest(self) -> int:
-        """The newest good checkpoint, here or in the second place; all that say so are whole."""
-        steps = {0}
-        for folder in (self.workdir / "checkpoints", self.remote):
-            good = set(manifests.good_steps(folder))
-            assert not [step for step in good if manifests.problem(folder, step)]
-            steps |= good
-        return max(steps)
-
-    def resumed(self) -> int:
-        found = re.search(r"^resumed: at step (\d+)", self.said.read_text(), re.MULTILINE)
-        return int(found[1]) if found else 0
-
-
-def rows_of(path):
-    """The rows of a file that has whole lines alone, without what differs from run to run."""
-    assert path.read_bytes().endswith(b"}\n")
-    return [metrics.untimed(row) for row in read_rows(path)]
-
-
-def events_of(folder):
-    """(step, name, value) of all event files, in the order of steps."""
-    found = []
-    for path in folder.glob("*tfevents*"):
-        for event, _ in tensorboard.records(path.read_bytes()):
-            values = [v for v in event.summary.value if v.tag not in metrics.TIMED]
-            found += [(event.step, v.tag, v.simple_value) for v in values]
-    return sorted(found)
-
-
-def assert_same(run, whole, *, events=True):
-    """A run that was killed has ended as the one that was not."""
-    said = run.said.read_text()
-    assert "Traceback" not in said, said
-    run.check()
-    for name in ("metrics.jsonl", "fingerprints.jsonl"):
-        assert rows_of(run.workdir / name) == rows_of(whole.workdir / name), name
-    for folder in (run.workdir / "checkpoints", run.remote):
-        one, other = manifests.read(folder, STEPS), manifests.read(whole.remote, STEPS)
-        assert not manifests.problem(folder, STEPS)
-        for part in ("arrays", "metrics", "skipped"):  # arrays: by their fingerprints
-            assert one[part] == other[part], f"{folder}: {part}"
-    for name in ("skipped.json", "config.json", "data.json"):
-        texts = [(r.workdir / name).read_text() for r in (run, whole)]
-        assert texts[0].replace(str(run.place), str(whole.place)) == texts[1]
-    if events:
-        assert events_of(run.workdir / "tensorboard") == events_of(whole.workdir / "tensorboard")
-    assert run.newest() == STEPS
-    left = {p.suffix[:6] for p in (run.workdir / "checkpoints").iterdir()}
-    assert left <= {"", ".aside"}, "what was being deleted or fetched is gone"
+@pytest.fixture(scope="module")
+def server():
+    made = killing.Server()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
-def server():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = quickly.FLAGS
-    made = Server(environment)
+def two_devices():
+    made = killing.Server(devices=2)
     yield made
     made.close()
 
@@ -259,22 +169,21 @@ def make(server, text_file, tmp_path_factory):
     experiment = place / "small.py"
     experiment.write_text(
         "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
-        f"    config = ConfigDict({{{sections}}})\n    config.model.name = 'gpt'\n"
+        f"    config = ConfigDict({{{sections}, 'mesh': {{}}}})\n    config.model.name = 'gpt'\n"
         + "\n".join(lines) + "\n    return config\n"
     )  # fmt: skip
     numbers = iter(range(1000))
 
-    def made(cache=cache, **settings):
-        return Run(server, place / str(next(numbers)), experiment, cache, **settings)
+    def made(cache=cache, server=server, **settings):
+        return killing.Run(server, place / str(next(numbers)), experiment, cache, **settings)
 
     return made
 
 
-@pytest.fixture(scope="module")
-def whole(make):
+def finished(make, **how):
     """The run that is not killed, of which a first one has compiled the programs."""
-    assert make().end() == 0
-    run = make()
+    assert make(**how).end() == 0
+    run = make(**how)
     start = time.monotonic()
     assert run.end() == 0, run.said.read_text()
     run.seconds = time.monotonic() - start
@@ -282,17 +191,22 @@ def whole(make):
     return run
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_kill_at_a_point(make, whole, point):
+@pytest.fixture(scope="module")
+def whole(make):
+    return finished(make)
+
+
+def check_killed(run, whole, point):
+    """Let the ends of a point come to `run`; the same command then makes of it what `whole` is."""
     steps, *ends = POINTS[point]
-    run = make()
     for end in ends:
         if end == LOST:
             shutil.rmtree(run.workdir)
             continue
-        code = run.end(end)
+        troubles = end if isinstance(end, list) else [end]
+        code = run.end(*troubles)
         said = run.said.read_text()
-        assert code == (-signal.SIGKILL if end["kind"] == signal.SIGKILL else 75), said
+        assert code == (-signal.SIGKILL if troubles[-1]["kind"] == signal.SIGKILL else 75), said
         assert ("to resume: python -m lm.main --config" in said) == (code == 75)
         assert "Traceback" not in said, said
         run.check()
@@ -301,6 +215,74 @@ def test_a_kill_at_a_point(make, whole, point):
     assert run.end() == 0, run.said.read_text()
     assert run.resumed() == newest
     assert_same(run, whole, events=LOST not in ends)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_a_point(make, whole, point):
+    check_killed(make(), whole, point)
+
+
+SHARDED = {"mesh.fsdp": 2}
+
+
+@pytest.fixture(scope="module")
+def whole_sharded(make, two_devices):
+    run = finished(make, server=two_devices, **SHARDED)
+    assert "2 x cpu; mesh fsdp 2" in run.said.read_text()
+    return run
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["Orbax writes", "half of the manifest", "a checkpoint is restored", "an emergency save"],
+)
+def test_a_kill_of_a_run_on_two_devices(make, two_devices, whole_sharded, point):
+    check_killed(make(server=two_devices, **SHARDED), whole_sharded, point)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_while_a_damaged_checkpoint_is_moved_aside(make, whole, when):
+    """Nothing of it is lost, and the one before it is used."""
+    run = make()
+    assert run.end(at("lm.retention:delete", number=2)) == -signal.SIGKILL  # both are there
+    shutil.rmtree(run.remote, ignore_errors=True)
+    folder = run.workdir / "checkpoints"
+    assert manifests.good_steps(folder) == [3, 6]
+    path = next((folder / "6" / "state" / "ocdbt.process_0" / "d").iterdir())
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    assert run.end(at("lm.manifests:move_aside", when, "checkpoints/6")) == -signal.SIGKILL
+    assert manifests.all_steps(folder) == ([3, 6] if when == "before" else [3])
+    assert run.end() == 0, run.said.read_text()
+    assert run.resumed() == 3
+    assert_same(run, whole)
+    assert (folder / "6.aside0" / path.relative_to(folder / "6")).read_bytes() == damaged
+
+
+BACK = {"train.on_bad_step": "rollback"}
+ROLLBACKS = {
+    "half of the skipped steps": at(TEXT, "half", "skipped.json"),
+    "the skipped steps": at(REPLACE, "after", "skipped.json"),
+    "the run goes back": at("lm.stored:_read"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_rolled_back(make):
+    run = finished(make, **BACK)
+    assert "back to step 6, to go on without step 9" in run.said.read_text()
+    return run
+
+
+@pytest.mark.parametrize("point", ROLLBACKS)
+def test_a_kill_in_a_rollback(make, whole_rolled_back, point):
+    run = make(**BACK)
+    assert run.end(ROLLBACKS[point]) == -signal.SIGKILL, run.said.read_text()
+    run.check()
+    assert run.newest() == 6
+    assert run.end() == 0, run.said.read_text()
+    assert run.resumed() == 6
+    assert_same(run, whole_rolled_back)
 
 
 @pytest.mark.parametrize("point", CACHE)
@@ -332,13 +314,63 @@ def test_trouble_from_a_row_on(make, whole, kind):
     assert ended == code, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == (code > 0) and words in "".join(errors), said
-    assert f'File "{ROOT}/lm' not in said, said  # what fails in Orbax's threads they may show
+    assert f'File "{killing.ROOT}/lm' not in said, (
+        said
+    )  # what fails in Orbax's threads they may show
     run.check()
     if code:
         newest = run.newest()
         assert newest < STEPS and run.end() == 0, run.said.read_text()
         assert run.resumed() == newest
     assert_same(run, whole)
+
+
+@pytest.fixture
+def mount():
+    """Return a function that mounts a disk of 4 MB at a folder."""
+    mounted = []
+
+    def made(folder):
+        folder.mkdir(parents=True)
+        words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no leave to mount a small disk")
+        mounted.append(folder)
+
+    yield made
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+SMALL = "checkpoints"  # on a disk of their own: rows always find room
+ROOM = at("lm.checkpoint:Checkpointer._failed", number=2, kind="room")
+FILLS = at("lm.saving:Writer.start", number=2, kind="no_room")  # the save before is good
+FULL = {  # what is on the disk, and what comes: how the run then ends, how often it says that, in which words
+    "of the run": ("", [FILLS], 2, 1, "error: workdir="),
+    "of its checkpoints": (SMALL, [FILLS], 2, 1, "error: workdir="),
+    "of its checkpoints, for a while": (
+        SMALL, [FILLS, ROOM], 0, 2, "warning: checkpoint ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("disk", FULL)
+def test_the_disk_is_full(make, whole, mount, disk):
+    """What was good stays; when there is room again the run goes on, or the same command does."""
+    run, (folder, troubles, code, times, words) = make(), FULL[disk]
+    mount(run.workdir / folder)
+    assert run.end(*troubles) == code, run.said.read_text()
+    said = run.said.read_text()
+    found = [line for line in said.splitlines() if line.startswith(words)]
+    assert len(found) == times and all("No space left on device" in line for line in found), said
+    assert f'File "{killing.ROOT}/lm' not in said, said
+    run.check()
+    if code:
+        assert run.newest() == 3
+        (run.workdir / "checkpoints" / killed.FILLED).unlink()
+        assert run.end() == 0, run.said.read_text()
+        assert run.resumed() == 3
+    assert_same(run, whole, orbax_failed=not code)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
