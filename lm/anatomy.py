@@ -66,7 +66,8 @@ def module_calls(function: Callable[[], Any]) -> list[Call]:
 
     def watch(following, arguments, options, context):
         result = following(*arguments, **options)
-        leaves = [x for x in jax.tree.leaves(result) if hasattr(x, "dtype")]
+        # A method may also return a module, which has a dtype as well.
+        leaves = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array | np.ndarray)]
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             bad = sum(_count_bad(leaf) for leaf in leaves)
             path = "/".join(context.module.path)

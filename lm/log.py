@@ -11,6 +11,14 @@ import jax
 from lm import experiment, hardware, metrics
 
 
+def row_of(sums: Any) -> dict[str, float]:
+    """Return what a row says of the metrics of a step."""
+    means = metrics.summarize(jax.device_get(sums))
+    row = {f"train/{name}": value for name, value in means.items()}
+    # A corpus of which the batch has no row has no loss.
+    return {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
+
+
 class Log:
     """Rows of training metrics, each read one step late, so that the device never waits for the host."""
 
@@ -47,10 +55,7 @@ class Log:
                 return  # its row is one of a step that is left out, or none
         self._tokens += float(tokens)
         if now % self._every == 0 or now in (1, self._made.num_steps):
-            means = metrics.summarize(jax.device_get(sums))
-            row = {f"train/{name}": value for name, value in means.items()}
-            # A corpus of which the batch has no row has no loss.
-            row = {k: v for k, v in row.items() if k.count("/") == 1 or not math.isnan(v)}
+            row = row_of(sums)
             if self.count_skipped:
                 row["train/skipped"] = self.count_skipped(now)
             self.latest = {**row, **self._rates(now)}

@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_all(workdir: Path) -> list[dict[str, Any]]:
+    """Return the receipts of a run, in the order of its starts. Raises ConfigError where one is damaged."""
+    return [read_json(path) for path in _all(workdir)]
+
+
 def last(workdir: Path) -> dict[str, Any]:
     """Return the newest receipt of a run; {} where it has none. Raises ConfigError where it is damaged."""
     found = _all(workdir)
     return read_json(found[-1]) if found else {}
 
 
+def in_force(receipts: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Return that of `receipts` whose start took the step after `step`; {} where none tells."""
+    # A later start that went back took its steps again.
+    return next((found for found in reversed(receipts) if found["first_step"] <= step), {})
+
+
 def config_at(workdir: Path, step: int) -> dict[str, Any]:
     """Return {field: value} of the start that took the step after `step`; {} where no receipt tells."""
-    found: dict[str, Any] = {}
-    for path in _all(workdir):
-        receipt = read_json(path)
-        if receipt["first_step"] <= step:  # a later start that went back took its steps again
-            found = {name: value for name, (value, _) in receipt["config"].items()}
-    return found
+    found = in_force(read_all(workdir), step).get("config", {})
+    return {name: value for name, (value, _) in found.items()}
 
 
 def environment(workdir: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Writer:
     """Writes checkpoints into `folder`, one at a time, as long as the folder is not `gone`."""
 
     def __init__(self, folder: Path, gone: Callable[[], str] = str):
-        self.folder, self._gone = folder, gone
+        self.folder, self._gone = folder.absolute(), gone  # absolute, as Orbax wants it
         self._number = 0  # of the save among all of this process, the same in all processes
         self._met = 0  # how often this process has waited for the others in it
         self._orbax = self._new()

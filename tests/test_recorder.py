@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from lm import anatomy, losses, manifests, recorder, train
+from lm import anatomy, experiment, losses, manifests, peers, recorder, train
+from lm.data import tokenizers
 from lm.exits import Diverged
 from lm.nn import embed
 from tests.test_guard import BAD, killed_at
@@ -27,8 +29,7 @@ def mark(batch, row):
         batch[name][row] = MARK
 
 
-@pytest.fixture
-def marked(monkeypatch):
+def mark_one(patch):
     """Mark row 3 of the batch of step BAD."""
     from lm.data import pipeline
 
@@ -40,7 +41,12 @@ def marked(monkeypatch):
             mark(found, 3)
         return found
 
-    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+    patch.setattr(pipeline.Batches, "__getitem__", batch)
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    mark_one(monkeypatch)
 
 
 def bad_loss(patch):
@@ -64,7 +70,7 @@ def bad_gradient(patch):
     def cross_entropy(logits, params, x, targets, weights, **options):
         total, sums = original(logits, params, x, targets, weights, **options)
         flag = jnp.where((targets == MARK).any(), 0.0, 1.0)
-        kernel = params["layers"]["block_0"]["mlp_norm"]["scale"]
+        kernel = params["layers"]["block_1"]["mlp_norm"]["scale"]
         return total + jnp.sqrt(flag + 0 * kernel.sum()) - flag, sums
 
     patch.setattr(losses, "cross_entropy", cross_entropy)
@@ -97,8 +103,8 @@ def bad_weights(patch):
 FAULTS = {
     "loss": (bad_loss, {}, ["forward: every module's result is finite; the loss"]),
     "gradient": (
-        bad_gradient, {},
-        ["forward: finite", r"1 of \d+ gradients are not finite, that of layers.block_0.mlp_norm.scale first",
+        bad_gradient, {"model__num_layers": 3},
+        ["forward: finite", r"1 of \d+ gradients are not finite, that of layers.block_1.mlp_norm.scale first",
          r"operation: mul .*\n.*\n.*test_recorder.py:\d+"],
     ),
     "part": (
@@ -152,10 +158,20 @@ def test_a_fault_changes_nothing_and_is_named(
         if after and name != "step":
             np.testing.assert_array_equal(after[name], array, err_msg=name)
     assert (recorded["batch.inputs"][3] == MARK).all()
+    made = experiment.build(config)
+    batch = made.batches[BAD]
+    assert {name for name in recorded if name.startswith("batch.")} == {f"batch.{n}" for n in batch}
+    for name, array in batch.items():
+        np.testing.assert_array_equal(recorded[f"batch.{name}"], array, err_msg=name)
     assert manifests.problem(folder / "checkpoints", BAD) == ""
-    assert (folder / "config.json").exists() and (folder / "tokenizer").is_dir()
+    assert (folder / "config.json").read_bytes() == (tmp_path / "run/config.json").read_bytes()
+    assert tokenizers.load(folder / "tokenizer").fingerprint == made.corpus.tokenizer.fingerprint
     record = json.loads((folder / "record.json").read_text())
     assert record["step"] == BAD and record["seed"] == 0 and len(record["rows"]) == 8
+    assert record["versions"] == {name: version(name) for name in recorder.PACKAGES}
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["code"] == peers.code_version()
+    assert record["environment"] == experiment.environment(made)
     assert "document 0, tokens" in record["rows"][3]["documents"][0]
     norms = {n: np.linalg.norm(x) for n, x in before.items() if n.startswith("params.")}
     for name, norm in norms.items():
@@ -267,7 +283,8 @@ def test_only_so_many_are_recorded_and_a_full_disk_is_no_end(
     tiny, tmp_path, poison, monkeypatch, capsys
 ):
     poison(1, 3)
-    train.run(tiny(train__on_bad_step="skip", train__recordings=1), tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    train.run(tiny(train__on_bad_step="skip", train__recordings=1), "one")
     assert [path.name for path in (tmp_path / "one" / "recorder").iterdir()] == ["1"]
 
     def full(*args):

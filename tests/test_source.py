@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -39,20 +40,26 @@ ALLOWED = {
     ("tests/data/test_mongodb.py", "", "pickle"): (1, "what is sent to a worker survives it"),
     ("tests/data/test_cleaning.py", "", "pickle"): (1, "what is sent to a worker survives it"),
     ("tests/data/cleaning/test_overlap.py", "", "pickle"): (1, "what is sent to a worker survives it"),
+    (".ci/run", "", "eval"): (2, "the README's own lines"),
 }  # fmt: skip
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNNING = {"eval", "exec", "compile", "__import__"}
 CALLS = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
     "asyncio.create_subprocess_shell", "runpy.run_path", "runpy.run_module", "yaml.unsafe_load",
-    "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "importlib.util.spec_from_file_location",
-    "importlib.machinery.SourceFileLoader", "code.interact",
+    "yaml.load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "torch.load", "code.interact",
+    "importlib.util.spec_from_file_location", "importlib.machinery.SourceFileLoader",
 }  # fmt: skip
-FLAGS = {
-    "shell": False,
-    "allow_pickle": False,
-    "trust_remote_code": False,
-}  # the value that is fine
+FLAGS = {"shell": False, "allow_pickle": False, "trust_remote_code": False}  # what is fine
+PLACES = {  # which argument a flag is where it has no name
+    "numpy.load": (2, "allow_pickle"),
+    **{f"subprocess.{name}": (8, "shell") for name in ("Popen", "run", "call", "check_call", "check_output")},
+}  # fmt: skip
+SHELL = {
+    "eval": r"(?<![\w./-])eval(?![\w.=/-])",
+    "a download that is run": r"\b(curl|wget)\b[^\n;]*\|\s*(sudo\s+)?(\S*/)?((ba|da|k|z)?sh|python[\d.]*)\b"
+    r"|\b(source|(ba|da|k|z)?sh|python[\d.]*)\b[^\n;|]*(<\(|\$\(|`)\s*(curl|wget)\b",
+}
 
 
 class Walk(ast.NodeVisitor):
@@ -60,6 +67,7 @@ class Walk(ast.NodeVisitor):
 
     def __init__(self, text):
         self.found, self._functions, self._names = Counter(), [], {}
+        self._fine = set()  # names that are called in a way that may be
         self.visit(ast.parse(text))
 
     def _add(self, what):
@@ -89,6 +97,8 @@ class Walk(ast.NodeVisitor):
 
     def _name(self, node):
         """Return the dotted name of an expression, after the imports so far; "" for another."""
+        if isinstance(node, ast.Call) and self._name(node.func).endswith("import_module"):
+            return node.args[0].value if node.args and _is_text(node.args[0]) else ""
         if isinstance(node, ast.Name):
             return self._names.get(node.id, node.id)
         if isinstance(node, ast.Attribute) and (of := self._name(node.value)):
@@ -97,16 +107,16 @@ class Walk(ast.NodeVisitor):
 
     def visit_Name(self, node):
         name = self._names.get(node.id, node.id).removeprefix("builtins.")
-        if name in RUNNING and isinstance(node.ctx, ast.Load):
+        if name in RUNNING | CALLS and isinstance(node.ctx, ast.Load) and node not in self._fine:
             self._add(name)
 
     def visit_Attribute(self, node):
         name = self._name(node)
-        if name in CALLS:
+        if name in CALLS and node not in self._fine:
             self._add(name)
         if name.removeprefix("builtins.") in RUNNING:
             self._add(name.removeprefix("builtins."))
-        if node.attr in ("read_pickle", "to_pickle"):
+        if node.attr in {"read_pickle", "to_pickle", *UNPICKLING}:
             self._add(node.attr)
         self.generic_visit(node)
 
@@ -116,17 +126,28 @@ class Walk(ast.NodeVisitor):
             k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
         }
         for keyword in node.keywords:
-            if keyword.arg in FLAGS and keywords.get(keyword.arg, True) is not FLAGS[keyword.arg]:
-                self._add(f"{keyword.arg}=True")
-        if isinstance(node.func, ast.Name) and name in CALLS:
-            self._add(name)
-        if name == "torch.load" and keywords.get("weights_only") is not True:
-            self._add("torch.load")
-        if name == "yaml.load":
-            self._add("yaml.load")
-        if name.endswith("import_module") and not (node.args and _is_text(node.args[0])):
-            self._add("a computed import")
+            self._flag(keyword.arg, keyword.value)
+        place, flag = PLACES.get(name.replace("np.", "numpy."), (len(node.args), ""))
+        for argument in node.args[place : place + 1]:
+            self._flag(flag, argument)
+        if name == "torch.load" and keywords.get("weights_only") is True:
+            self._fine.add(node.func)
+        if name.endswith("import_module"):
+            if node.args and _is_text(node.args[0]):
+                self._imports(node.args[0].value)
+            else:
+                self._add("a computed import")
         self.generic_visit(node)
+
+    def visit_Dict(self, node):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if key is not None and _is_text(key):
+                self._flag(key.value, value)
+        self.generic_visit(node)
+
+    def _flag(self, name, value):
+        if name in FLAGS and not (isinstance(value, ast.Constant) and value.value is FLAGS[name]):
+            self._add(f"{name}=True")
 
     def visit_Constant(self, node):
         """A program in a string is walked too: tests give some to other processes."""
@@ -142,6 +163,23 @@ class Walk(ast.NodeVisitor):
 
 def _is_text(node):
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def walk_shell(text):
+    """Counts, as `Walk`, what runs data as code in a program of a shell, or in a file that has some."""
+    lines = re.sub(r"(^|\s)#.*", "", text.replace("\\\n", " "), flags=re.MULTILINE)
+    count = {what: len(re.findall(pattern, lines)) for what, pattern in SHELL.items()}
+    return Counter({("", what): n for what, n in count.items() if n})
+
+
+def shell_sources():
+    """(name, text) of all files with programs of a shell."""
+    for folder in (*FOLDERS, ".ci"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if not path.is_file() or path.suffix in (".py", ".pyc"):
+                continue
+            if path.suffix in (".sh", ".yaml", ".yml") or path.read_bytes().startswith(b"#!"):
+                yield str(path.relative_to(ROOT)), path.read_text()
 
 
 def sources():
@@ -164,6 +202,8 @@ def test_nothing_runs_data_as_code():
         for name, text in sources()
         for place, count in Walk(text).found.items()
     }
+    for name, text in shell_sources():
+        found |= {(name, *place): count for place, count in walk_shell(text).items()}
     assert found == {place: count for place, (count, _) in ALLOWED.items()}
 
 
@@ -187,6 +227,17 @@ def test_nothing_runs_data_as_code():
         ("load(x, trust_remote_code=True)", "trust_remote_code=True"), ("pd.read_pickle(f)", "read_pickle"),
         ("import runpy\nrunpy.run_path(p)", "runpy.run_path"),
         ("S = '''\nimport os\nos.system(a)\n'''", "os.system"),
+        ("import importlib\nimportlib.import_module('pickle')", "pickle"),
+        ("from importlib import import_module\nimport_module('yaml').load(x)", "yaml.load"),
+        ("np.load(f, None, True)", "allow_pickle=True"),
+        ("import numpy\nnumpy.load(f, None, yes)", "allow_pickle=True"),
+        ("import subprocess as s\ns.Popen(ls, -1, None, None, None, None, None, True, True)", "shell=True"),
+        ("run('ls', **{'shell': True})", "shell=True"),
+        ("o = {'allow_pickle': yes}\nload(f, **o)", "allow_pickle=True"),
+        ("import yaml\nmap(yaml.load, files)", "yaml.load"),
+        ("from yaml import load\nread = load", "yaml.load"),
+        ("import torch\ntorch.serialization.pickle.load(f)", "pickle"),
+        ("import torch\nmap(torch.load, files)", "torch.load"),
     ],
 )  # fmt: skip
 def test_the_walk_sees(text, what):
@@ -194,8 +245,36 @@ def test_the_walk_sees(text, what):
 
 
 @pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('eval "$(lines)"', "eval"), ("a && eval $b  # b is fine", "eval"),
+        ("curl -fsSL https://a.b/c | sh", "a download that is run"),
+        ("wget -O- a.b/c |\\\n  sudo bash -s", "a download that is run"),
+        ("source <(curl a.b/c)", "a download that is run"),
+        ('sh -c "$(curl -fsSL a.b/c)"', "a download that is run"),
+        ("command: [bash, -c, 'curl a.b/c | python3']", "a download that is run"),
+    ],
+)  # fmt: skip
+def test_the_walk_of_shells_sees(text, what):
+    assert walk_shell(text) == {("", what): 1}
+
+
+def test_the_walk_of_shells_lets_be():
+    fine = "# eval\npython -m tools.evaluate --config.eval.max_tokens=9\ncurl a.b/c | tar x; sh run.sh\n"
+    assert not walk_shell(fine)
+    names = {name for name, _ in shell_sources()}
+    assert names >= {
+        ".ci/run",
+        "tools/cluster/slurm.sh",
+        "tools/cluster/tpu.sh",
+        "tools/cluster/jobset.yaml",
+    }
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "np.load(f, None, False)", "np.load(f, 'r')", "run(['ls'], **{'shell': False})",
         "import re\nre.compile('a')", "model.eval()", "import ast\nast.literal_eval(x)",
         "import torch\ntorch.load(f, weights_only=True)", "np.load(f, allow_pickle=False)",
         "import yaml\nyaml.safe_load(x)", "import importlib\nimportlib.import_module('lm.train')",

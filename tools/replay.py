@@ -160,7 +160,9 @@ def show_backward(calls: list[Any], taken: Taken) -> None:
     """Print the gradient that goes bad first on the way back: of the module that was called last."""
     import math
 
-    order = {call.path.replace("/", "."): place for place, call in enumerate(calls)}
+    called = [(call.path.replace("/", "."), place) for place, call in enumerate(calls)]
+    # A tied embedding is called first and last. Where not all are bad it was not the last call.
+    order = dict(called if len(taken.bad) == len(taken.norms) else called[::-1])
 
     def place(name: str) -> int:
         prefixes = (name.rsplit(".", size)[0] for size in range(1, name.count(".") + 1))

@@ -5,19 +5,21 @@
     python -m tools.verify --compare runs/mine runs/other
 
 The first takes the steps of a run again, from its checkpoint, and names the first step and quantity (batch,
-parameter, gradient, metric) that is not what was recorded; the second lists what differs in config, code,
-versions, devices and data, and where the numbers part. Nothing in a run is changed. Exit code 0 for the same,
-1 for a difference, 2 for a mistake.
+parameter, gradient, metric, score) that is not what was recorded, or should be recorded and is not. The
+second says where the numbers part, and what differs there in config, code, versions, devices and data.
+Nothing in a run is changed. Exit code 0 for the same, 1 for a difference, 2 for a mistake.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lm import command, exits, startup
 from lm import config as config_lib
+from tools import rows
 
 _SHOWN = 5
 
@@ -83,7 +85,7 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     from lm.data import corpus
 
     config = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
-    record, folder = Record(workdir), (workdir / "checkpoints").absolute()
+    record, folder = rows.Record(workdir), (workdir / "checkpoints").absolute()
     good = [step for step in manifests.good_steps(folder) if not manifests.problem(folder, step)]
     first, last = _stretch(steps, record, good, workdir)
     start = max((step for step in good if step <= first), default=0)
@@ -98,11 +100,12 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
         raise config_lib.ConfigError(
             f"{workdir}: its data has changed since; restore what data.path names"
         )
+    then = record.receipt(start).get("environment") or receipt.environment(workdir)
     for name, now in experiment.environment(made).items():
-        if (then := receipt.environment(workdir).get(name, now)) != now:
-            print(f"notice: another {name}: {then} -> {now}; numbers may differ by rounding")
+        if then.get(name, now) != now:
+            print(f"notice: another {name}: {then[name]} -> {now}; numbers may differ by rounding")
     with sharding.use(made.mesh):
-        init, train_step, _, abstract = experiment.jitted(made)
+        init, _, _, abstract = jitted = experiment.jitted(made)
         if start in good:
             arrays = stored.restore(folder, start, stored.flatten(abstract))
             state = stored.unflatten(abstract, arrays)
@@ -110,7 +113,8 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
             state = initial.fresh_state(made, init)
         print(f"steps {start} to {last} again, {len(record.steps(first, last))} of them recorded")
         skipped = guard.read(workdir, folder, start)
-        yield from _repeat(made, train_step, state, record, range(start, last), first, skipped)
+        repeat = _Repeat(made, jitted, record, skipped)
+        yield from repeat.run(state, range(start, last + 1), first)
 
 
 def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
@@ -119,7 +123,9 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
 
     def then(step: int) -> dict[str, Any]:
         found = receipt.config_at(workdir, step).items()
-        return {name: value for name, value in found if name.startswith(("optim.", "train."))}
+        return {
+            name: value for name, value in found if name.startswith(("optim.", "train.", "eval."))
+        }
 
     at_first, at_last = then(first), then(last - 1)
     if changed := [name for name, value in at_last.items() if at_first.get(name) != value]:
@@ -127,7 +133,7 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
     return config_lib.with_defaults({**config_lib.flatten(config), **at_first}, experiment.SCHEMA)
 
 
-def _stretch(steps: str, record: "Record", good: list[int], workdir: Path) -> tuple[int, int]:
+def _stretch(steps: str, record: rows.Record, good: list[int], workdir: Path) -> tuple[int, int]:
     """Return the first and last step to compare."""
     end = record.last
     if steps:
@@ -146,128 +152,105 @@ def _stretch(steps: str, record: "Record", good: list[int], workdir: Path) -> tu
     return first, last
 
 
-def _repeat(
-    made, train_step, state, record: "Record", steps: range, first: int, skipped: Mapping[int, str]
-) -> Iterator[str]:
-    """Take `steps` but for `skipped` ones; yield what differs in the first, from `first` on, that does."""
-    import jax
+class _Repeat:
+    """Takes steps again, but for `skipped` ones, and compares them with their record."""
 
-    from lm import guard, metrics, placement, trail
+    def __init__(self, made, jitted, record: rows.Record, skipped: Mapping[int, str]):
+        from lm import trail
 
-    fingerprints = trail.Fingerprints(made)
-    for now in steps:
-        batch = placement.place_batch(made.mesh, made.batches[now])
-        differs: list[Difference] = []
-        if now >= first and (marks := record.marks.get(now)):
-            differs = different(marks, fingerprints.of_step(state, batch), at=now)
-        if now in skipped:
-            state, sums = guard.at_step(state, now + 1), {}
-        else:
-            state, sums = train_step(state, batch)
-            sums.pop("healthy")
-        row = {k: v for k, v in record.rows.get(now + 1, {}).items() if k.startswith("train/")}
-        if now >= first and row:
-            means = metrics.summarize(jax.device_get(sums))
-            found = {f"train/{name}": value for name, value in means.items()}
-            differs = differs or different(row, found, at=now + 1)
-        if now + 1 >= first and (saved := record.saved(now + 1)):
-            differs = differs or different(saved, fingerprints.of_state(state), at=now + 1)
-        if now + 1 == steps.stop and (marks := record.marks.get(steps.stop)):
-            differs = differs or different(marks, fingerprints.of_state(state), at=steps.stop)
-        for name, at, then, again in differs[:_SHOWN]:
-            yield f"step {at}: {name} is {again}, and was {then}"
-        if differs:
-            return
+        self._made, self._record, self._skipped = made, record, skipped
+        _, self._train_step, self._eval_step, _ = jitted
+        self._fingerprints = trail.Fingerprints(made)
+        self._eval_every = made.steps_of("eval", "every_steps")
 
+    def run(self, state, steps: range, first: int) -> Iterator[str]:
+        """Take all `steps` but the last; yield what differs in the first, from `first` on, that does."""
+        from lm import guard, placement
 
-class Record:
-    """The numbers of a run: `rows` of metrics.jsonl and `marks` of fingerprints.jsonl, by step."""
+        for now in steps:
+            differs = self._at(now, state) if now >= first else []
+            ending = now == steps[-1]
+            if not ending or self._wanted(rows.TRAIL, now):
+                batch = placement.place_batch(self._made.mesh, self._made.batches[now])
+                if not differs and now >= first and self._wanted(rows.TRAIL, now):
+                    found = self._fingerprints.of_step(state, batch)
+                    differs = rows.different(self._record.of(rows.TRAIL, now), found, at=now)
+            if not ending and not differs:
+                if now in self._skipped:
+                    state, sums = guard.at_step(state, now + 1), {}
+                else:
+                    state, sums = self._train_step(state, batch)
+                    sums.pop("healthy")
+                if now >= first and self._wanted(rows.TRAIN, now + 1):
+                    differs = self._row(now + 1, sums)
+            for name, at, then, again in differs[:_SHOWN]:
+                yield f"step {at}: {name} is {again}, and was {then}"
+            if differs:
+                return
 
-    def __init__(self, workdir: Path):
-        from lm import metrics, trail
+    def _wanted(self, kind: str, step: int) -> bool:
+        """Return whether a kind is recorded at a step, or should be."""
+        in_words = self._eval_every > 0 and step % self._eval_every == 0
+        return bool(self._record.of(kind, step)) or self._record.due(kind, step, in_words=in_words)
 
-        path = workdir / "metrics.jsonl"
-        if not path.is_file():
-            raise config_lib.ConfigError(
-                f"{workdir}: no metrics.jsonl there; give the folder of a run"
-            )
-        self._folder = workdir / "checkpoints"
-        self.rows: dict[int, dict[str, float]] = {}
-        for row in metrics.read_rows(path):
-            values = {name: value for name, value in metrics.untimed(row).items() if name != "step"}
-            self.rows.setdefault(int(row["step"]), {}).update(values)
-        marks = workdir / trail.FILE
-        found: list[Any] = metrics.read_rows(marks) if marks.exists() else []
-        self.marks = {int(row["step"]): row["fingerprints"] for row in found}
+    def _at(self, now: int, state) -> list[rows.Difference]:
+        """Return what differs in a state: its checkpoint, its evaluation."""
+        from lm import signals, train
 
-    @property
-    def last(self) -> int:
-        """The last step with a record."""
-        return max([*self.rows, *self.marks], default=0)
+        differs: list[rows.Difference] = []
+        if saved := self._record.saved(now):
+            differs = rows.different(saved, self._fingerprints.of_state(state), at=now)
+        if not differs and self._wanted(rows.EVAL, now):
+            scores = train.score(self._made, self._eval_step, state, signals.Stop())
+            differs = rows.different(self._record.of(rows.EVAL, now), scores, at=now)
+        return differs
 
-    def steps(self, first: int, last: int) -> list[int]:
-        """Return the steps after `first` up to `last` that have a record."""
-        return sorted(step for step in {*self.rows, *self.marks} if first < step <= last)
+    def _row(self, step: int, sums) -> list[rows.Difference]:
+        """Return what differs in the row of a step that came to `sums`."""
+        from lm import log
 
-    def saved(self, step: int) -> dict[str, str]:
-        """Return the fingerprints in the manifest of a checkpoint; {} where there are none."""
-        from lm import manifests
-
-        arrays = (manifests.read(self._folder, step) or {}).get("arrays", {})
-        return {name: about[2] for name, about in arrays.items() if len(about) > 2}
-
-
-class Difference(NamedTuple):
-    name: str
-    step: int
-    recorded: Any
-    found: Any
-
-
-def different(
-    recorded: Mapping[str, Any], found: Mapping[str, Any], *, at: int
-) -> list[Difference]:
-    """Return what differs at a step. NaN is NaN; what one side lacks is left out."""
-    pairs = [
-        Difference(name, at, recorded[name], found[name]) for name in recorded if name in found
-    ]
-    return [pair for pair in pairs if repr(pair.recorded) != repr(pair.found)]
+        found, recorded = log.row_of(sums), self._record.of(rows.TRAIN, step)
+        mode = self._record.setting("train.on_bad_step", rows.TRAIN, step) or "stop"
+        if rows.SKIPPED in recorded or mode != "stop":
+            found[rows.SKIPPED] = float(sum(number < step for number in self._skipped))
+        return rows.different(recorded, found, at=step)
 
 
 def compare(left: Path, right: Path) -> Iterator[str]:
-    """Yield why the newest starts of two runs differ, and where their numbers part."""
-    from lm import receipt
+    """Yield why two runs differ, and where their numbers part.
 
-    receipts = [receipt.last(workdir) for workdir in (left, right)]
-    for workdir, found in zip((left, right), receipts, strict=True):
-        if not found:
+    Why: by the receipts of the starts that took the steps where they part; else by the newest.
+    """
+    one, two = (rows.Record(workdir) for workdir in (left, right))
+    for workdir, record in ((left, one), (right, two)):
+        if not record.receipts:
             raise config_lib.ConfigError(f"{workdir}: no receipts there; give the folder of a run")
-    a, b = (dict(found["config"]) for found in receipts)
+    causes, differ = rows.part(one, two)
+    starts = {receipt["first_step"] for record in (one, two) for receipt in record.receipts}
+    steps = [step for step in causes if step == causes.start or step in starts]
+    pairs = [(one.receipt(step), two.receipt(step)) for step in steps]
+    found = [_why(*pair) for pair in pairs or [(one.receipts[-1], two.receipts[-1])]]
+    yield from dict.fromkeys(itertools.chain.from_iterable(found))
+    for name, step, was, now in differ[:_SHOWN]:
+        yield f"numbers: they part at step {step}: {name} {was} -> {now}"
+    if one.last != two.last:
+        same = "" if differ else f"; up to step {min(one.last, two.last)} the numbers are the same"
+        yield f"length: the last step recorded is {one.last} -> {two.last}{same}"
+
+
+def _why(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
+    """Yield what differs in two receipts."""
+    a, b = one.get("config", {}), two.get("config", {})
     for name in sorted({*a, *b}):
-        (one, of_one), (two, of_two) = a.get(name, ("missing", "")), b.get(name, ("missing", ""))
-        if one != two:
-            yield f"config: {name} {one!r} ({of_one}) -> {two!r} ({of_two})"
+        (left, of_left), (right, of_right) = (x.get(name, (rows.MISSING, "")) for x in (a, b))
+        if left != right:
+            yield f"config: {name} {left!r} ({of_left}) -> {right!r} ({of_right})"
     for part in ("code", "packages", "environment", "variables", "data"):
-        one, two = (found.get(part, {}) for found in receipts)
-        for name in sorted({*one, *two}):
-            if one.get(name) != two.get(name):
-                yield f"{part}: {name} {one.get(name, 'missing')!r} -> {two.get(name, 'missing')!r}"
-    yield from _part(Record(left), Record(right))
-
-
-def _part(left: Record, right: Record) -> Iterator[str]:
-    """Yield where the numbers of two runs part."""
-    for step in sorted({*left.rows, *left.marks} & {*right.rows, *right.marks}):
-        # A row of metrics is of the step that led to its step; the fingerprints are of the next one.
-        found = different(left.rows.get(step, {}), right.rows.get(step, {}), at=step)
-        found += different(left.saved(step), right.saved(step), at=step)
-        found += different(left.marks.get(step, {}), right.marks.get(step, {}), at=step)
-        for name, _, one, two in found[:_SHOWN]:
-            yield f"numbers: they part at step {step}: {name} {one} -> {two}"
-        if found:
-            break
-    if left.last != right.last:
-        yield f"numbers: the last step recorded is {left.last} -> {right.last}"
+        a, b = one.get(part, {}), two.get(part, {})
+        for name in sorted({*a, *b}):
+            if a.get(name) != b.get(name):
+                left, right = (x.get(name, rows.MISSING) for x in (a, b))
+                yield f"{part}: {name} {left!r} -> {right!r}"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from lm import checkpoint, manifests
+from lm import checkpoint, manifests, sharding
 from tools import checkpoint as tool
 
 ROOT = Path(__file__).parents[2]
@@ -157,16 +159,123 @@ def test_export_of_what_is_damaged_is_refused(run, tmp_path, capsys):
     assert name in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
 
 
-def test_a_process_that_knows_the_folder_alone(run, tmp_path):
-    """One device, no config: and where there is a config that runs code, it is not run."""
-    (run / "config.json").write_text(json.dumps({"model": {"name": "of_another_tree"}}))
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+def alone(*words):
+    """Type a command in a fresh process with one device; return its exit code, and what it says."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     told = subprocess.run(
-        [sys.executable, "-m", "tools.checkpoint", "verify", str(run), "--arrays"],
+        [sys.executable, "-m", "tools.checkpoint", *map(str, words)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("files and arrays are what was saved") == 3
+    return told.returncode, told.stdout or told.stderr
+
+
+def test_a_process_that_knows_the_folder_alone(run):
+    """One device, no config: and where there is a config that runs code, it is not run."""
+    (run / "config.json").write_text(json.dumps({"model": {"name": "of_another_tree"}}))
+    code, said = alone("verify", run, "--arrays")
+    assert code == 0, said
+    assert said.count("files and arrays are what was saved") == 3
+
+
+def split_state(step):
+    """A state split over eight devices, all of it but the step."""
+    mesh = sharding.make_mesh(sharding.Config(data=1, fsdp=8))
+    values = np.arange(64, dtype=np.float32).reshape(16, 4)
+    values[9, 1] = np.nan if step == 4 else -step
+    split = {
+        "params": {"a": values, "b": np.full(8, step / 2, jnp.bfloat16)},
+        "ema": {"a": np.full((4, 16), np.float32(step)), "b": np.ones(8, jnp.bfloat16)},
+    }
+    axes = {"a": {"params": ("fsdp",), "ema": (None, "fsdp")}, "b": dict.fromkeys(split, ("fsdp",))}
+    placed = {
+        part: {
+            name: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes[name][part])))
+            for name, x in arrays.items()
+        }
+        for part, arrays in split.items()
+    }
+    assert all(x.addressable_shards[0].data.size == x.size // 8 for x in jax.tree.leaves(placed))
+    return {**placed, "step": jax.device_put(np.int32(step), NamedSharding(mesh, PartitionSpec()))}
+
+
+@pytest.fixture(scope="module")
+def split_saved(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "split"
+    with checkpoint.Checkpointer(run, checkpoint.Config(keep=9)) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(step, split_state(step), {"eval/loss": abs(step - 2) + 0.5}, wait=True)
+    config = {"model": {"name": "of_another_tree"}, "checkpoint": {"best_metric": "eval/loss"}}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+@pytest.fixture
+def split_run(split_saved, tmp_path):
+    return shutil.copytree(split_saved, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_what_eight_devices_saved_one_looks_into(split_run):
+    run, folder = split_run, split_run / "checkpoints"
+    lines = "".join(f"checkpoint {n}: files and arrays are what was saved\n" for n in (1, 2, 3, 4))
+    assert alone("verify", run, "--arrays") == (0, lines)
+    assert alone("pin", run, 1) == (0, "checkpoint 1 is pinned: it is kept until `unpin`\n")
+    code, said = alone("list", run)
+    rows = [line.split("MB  ") for line in said.splitlines()]
+    assert code == 0 and [size.split()[0] for size, _ in rows] == ["1", "2", "3", "4"]
+    assert [told for _, told in rows] == [
+        "good; pinned  eval/loss 1.5", "good; best  eval/loss 0.5", "good  eval/loss 1.5",
+        "good  eval/loss 2.5",
+    ]  # fmt: skip
+
+    code, said = alone("inspect", run)  # the last one
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines()[1:]}
+    norm = np.sqrt(sum(n * n for n in range(64) if n != 37))
+    assert code == 0 and rows == {
+        "params.a": ["16x4", "float32", f"{norm:.4g}", "0", "63", "1"],
+        "params.b": ["8", "bfloat16", f"{2 * 8**0.5:.4g}", "2", "2", "0"],
+        "ema.a": ["4x16", "float32", "32", "4", "4", "0"],
+        "ema.b": ["8", "bfloat16", f"{8**0.5:.4g}", "1", "1", "0"],
+        "step": ["one", "int32", "4", "4", "4", "0"],
+    }
+    code, said = alone("diff", folder / "1", folder / "3")
+    assert code == 0 and sorted(said.splitlines()) == [
+        "1 of 5 arrays in both are the same, bit for bit",
+        "ema.a: largest difference 2, 64 of 64 differ",
+        "params.a: largest difference 2, 1 of 64 differ",
+        "params.b: largest difference 1, 8 of 8 differ",
+        "step: largest difference 2, 1 of 1 differ",
+    ]
+
+
+@pytest.mark.slow
+def test_what_eight_devices_saved_one_exports_and_prunes(split_run, tmp_path):
+    run, folder = split_run, split_run / "checkpoints"
+    before, out = (run / "config.json").read_bytes(), tmp_path / "model.safetensors"
+    assert alone("pin", run, 1)[0] == 0
+    assert alone("export", run, "--step", 3, "--out", out)[0] == 0
+    np.testing.assert_array_equal(load_file(out)["a"], np.full((4, 16), np.float32(3)))
+    code, said = alone("export", run, "--part", "params", "--out", tmp_path / "p.safetensors")
+    assert code == 0 and "2 arrays of params, step 4" in said
+    found = load_file(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(found["a"], np.asarray(split_state(4)["params"]["a"]))
+    assert found["b"].tolist() == [2.0] * 8
+
+    prune = ("prune", run, "--keep", 1, "--keep_best", "eval/loss")
+    assert alone(*prune, "--dry_run") == (0, "would be deleted: 3\nkept: 1, 2, 4\n")
+    assert manifests.good_steps(folder) == [1, 2, 3, 4]
+    assert alone(*prune) == (0, "deleted: 3\nkept: 1, 2, 4\n")
+    assert manifests.good_steps(folder) == [1, 2, 4]
+    assert alone("unpin", run, 1) == (0, "checkpoint 1 is not pinned any more\n")
+    assert alone(*prune) == (0, "deleted: 1\nkept: 2, 4\n")
+    name = damage(run, 4)
+    code, said = alone("verify", run)
+    assert code == 1 and name in said.splitlines()[1]
+    assert said.splitlines()[0] == "checkpoint 2: files are what was saved"
+    code, said = alone("inspect", run)
+    assert code == 2 and said.startswith("error: ") and name in said
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_verifying_nothing_is_a_mistake(tmp_path, capsys):

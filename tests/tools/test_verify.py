@@ -73,6 +73,129 @@ def test_a_fingerprint_that_differs_is_named(copy, capsys, part):
     assert f"step 5: {names[0]} is " in capsys.readouterr().out
 
 
+def without(path, step, *kinds):
+    """Take the rows of `step` whose names begin with one of `kinds` out of a file of JSON lines."""
+
+    def is_one(row):
+        return row["step"] == step and any(n.startswith(k) for n in row for k in kinds)
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if not is_one(row)]
+    assert len(kept) == len(rows) - 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_only_the_first_of_two_steps_that_differ_is_named(run, copy, capsys):
+    for step in (2, 4):
+        change(copy / "metrics.jsonl", step, lambda row: row.update({"train/loss": 1.0}))
+        change(copy / trail.FILE, step, lambda row: row["fingerprints"].update(step="0" * 16))
+    assert verify.main([str(copy), "--steps=0:6"]) == 1
+    said = capsys.readouterr().out
+    assert "step 2: train/loss is " in said and "step 4: " not in said
+    assert verify.main(["--compare", str(run), str(copy)]) == 1
+    said = capsys.readouterr().out
+    assert "part at step 2: train/loss" in said and "part at step 2: step " in said
+    assert "step 4" not in said
+
+
+@pytest.mark.parametrize(
+    ("file", "step", "kind", "name"),
+    [
+        ("metrics.jsonl", 2, "train/", "train/loss"),
+        ("metrics.jsonl", 3, "eval/", "eval/loss"),
+        (trail.FILE, 3, "fingerprints", "step"),
+    ],
+)
+def test_a_middle_row_that_is_missing_is_named(run, copy, capsys, file, step, kind, name):
+    without(copy / file, step, kind)
+    for later in ("metrics.jsonl", trail.FILE):
+        change(copy / later, 5, lambda row: row.update({"train/loss": 1.0, "fingerprints": {}}))
+    assert verify.main([str(copy), "--steps=0:6"]) == 1
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said and all(line.startswith(f"step {step}: ") for line in said), said
+    assert all(line.endswith(", and was missing") for line in said)
+    for pair, way in (((run, copy), "{} -> missing"), ((copy, run), "missing -> {}")):
+        assert verify.main(["--compare", *map(str, pair)]) == 1
+        said = capsys.readouterr().out.splitlines()
+        assert said and all(f"numbers: they part at step {step}: " in line for line in said), said
+        assert all(("-> missing" in line) == (way[0] == "{") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "name"),
+    [
+        ("metrics.jsonl", None, "train/grad_norm"),
+        ("metrics.jsonl", None, "eval/accuracy"),
+        (trail.FILE, "fingerprints", "batch.inputs"),
+    ],
+)
+def test_a_quantity_that_is_missing_is_named(run, copy, capsys, file, part, name):
+    change(copy / file, 3, lambda row: (row[part] if part else row).pop(name, None))
+    assert verify.main([str(copy), "--steps=2:6"]) == 1
+    said = capsys.readouterr().out
+    assert f"step 3: {name} is " in said and "and was missing" in said
+    assert verify.main(["--compare", str(run), str(copy)]) == 1
+    assert f"part at step 3: {name} " in capsys.readouterr().out
+
+
+def test_a_score_that_differs_is_named(copy, capsys):
+    def worse(row):
+        if "eval/loss" in row:
+            row["eval/loss"] += 1e-6
+
+    change(copy / "metrics.jsonl", 3, worse)
+    assert verify.main([str(copy), "--steps=2:6"]) == 1
+    assert "step 3: eval/loss is " in capsys.readouterr().out
+    assert verify.main([str(copy), "--steps=4:6"]) == 0
+
+
+def test_a_shorter_run_is_said_to_be_shorter(run, text_file, tmp_path, copy, capsys):
+    shorter = shutil.copytree(run, tmp_path / "shorter")
+    for file in ("metrics.jsonl", trail.FILE):
+        lines = (shorter / file).read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] < 5]
+        (shorter / file).write_text("\n".join([*kept, ""]))
+    assert verify.main([str(shorter), "--steps=0:4"]) == 0
+    capsys.readouterr()
+    assert verify.main(["--compare", str(run), str(shorter)]) == 1
+    assert capsys.readouterr().out == (
+        "length: the last step recorded is 6 -> 4; up to step 4 the numbers are the same\n"
+    )
+
+
+def test_rows_that_are_not_asked_for_are_no_difference(run, text_file, tmp_path, capsys):
+    config = config_of(text_file)
+    config.train.log_every_steps, config.train.fingerprint_every_steps = 4, 3
+    config.eval.every_steps, config.train.on_bad_step = 2, "skip"
+    train.run(config, tmp_path)
+    for pair in ((run, tmp_path), (tmp_path, run)):
+        capsys.readouterr()
+        assert verify.main(["--compare", *map(str, pair)]) == 1
+        said = capsys.readouterr().out
+        assert "config: train.log_every_steps" in said and "numbers" not in said, said
+    assert verify.main([str(tmp_path), "--steps=0:6"]) == 0
+    without(tmp_path / "metrics.jsonl", 4, "train/")
+    capsys.readouterr()
+    assert verify.main([str(tmp_path), "--steps=0:6"]) == 1
+    assert "step 4: train/" in capsys.readouterr().out
+    assert verify.main(["--compare", str(run), str(tmp_path)]) == 1
+    assert "part at step 4: train/" in capsys.readouterr().out
+
+
+def test_the_reason_is_of_the_start_that_took_the_step(text_file, tmp_path, capsys):
+    """The newest starts are alike; an earlier one was not."""
+    for name, rate in (("one", 1e-2), ("two", 1e-3)):
+        for steps, peak in ((2, 1e-2), (4, rate), (6, 1e-2)):
+            config = config_of(text_file, peak_lr=peak, schedule="constant", warmup=0)
+            config.train.num_steps = steps
+            train.run(config, tmp_path / name)
+    capsys.readouterr()
+    assert verify.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "config: optim.peak_lr 0.01 (file) -> 0.001 (file)"
+    assert said[1].startswith("numbers: they part at step 3: train/learning_rate")
+
+
 def test_the_last_step_is_compared_too(copy, capsys):
     def flip(row):
         row["fingerprints"] |= dict.fromkeys(row["fingerprints"], "0" * 16)
@@ -111,12 +234,16 @@ def test_why_two_runs_differ(run, text_file, tmp_path, capsys):
         (["{run}", "--steps=4"], "write A:B"),
         (["{run}", "--steps=4:99"], "up to step 6"),
         (["{empty}"], "no config.json"),
-        (["--compare", "{run}", "{empty}"], "no receipts"),
+        (["--compare", "{run}", "{empty}"], "no metrics.jsonl"),
+        (["--compare", "{run}", "{bare}"], "no receipts"),
         (["--compare", "{run}", "{run}", "--steps=1:2"], "give one RUN"),
     ],
 )
 def test_mistakes(run, tmp_path, capsys, flags, words):
-    flags = [flag.format(run=run, empty=tmp_path) for flag in flags]
+    (empty := tmp_path / "empty").mkdir()
+    (bare := tmp_path / "bare").mkdir()
+    shutil.copy(run / "metrics.jsonl", bare)
+    flags = [flag.format(run=run, empty=empty, bare=bare) for flag in flags]
     assert verify.main(flags) == 2
     assert words in capsys.readouterr().err
 
