@@ -222,9 +222,14 @@ PARTS = ConfigDict({"data": 4, "tensor": 2})
     ("metric", "options"),
     [
         ("grad_norm", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
-        ("loss", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
-        ("grad_norm", {"mesh": ConfigDict({"data": 8, "local_steps": 5})}),
-        ("grad_norm", {"mesh": ConfigDict({"data": 8}), "train__exact_reduction": 8}),
+        *(
+            pytest.param(metric, options, marks=pytest.mark.slow)
+            for metric, options in (
+                ("loss", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
+                ("grad_norm", {"mesh": ConfigDict({"data": 8, "local_steps": 5})}),
+                ("grad_norm", {"mesh": ConfigDict({"data": 8}), "train__exact_reduction": 8}),
+            )
+        ),
     ],
 )
 def test_a_spike_is_taken_again_by_what_it_was_a_spike_of(

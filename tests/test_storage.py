@@ -62,8 +62,14 @@ def test_a_call_that_fails_costs_no_good_checkpoint(tmp_path, monkeypatch, name,
     assert all("\n" not in text for text in said)
 
 
-@pytest.mark.parametrize("wait", [True, False], ids=["last", "in flight"])
-@pytest.mark.parametrize("name", [*CALLS, "open", "read_bytes"])
+@pytest.mark.parametrize(
+    ("name", "wait"),
+    [
+        pytest.param(name, wait, marks=() if name == "fsync" and wait else pytest.mark.slow)
+        for name in (*CALLS, "open", "read_bytes")
+        for wait in (True, False)
+    ],
+)
 def test_each_call_of_a_save_may_be_the_one_that_fails(tmp_path, monkeypatch, name, wait):
     """One call of a kind after the other fails, once: the same save or the next step's is good."""
     said: list = []

@@ -112,6 +112,7 @@ def test_a_fault_in_one_layer_of_several_is_named(
     assert "row 3" in said and "row 2" not in said
 
 
+@pytest.mark.slow
 def test_a_gradient_that_goes_bad_in_one_layer_of_several_is_named(
     tiny, tmp_path, monkeypatch, capsys
 ):
