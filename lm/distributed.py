@@ -177,7 +177,7 @@ def serve(asked: str) -> None:
     """
     import jaxlib._jax as _jax  # type: ignore[import-untyped]
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for those who train
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for those who train
         signal.signal(number, signal.SIG_IGN)
     address, num_processes, options = json.loads(asked)
     service = getattr(_jax, _SERVICE)(address, num_processes, **options)

@@ -4,6 +4,7 @@ An exception of a run that ends early carries its code. A process that cannot ra
 (it hangs, or another one of the run is gone) ends with its code at once.
 """
 
+import math
 import signal
 from contextvars import ContextVar
 
@@ -46,7 +47,8 @@ class Ended(Exception):
 
     code: int
     error = True  # else it was asked for
-    stop_asked = False  # a signal came meanwhile
+    again = False  # the run begins again at once
+    stop_asked = math.inf  # when a signal came meanwhile, by time.monotonic
 
 
 class Interrupted(Ended):

@@ -11,6 +11,7 @@ and with each checkpoint; a run that resumes before one of them leaves it out ag
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ ADVICE = "Lower optim.peak_lr, lengthen optim.warmup or set optim.clip_norm"
 class RolledBack(Ended):
     """The run begins again at its last good checkpoint, without the batches that are now listed."""
 
-    code = DIVERGED
+    code, again = DIVERGED, True
 
 
 def again_when_rolled_back(run: Callable) -> Callable:
@@ -53,7 +54,7 @@ def again_when_rolled_back(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def repeated(*args, **options):
-        asked = False
+        asked = math.inf
         while True:
             try:
                 with signals.already(asked):

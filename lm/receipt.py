@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -112,7 +113,8 @@ def last(workdir: Path) -> dict[str, Any]:
 def in_force(receipts: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     """Return that of `receipts` whose start took the step after `step`; {} where none tells."""
     # A later start that went back took its steps again.
-    return next((found for found in reversed(receipts) if found["first_step"] <= step), {})
+    first = ((found.get("first_step", math.inf), found) for found in reversed(receipts))
+    return next((found for begun, found in first if begun <= step), {})
 
 
 def config_at(workdir: Path, step: int) -> dict[str, Any]:

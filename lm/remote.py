@@ -244,7 +244,8 @@ class Remote:
     def _fetch_run(self, step: int, newest: bool, digests: dict[str, str] | None) -> str:
         """Bring the files of the run's folder; those of an older part of the run are moved aside.
 
-        Return which of them is not what was written, "" for none; a copy of an older version has no digests.
+        Return which of those that its numbers depend on is not what was written, "" for none: of rows it is
+        said, and they are left out. A copy of an older version has no digests.
         """
         there = f"{self._root}/{step}/{RUN}"
         names = digests
@@ -254,21 +255,30 @@ class Remote:
         partials = {name: self._folder.parent / f"{name}.partial" for name in names}
         try:
             for name, partial in partials.items():
-                try:
-                    self._fs.get_file(f"{there}/{name}", str(partial))
-                except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                    return f"file {RUN}/{name} is missing"
-                if names[name] and manifests.hash_file(partial) != names[name]:
-                    return f"file {RUN}/{name} is not what was written"
-                manifests.sync(partial)
+                if not (problem := self._fetch_file(f"{there}/{name}", partial, names[name])):
+                    continue
+                if not name.endswith(".jsonl"):
+                    return f"file {RUN}/{name} {problem}"
+                self._say(f"file {RUN}/{name} of checkpoint {step} {problem}; going on without it")
+                partial.unlink(missing_ok=True)
             for name, partial in partials.items():
                 here = self._folder.parent / name
-                if not here.exists():
-                    partial.replace(here)
-                elif newest and here.read_bytes() != partial.read_bytes():
+                if not partial.exists() or (here.exists() and not newest):
+                    continue
+                if not here.exists() or here.read_bytes() != partial.read_bytes():
                     manifests.move_aside(here)
                     partial.replace(here)
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
         return ""
+
+    def _fetch_file(self, there: str, partial: Path, digest: str) -> str:
+        """Bring one file here, synced; return what is wrong with it, "" for nothing."""
+        try:
+            self._fs.get_file(there, str(partial))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return "is missing"
+        manifests.sync(partial)
+        good = not digest or manifests.hash_file(partial) == digest
+        return "" if good else "is not what was written"

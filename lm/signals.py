@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import exits, preemption
 
-_ASKED: ContextVar[bool] = ContextVar("asked", default=False)
+_ASKED: ContextVar[float] = ContextVar("asked", default=math.inf)
 
 
 @contextlib.contextmanager
-def already(asked: bool) -> Iterator[None]:
-    """Let a run that begins in this context be `asked` to stop from its start."""
+def already(asked: float) -> Iterator[None]:
+    """Let a run that begins in this context be asked to stop since that time, if it is not infinite."""
     token = _ASKED.set(asked)
     try:
         yield
@@ -32,30 +32,34 @@ class Stop:
     """A request to stop.
 
     Attributes:
-      asked: a signal has asked this process.
+      since: when a signal has asked, by time.monotonic; else infinite.
       waits: the request waits for the step; else it stops the process at once.
     """
 
     waits = False
 
     def __init__(self) -> None:
-        self.asked = _ASKED.get()
-        self._since = time.monotonic() if self.asked else math.inf
+        self.since = _ASKED.get()
         self._again = False  # a process has asked to save again, and `save_again` has not said so
         self._mesh: Mesh | None = None
         self._before: jax.Array | None = None
 
     def ask(self, why: str = "") -> None:
         """Ask to stop after the step; a second time changes nothing."""
-        first, self.asked = not self.asked, True
+        first = not self.asked
+        self.since = min(self.since, time.monotonic())
         if first:
-            self._since = time.monotonic()
             with contextlib.suppress(OSError):  # nobody may read it
                 os.write(2, f"\n{why}stopping after this step, and saving it\n".encode())
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked, here or, once it is agreed, in another process."""
+        return self.since < math.inf
+
     def left(self, seconds: float) -> float:
         """Return what is left of `seconds` from the request on: at least one, of 0 (for ever) 0."""
-        return seconds and max(1.0, seconds - max(0.0, time.monotonic() - self._since))
+        return seconds and max(1.0, seconds - max(0.0, time.monotonic() - self.since))
 
     def begin(self, mesh: Mesh) -> None:
         """Let requests wait for the step from now on, and all processes of `mesh` answer together."""
@@ -80,6 +84,8 @@ class Stop:
         before, self._before = self._before, self._any(votes)
         stop, asked = (False, False) if before is None else np.asarray(before)
         self._again |= bool(asked)
+        if stop:
+            self.since = min(self.since, time.monotonic())
         return bool(stop)
 
     def save_again(self) -> bool:
@@ -98,12 +104,12 @@ def stop_signals() -> Iterator[Stop]:
     and a notice stops the run after its first step.
     """
     stop, old, closed = Stop(), {}, threading.Event()
-    raised = False
+    raised = again = False
 
     def ask(number, frame):
         nonlocal raised
         if not (stop.waits or raised):
-            raised = stop.asked = True
+            raised, stop.since = True, time.monotonic()
             raise KeyboardInterrupt(number)
         stop.ask()
 
@@ -118,9 +124,10 @@ def stop_signals() -> Iterator[Stop]:
     try:
         yield stop
     except exits.Ended as error:
-        error.stop_asked = stop.asked
+        error.stop_asked, again = stop.since, error.again
         raise
     finally:
         closed.set()
         for number, handler in old.items():
-            signal.signal(number, signal.SIG_IGN if exits.ENDS_WITH_RUN.get() else handler)
+            over = exits.ENDS_WITH_RUN.get() and not again
+            signal.signal(number, signal.SIG_IGN if over else handler)

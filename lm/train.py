@@ -138,7 +138,7 @@ def run(
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
         watch.at(watchdog.ENDING, num_steps)
-        saver.wait()
+        finish(saver, batches)
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
 
@@ -200,11 +200,14 @@ def open_writers(
 
 
 def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:
-    """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is."""
+    """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is.
+
+    Of a file that is compared late that is after the last batch.
+    """
     cfg = made.cfg["data"]
     last = made.num_steps
     if cfg.epochs:
-        last = min(last, int(cfg.epochs * made.batches.steps_per_epoch))
+        last = min(last, made.batches.steps_in(cfg.epochs))
     ahead = pipeline.prefetch(
         made.batches,
         first,
@@ -219,6 +222,7 @@ def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, j
     for _, batch in ahead:
         digests.raise_found()
         yield placement.place_batch(made.mesh, batch)
+    digests.finish()
 
 
 def score(
@@ -277,6 +281,12 @@ def data_ended(
     return DataEnded(
         f"the data ended at step {now} of {num_steps}, which is saved; raise data.epochs to go on"
     )
+
+
+def finish(saver: checkpoint.Checkpointer, batches: Iterator) -> None:
+    """Wait until the last save is good and the last files of a large corpus are compared."""
+    saver.wait()
+    next(batches, None)
 
 
 def announce(

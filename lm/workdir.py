@@ -90,18 +90,22 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
         file.flush()
         os.fsync(file.fileno())
         distributed.from_first(mark)
-        yield lambda: _moved(workdir, file.fileno())
+        held = os.open(workdir, os.O_RDONLY)
+        try:
+            yield lambda: _gone(workdir, held)
+        finally:
+            os.close(held)
 
 
-def _moved(workdir: Path, lock: int) -> str:
+def _gone(workdir: Path, held: int) -> str:
+    """Say so where the folder of this name is not the one that is held."""
     try:
-        if os.path.samestat(os.stat(workdir / "lock"), os.fstat(lock)):
-            return ""
-    except OSError:
-        pass
-    return (
-        f"{workdir} was moved or taken away while this run had it; give --workdir where it is now"
-    )
+        same = os.path.samestat(os.stat(workdir), os.fstat(held))
+    except (FileNotFoundError, NotADirectoryError):
+        same = False
+    except OSError:  # which says nothing of the folder
+        same = True
+    return "" if same else f"{workdir} was moved or taken away; give --workdir where it is now"
 
 
 def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Completer:

@@ -52,7 +52,11 @@ def half_a_text(path: Path, text: Any, encoding: str = "utf-8") -> None:
 
 def half_a_record(writer: Any, data: bytes) -> None:
     """Do half of `RecordWriter.write` of tensorboardX, whose buffer may be full at any byte."""
-    writer._writer.write(len(data).to_bytes(8, "little") + b"torn" + data[: len(data) // 2])
+    from tensorboardX.record_writer import masked_crc32c
+
+    size = len(data).to_bytes(8, "little")
+    check = masked_crc32c(size).to_bytes(4, "little")
+    writer._writer.write(size + check + data[: len(data) // 2])
     writer._writer.flush()
 
 
@@ -74,10 +78,15 @@ def half_a_copy(_: Any, here: str, there: str) -> None:
     Path(there).write_bytes(data[: len(data) // 2])
 
 
+def half_a_file_there(_: Any, there: str, data: bytes) -> None:
+    """Do half of a file system's `pipe_file`."""
+    Path(there).write_bytes(data[: len(data) // 2])
+
+
 HALVES: dict[str, Callable] = {
     "append": half_a_row, "write_text": half_a_text, "write_bytes": half_a_text,
     "write": half_a_record, "rmtree": half_a_folder, "put": half_a_program,
-    "put_file": half_a_copy, "get_file": half_a_copy,
+    "put_file": half_a_copy, "get_file": half_a_copy, "pipe_file": half_a_file_there,
 }  # fmt: skip
 
 

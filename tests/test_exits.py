@@ -1,5 +1,6 @@
 """The one table of exit codes: complete, told apart, and what the README says."""
 
+import math
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lm import exits, experiment, main, manifests, train
+from lm.config import ConfigError
 from tests import quickly
 from tests.test_distributed import EXPERIMENT
 from tests.test_train import assert_same_run
@@ -66,16 +68,21 @@ def test_data_that_ends_is_told_and_saved_and_goes_on(tiny, tmp_path):
             exits.DataEnded, match=r"ended at step \d of 12, which is saved; raise data.epochs"
         ):
             train.run(config, tmp_path / "cut")
-        assert manifests.good_steps(tmp_path / "cut" / "checkpoints")[-1] == int(steps)
+        assert manifests.good_steps(tmp_path / "cut" / "checkpoints")[-1] == math.ceil(steps)
     config.data.epochs = 99
     train.run(config, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 12)
 
 
-def test_less_text_than_a_batch_ends_at_once(tiny, tmp_path):
-    config = tiny(data__epochs=1, data__batch_size=4096, data__order="shuffle")
-    with pytest.raises(exits.DataEnded, match="ended at step 0 of"):
-        train.run(config, tmp_path)
+def test_as_many_steps_as_the_text_has_are_no_early_end(tiny, tmp_path):
+    config = tiny(
+        data__epochs=1, data__batch_size=4096, train__num_steps="1 epoch", optim__warmup=0
+    )
+    assert "eval/loss" in train.run(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.epochs=1: the corpora of a mixture"):
+        train.run(
+            tiny(data__epochs=1, data__path=(), data__mixture=(("python_docs", 1),)), tmp_path
+        )
 
 
 MAIN = """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, manifests, remote, train
+from lm import checkpoint, manifests, remote, signals, train
 from lm.config import ConfigError
 from lm.exits import Interrupted
 from lm.metrics import read_rows, untimed
@@ -125,6 +125,15 @@ def test_damage_in_the_files_of_the_run_is_found(tmp_path, url, said, capsys, ch
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "skipped.json").write_text('{"1": "why"}')
     save(tmp_path / "run", url, [1, 2], said)
+    first = manifests.read(tmp_path / "run" / "checkpoints", 1)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    save(tmp_path / "run", url, [3], said)
+    said.clear()
+    edit(url, "3/run/metrics.jsonl", change)
+    assert resumed(tmp_path / "rows", url, said) == 3.0, "rows are no reason"
+    assert f"file run/metrics.jsonl of checkpoint 3 {words}; going on without it" in said[0]
+    assert not (tmp_path / "rows" / "metrics.jsonl").exists()
+    edit(url, "3/manifest.json", None)
     edit(url, "2/run/skipped.json", change)
     assert resumed(tmp_path / "other", url, said) == 1.0
     assert f"checkpoint 2 of {url} is not used: file run/skipped.json {words}" in (
@@ -133,7 +142,7 @@ def test_damage_in_the_files_of_the_run_is_found(tmp_path, url, said, capsys, ch
     assert not list((tmp_path / "other").glob("*.partial"))
     assert (tmp_path / "other" / "skipped.json").read_text() == '{"1": "why"}'
     own = manifests.read(tmp_path / "other" / "checkpoints", 1)
-    assert own == manifests.read(tmp_path / "run" / "checkpoints", 1) and "run" not in own
+    assert own == first and "run" not in own
 
 
 def test_a_copy_that_arrives_wrong_is_made_again(tmp_path, url, said, monkeypatch):
@@ -242,8 +251,9 @@ def test_a_stop_waits_for_a_copy_no_longer_than_its_grace(tiny, tmp_path, monkey
         put(self, *args)
 
     monkeypatch.setattr(remote.Remote, "_put", hangs)
+    monkeypatch.setattr(signals.Stop, "left", lambda self, seconds: seconds - 197)
     config = tiny(
-        train__num_steps=100_000, eval__every_steps=0, checkpoint__grace_seconds=4.0,
+        train__num_steps=100_000, eval__every_steps=0, checkpoint__grace_seconds=200.0,
         checkpoint__remote=f"memory://{uuid.uuid4().hex}",
     )  # fmt: skip
     with pytest.raises(Interrupted):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -303,7 +304,7 @@ def test_a_workdir_that_is_moved_is_left_alone(tiny, tmp_path, monkeypatch, capf
         return original(self, step, *args, **options)
 
     monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
-    with pytest.raises(OSError, match="moved or taken away while this run had it"):
+    with pytest.raises(OSError, match="moved or taken away; give --workdir where it is now"):
         train.run(tiny(checkpoint__keep=1), here)
     assert manifests.good_steps(there / "checkpoints") == [2]
     left = [str(path.relative_to(here)) for path in sorted(here.rglob("*"))] if again else []
@@ -526,8 +527,23 @@ def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatc
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(bytes(content))
-    with pytest.raises(ConfigError, match=r"train-00000\.tokens is damaged \(its SHA-256"):
-        train.run(config, tmp_path / "damaged")
+    original, finish, ending = shards.recorded, shards.Check.finish, threading.Event()
+
+    def late(path):
+        ending.wait(60)
+        return original(path)
+
+    def finishing(self):
+        ending.set()
+        finish(self)
+
+    for name in ("damaged", "late"):
+        with pytest.raises(ConfigError, match=r"train-00000\.tokens is damaged \(its SHA-256"):
+            train.run(config, tmp_path / name)
+        # A run that is over before the files are compared says so then; what it trained is there.
+        monkeypatch.setattr(shards, "recorded", late)
+        monkeypatch.setattr(shards.Check, "finish", finishing)
+    assert manifests.good_steps(tmp_path / "late" / "checkpoints")[-1] == 50
 
 
 @pytest.mark.slow

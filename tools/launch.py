@@ -167,9 +167,11 @@ def _collect(children: Sequence[subprocess.Popen], logs: Path | None) -> list[th
 
 def _pass_on(source: IO[bytes], target: IO[str], prefix: str, log: IO[bytes] | None) -> None:
     for line in source:
+        # What cannot be written is lost: a process whose output nobody takes would wait for ever.
         if log:
-            log.write(line)
-        with contextlib.suppress(BrokenPipeError):  # nobody reads here: the files have it
+            with contextlib.suppress(OSError):
+                log.write(line)
+        with contextlib.suppress(OSError):
             target.write(prefix + line.decode(errors="replace").rstrip("\n") + "\n")
             target.flush()
 
@@ -180,6 +182,8 @@ def _forwarded(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
     told: list[int] = []
 
     def forward(number, frame):
+        if number == signal.SIGHUP in told:
+            return  # a shell sends one, and the kernel another
         told.append(number)
         _send(children, number if len(told) < 3 else signal.SIGKILL)
 

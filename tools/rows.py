@@ -35,7 +35,7 @@ class Record:
             self.rows.setdefault(int(row["step"]), {}).update(values)
         marks = workdir / trail.FILE
         found: list[Any] = metrics.read_rows(marks) if marks.exists() else []
-        self.marks = {int(row["step"]): row["fingerprints"] for row in found}
+        self.marks = {int(row["step"]): row.get("fingerprints", {}) for row in found}
         self.receipts = receipt.read_all(workdir)
 
     @property

@@ -57,7 +57,6 @@ def run(
     }
     for name in points:
         _check_folder(Path(workdir) / name, marks[name])
-    others = [n for n in every if n not in points and _is_done(Path(workdir) / n, marks[n])]
     codes: dict[str, int] = {}
     for number, (name, point) in enumerate(points.items(), start=1):
         folder, mark = Path(workdir) / name, marks[name]
@@ -70,11 +69,12 @@ def run(
         codes[name] = 0 if done else _run_point(command, path, folder, assigned[name], swept=swept)
         if codes[name] == 0:
             _write(folder / _MARKER, json.dumps(mark))
+        others = (n for n in every if n not in codes and _is_done(Path(workdir) / n, marks[n]))
         ended = {**codes, **dict.fromkeys(others, 0)}
         rows = [_result(Path(workdir), n, every[n], code) for n, code in ended.items()]
         rows.sort(key=lambda row: math.inf if (value := _number(row, metric)) is None else value)
         _save(Path(workdir), rows)
-        if codes[name] in (exits.STOPPED, exits.RESUMABLE, exits.TERMINATED):
+        if codes[name] in (exits.STOPPED, exits.HUNG_UP, exits.RESUMABLE, exits.TERMINATED):
             print(f"interrupted; the same command goes on with {name}")
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")

@@ -87,6 +87,12 @@ class Batches:
         steps = self.num_rows / self.batch_size
         return float(int(steps)) if self.stream else steps
 
+    def steps_in(self, epochs: int) -> int:
+        """Return how many batches have the rows of so many epochs; the last one may have more."""
+        if self.stream:
+            return epochs * (self.num_rows // self.batch_size)
+        return -(-epochs * self.num_rows // self.batch_size)
+
     def __getitem__(self, step: int) -> Batch:
         """Return this host's rows of the batch of `step`: arrays [batch_size / hosts, length]."""
         places = np.arange(self._slice.start, self._slice.stop, dtype=np.int64)

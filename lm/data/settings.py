@@ -110,6 +110,11 @@ class Config:
             raise ConfigError(
                 f"data.path={','.join(self.path)}: data.mixture names the corpora; leave one of them out"
             )
+        if self.mixture and self.epochs:
+            raise ConfigError(
+                f"data.epochs={self.epochs}: the corpora of a mixture end at steps of their own; use "
+                "train.num_steps"
+            )
         if self.mixture_stages and not self.mixture:
             raise ConfigError("data.mixture_stages: used only with data.mixture; give it too")
         mixture.check_temperature(self.mixture_temperature)

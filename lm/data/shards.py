@@ -154,6 +154,11 @@ class Check:
         if self._damaged:
             raise self._damaged[0]
 
+    def finish(self) -> None:
+        """Wait until all files are compared. Raises what `raise_found` raises."""
+        self._thread.join()
+        self.raise_found()
+
     def _compare(self) -> None:
         for file, record in self._unchecked.items():
             try:

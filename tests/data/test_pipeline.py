@@ -147,6 +147,14 @@ def test_streams_are_contiguous_and_positions_go_on(isolate):
     assert_same(made[window], made[0])  # and again from the beginning
 
 
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 30))
+def test_epochs_are_counted_in_batches_exactly(rows, batch_size, epochs):
+    task = SimpleNamespace(num_rows=lambda split: rows)
+    made = pipeline.Batches([None], task, batch_size=batch_size, seed=0, order="shuffle")
+    steps = made.steps_in(epochs)
+    assert (steps - 1) * batch_size < epochs * rows <= steps * batch_size
+
+
 def test_streams_refuse_what_they_cannot_do():
     split = make_split([50])
     with pytest.raises(ConfigError, match=r"task\.context=2: data\.order=stream"):
