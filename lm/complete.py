@@ -105,19 +105,18 @@ class Completer:
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens that the model reads of a prompt, [MASK] as what the task has for it."""
         parts = [self.tokenizer.encode(part).tolist() for part in prompt.split(MASK)]
+        read = getattr(self.task, "text_length", None)  # of one to classify, cut as in training
         if self.kind == "causal":
             end = self.tokenizer.end_of_text
-            tokens = self.tokenizer.encode(prompt).tolist()
+            tokens = self.tokenizer.encode(prompt).tolist()[:read]
             return [end, *tokens, *([end] if self.paired else [])]
         marks = self._marks(len(parts) - 1)
         tokens = list(parts[0])
         for mark, part in zip(marks, parts[1:], strict=True):
             tokens += [mark, *part]
         if self.kind == "source":
-            return [*tokens, self.tokenizer.end_of_text]
-        if self.model.cfg.num_classes:  # cut as in training
-            tokens = tokens[: self.task.row_length - 2]
-        return [self.task.cls, *tokens, self.task.sep]
+            return [*tokens[:read], self.tokenizer.end_of_text]
+        return [self.task.cls, *tokens[:read], self.task.sep]
 
     def _marks(self, count: int) -> list[int]:
         """Return the special tokens that stand for `count` gaps in a text."""

@@ -12,6 +12,7 @@ Imports of jax are inside functions: a command knows this file before it knows w
 
 import contextlib
 import faulthandler
+import importlib.util
 import itertools
 import json
 import os
@@ -28,6 +29,9 @@ from lm.exits import LOST
 
 START_SECONDS = 60  # least time to wait for the other processes to start
 NOWHERE = "where the others are is not known; give --coordinator_address, HOST:PORT of process 0"
+GIVE = (
+    "give --coordinator_address, --num_processes and --process_id, or their environment variables"
+)
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False
 _asked = itertools.count()
@@ -80,13 +84,11 @@ def start(
             local_device_ids=local_devices(os.environ),
             initialization_timeout=patience + 60,
             heartbeat_timeout_seconds=2 * patience + 60,
+            cluster_detection_method=None if address else _method(),
         )
     except (ValueError, RuntimeError, TypeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"cannot join the other processes: {why}; give --coordinator_address, --num_processes and "
-            "--process_id, or their environment variables"
-        ) from None
+        raise ConfigError(f"cannot join the other processes: {why}; {GIVE}") from None
     finally:
         setattr(jax_distributed._jax, _SERVICE, inside)
         alarm.cancel()
@@ -130,7 +132,23 @@ def clustered() -> bool:
     for cluster in ClusterEnv._cluster_types:
         if not cluster.opt_in_only_method and cluster.is_env_present():
             return cluster.get_process_count() > 1
-    return False
+    return _method() is not None
+
+
+def _method() -> str | None:
+    """Return how jax is to look for the others where it has to be told: mpi4py, under Open MPI 5.
+
+    Raises ConfigError where there is none: else each process would train alone.
+    """
+    size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size == "1" or "OMPI_MCA_orte_hnp_uri" in os.environ:
+        return None
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError(
+            f"OMPI_COMM_WORLD_SIZE={size}: to join the other processes of Open MPI 5 takes mpi4py; install "
+            f"it, or {GIVE}"
+        )
+    return "mpi4py"
 
 
 def local_devices(environment: Any) -> list[int] | None:

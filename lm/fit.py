@@ -12,7 +12,7 @@ from lm.config import ConfigError
 from lm.data import corpus
 
 OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by counting
-    r"optim\.|train\.(accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
+    r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
 )
 
 

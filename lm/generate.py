@@ -67,7 +67,7 @@ def generate(
     Raises ConfigError for an argument out of its range, or a token outside the vocabulary.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, seed)
-    _check_tokens(model.cfg.vocab_size, prompt=prompts, source=sources)
+    _check_rows(model, prompts, sources)
     limit, rows = model.max_context, [list(map(int, prompt)) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     prompted = [len(row) for row in rows]
@@ -165,6 +165,18 @@ def _batch(rows: tuple[Any, Any], names: tuple[str, str, str] = ROW) -> dict[str
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     return dict(zip(names, (jnp.asarray(tokens_BL), segments_BL, positions_BL), strict=True))
+
+
+def _check_rows(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None,
+) -> None:
+    _check_tokens(model.cfg.vocab_size, prompt=prompts, source=sources)
+    if ("source" in model.accepts) != (sources is not None):
+        raise ConfigError(
+            "sources: one for each prompt, of an encoder-decoder; other families read the prompt alone"
+        )
 
 
 def _check_tokens(vocab_size: int, **named: Sequence[Sequence[int]] | None) -> None:

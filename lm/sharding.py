@@ -170,6 +170,12 @@ def ways(mesh: Any, axis: str | None) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(axis)) if axis else 1
 
 
+def ways_here(*axes: str) -> int:
+    """Return over how many devices of the mesh in use arrays of these logical axes are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(ways(mesh, axis) for axis in axes)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Return over how many devices the batch is split."""
     return ways(mesh, "act_batch")
@@ -177,15 +183,8 @@ def batch_shards(mesh: Mesh) -> int:
 
 def row_shards(num_rows: int) -> int:
     """Return over how many devices of the mesh in use `num_rows` rows split; 1 where they do not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else ways(mesh, "act_batch")
+    shards = ways_here("act_batch")
     return shards if num_rows % shards == 0 else 1
-
-
-def stages() -> int:
-    """Return over how many devices of the mesh in use the layers are split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else ways(mesh, "layers")
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

@@ -326,7 +326,7 @@ def forward(model, variables, batch, objective: Objective, *, train: bool = True
         z_loss=objective.z_loss,
         label_smoothing=objective.label_smoothing,
         chunk=objective.chunk,
-        shards=sharding.mesh_size(),
+        shards=sharding.ways_here("act_batch", "act_length", "act_vocab"),
         whole_rows=objective.whole_rows,
         by_row="corpus" in batch,
     )

@@ -82,10 +82,18 @@ def test_every_kind_of_family_classifies(tiny, tmp_path, labelled, model, lines,
     (text,) = completer.complete(["good great"], GREEDY)
     if lines:
         assert text.startswith(("yes 0.", "no 0.")) and len(text.split("  ")) == 2
-        cut = completer.complete(["good great " * 2, "good great " * 20], GREEDY)
-        assert cut[0] == cut[1], "as long a text as in training is read"
     else:
         assert not completer.goes_on and "good" not in text
+    long, longer = (completer.encode("good great " * count) for count in (9, 20))
+    assert long == longer, "as long a text as in training is read"
+    encode = completer.tokenizer.encode
+    pair = encode("good great " * 20), encode(completer.task.labels[0])
+    split = types.SimpleNamespace(
+        paired=True, num_pairs=1, pair=lambda _: pair, end_of_text=completer.tokenizer.end_of_text
+    )
+    trained = completer.task.rows(split, np.zeros(1, np.int64))
+    source = trained["source" if completer.kind == "source" else "inputs"][0]
+    assert longer == source[: len(longer)].tolist()
 
 
 def test_other_texts_are_scored_by_the_labels_that_the_model_knows(

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
+from ml_collections import ConfigDict
 
-from lm import losses, placement, sharding
+from lm import experiment, losses, placement, sharding
 from lm.nn import linear
 
 TOLERANCE = 1e-5
@@ -336,3 +337,33 @@ def test_time_is_little_more_than_that_of_the_matrix_products(layout):
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     print({name: f"{value:.1f} s" for name, value in median.items()})
     assert median["ours"] <= max(0.6 * median["full"], 1.2 * median["products"])
+
+
+class Room(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ways"),
+    [
+        ({"stage": 4, "data": 2}, 2),
+        ({"data": 2, "tensor": 2, "context": 2}, 8),
+        ({"dcn": 2, "data": 4}, 8),
+        ({"dcn": 2, "data": 4, "local_steps": 5}, 4),
+    ],
+)
+def test_a_chunks_room_is_that_of_the_devices_its_logits_are_split_over(
+    tiny, monkeypatch, sizes, ways
+):
+    """Stages and groups that train apart hold all of theirs."""
+
+    def look(*_, shards, **how):
+        raise Room(shards)
+
+    layers = {"model__num_layers": 4, "model__scan": True}
+    made = experiment.build(tiny(mesh=ConfigDict(sizes), data__batch_size=16, **layers))
+    monkeypatch.setattr(losses, "cross_entropy", look)
+    _, train_step, _, abstract = experiment.jitted(made)
+    with sharding.use(made.mesh), pytest.raises(Room, match=rf"^{ways}\b"):
+        batch = placement.place_batch(made.mesh, made.batches[0])
+        train_step.lower(abstract, batch)

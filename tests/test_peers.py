@@ -1,6 +1,8 @@
 """What the processes of a run say of each other, over a store that is a dictionary here."""
 
+import importlib.util
 import itertools
+import sys
 import threading
 import time
 import types
@@ -211,6 +213,22 @@ def test_several_that_do_not_know_where_the_others_are():
         ConfigError, match=r"--num_processes=2: where .* give --coordinator_address"
     ):
         distributed.start(num_processes=2, process_id=0)
+
+
+def test_open_mpi_5_takes_mpi4py(monkeypatch):
+    """jax asks mpi4py only where it is told to: else each process would train alone."""
+    joined: list = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **how: joined.append(how))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"OMPI_COMM_WORLD_SIZE=2: .* takes mpi4py; install it"):
+        distributed.start()
+    assert not distributed.start(num_processes=1) and not joined
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "mpi4py" or find(name))
+    monkeypatch.setattr(distributed, "_joined", False)
+    monkeypatch.setattr(distributed.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert distributed.start() and joined[0]["cluster_detection_method"] == "mpi4py"
 
 
 def test_a_pod_that_is_no_part_of_an_indexed_job_is_alone(monkeypatch):

@@ -23,6 +23,7 @@ from lm.config import ConfigError
 from lm.models import check_fields, check_option
 from lm.nn.attention import segment_mask
 from lm.nn.cells import CELLS
+from lm.nn.cross_attention import NO_SOURCE
 from lm.nn.embed import Embed, Head, finish_logits, pad_vocab
 from lm.nn.linear import Linear, einsum, wide
 from lm.nn.recurrent import Recurrent, States, hand_over
@@ -200,6 +201,8 @@ class Model(nn.Module):
         """
         if "source" in batch:
             (start, memory), positions_BL = self._read(batch, train), batch["positions"]
+        elif not self.has_variable("cache", "context"):
+            raise ConfigError(NO_SOURCE)
         else:
             start, memory = self.get_variable("cache", "context")
             positions_BL = jnp.zeros_like(batch["positions"])

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm import sharding
+from lm.config import ConfigError
 from lm.nn import context
 from lm.nn.attention import attend, segment_mask
 from lm.nn.context import Pairs
 from lm.nn.linear import Linear
+
+NO_SOURCE = (
+    "batch: no source in it, which an encoder-decoder reads first; give source, source_segments and "
+    "source_positions, as task.name='seq2seq' does, or, to generate, sources"
+)
 
 
 class CrossAttention(nn.Module):
@@ -98,7 +104,8 @@ class CrossAttention(nn.Module):
             self.variable("cache", name, boxed).value = array
 
     def _remembered(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        assert self.has_variable("cache", "key"), "decoding begins with a source"
+        if not self.has_variable("cache", "key"):
+            raise ConfigError(NO_SOURCE)
         key, value, segments = (
             self.variable("cache", name, jnp.zeros, ()).value
             for name in ("key", "value", "segments")

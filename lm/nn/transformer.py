@@ -50,7 +50,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *args: Any, train: bool, decode: bool) -> jax.Array:
         """Run the layers in order on x [B, L, D]; `args` go to every layer."""
-        if self.scan and sharding.stages() > 1 and not self.is_initializing():
+        if self.scan and sharding.ways_here("layers") > 1 and not self.is_initializing():
             return self._in_stages(x, args, train=train, decode=decode)
         block = self.block
         if self.remat != "none" and not decode:
@@ -88,7 +88,7 @@ class Stack(nn.Module):
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stages = sharding.stages()
+        stages = sharding.ways_here("layers")
         return pipeline.run(
             layer,
             self.variables["params"][SCANNED],

@@ -47,6 +47,9 @@ class Task:
                 "task.name='classify': the data has no labels; name their field in data.label_field"
             )
         self.labels, self.at_first = setting.labels, setting.kind == "masked"
+        self.text_length = cfg.length - (
+            2 if self.at_first else 1
+        )  # tokens of a text that are read
         # By its tokens: some tokenizers read two texts alike, and give back neither.
         self._numbers = {tuple(self.tokenizer.encode(x)): i for i, x in enumerate(self.labels)}
         self._check_labels()
@@ -115,7 +118,7 @@ class Task:
             text, label = split.pair(index)
             if self._augment and epochs is not None:
                 text = self._augment(text, int(epochs[row]), index)
-            tokens = [self.cls, *text[: self.row_length - 2], self.sep]
+            tokens = [self.cls, *text[: self.text_length], self.sep]
             batch["inputs"][row, : len(tokens)] = tokens
             batch["segments"][row, : len(tokens)] = 1
             batch["positions"][row, : len(tokens)] = np.arange(len(tokens))

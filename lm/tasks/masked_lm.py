@@ -11,6 +11,7 @@ What differs: A and B are halves of a window and not sentences of one document; 
 max(1, round(mask_rate * tokens)) masked tokens, or with whole words at most so many.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,6 +63,17 @@ class Config:
         return self.isolate_documents
 
 
+# Scripts that write no spaces: Thai to Burmese, Khmer, kana, Han.
+_RANGES = ("\u0e00-\u109f", "\u1780-\u17ff", "\u3040-\u31ff", "\u3400-\u9fff", "\uf900-\ufaff",
+           "\uff66-\uff9f", "\U00020000-\U0003ffff")  # fmt: skip
+UNSPACED = re.compile(f"[{''.join(_RANGES)}]")
+
+
+def _goes_on(character: str) -> bool:
+    """Return whether a word goes on over a character: each of Han, kana or Thai is a word, as in BERT."""
+    return character.isalnum() and not UNSPACED.match(character)
+
+
 class Task:
     """Rows of a split's stream, by index."""
 
@@ -86,8 +98,8 @@ class Task:
         if cfg.whole_word:
             texts = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
             texts += [""] * (self.vocab_size - len(texts))
-            self._begins = np.array([text[:1].isalnum() for text in texts])
-            self._ends = np.array([text[-1:].isalnum() for text in texts])
+            self._begins = np.array([_goes_on(text[:1]) for text in texts])
+            self._ends = np.array([_goes_on(text[-1:]) for text in texts])
 
     def num_rows(self, split: Any) -> int:
         """Return how many rows hold every token of `split` once."""

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from lm import checkpoint, experiment, models, placement, sharding, step, train
+from lm import checkpoint, experiment, generate, models, placement, sharding, step, train
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.convert import exporter, importer
@@ -133,6 +133,20 @@ def batch_of(model, documents, sources=None, **options):
     batch["targets"] = np.roll(batch["inputs"], -1, axis=1)
     batch["weights"] = (batch["segments"] > 0).astype(np.float32)
     return batch
+
+
+def test_a_source_is_asked_of_those_that_read_one():
+    for name in LEARNED_FAMILIES:
+        model, params = made(name)
+        if "masked" in model.accepts:
+            continue
+        reads = "source" in model.accepts
+        with pytest.raises(ConfigError, match="sources: one for each prompt"):
+            generate.generate(model, params, [[1]], max_tokens=2, sources=None if reads else [[1]])
+        if reads:
+            batch = rows_of([[np.array([1, 2])]])
+            with pytest.raises(ConfigError, match="batch: no source in it"):
+                model.apply({"params": params}, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

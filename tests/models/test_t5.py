@@ -175,7 +175,7 @@ def test_a_step_without_a_prompt_before_it_is_refused():
     one = np.ones((B, 1), np.int32)
     batch = {"inputs": one, "segments": one, "positions": one}
     model = build(decode_length=4)
-    with pytest.raises(AssertionError, match="source"):
+    with pytest.raises(ConfigError, match="batch: no source in it"):
         decode = functools.partial(model.apply, decode=True, mutable=["cache"])
         jax.eval_shape(decode, {"params": params_of(model)}, batch)
 

@@ -153,6 +153,22 @@ def test_whole_words_are_masked_whole():
     assert seen > 20
 
 
+def test_in_chinese_each_character_is_a_word():
+    text = "我们在北京学习语言模型的训练方法并且测试每一个步骤的结果"
+    pieces = sorted(set(text))
+    tokenizer = types.SimpleNamespace(
+        vocab_size=len(pieces) + 1, end_of_text=len(pieces), specials={}, decode=None,
+        piece=lambda i: [*pieces, ""][i],
+    )  # fmt: skip
+    cfg = tasks.config_class("masked_lm")(length=30, whole_word=True, mask_rate=0.15)
+    task = tasks.build(cfg, tasks.Setting("masked", tokenizer))
+    tokens = np.array([len(pieces), *map(pieces.index, text)], np.uint16)
+    split = Split("train", tokens, np.array([0]), 1, False)
+    for epoch in range(5):
+        batch = task.rows(split, np.array([0]), epochs=np.array([epoch]))
+        assert batch["weights"].sum() == round(0.15 * len(text)), "one clause is no one word"
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_words_are_known_by_the_tokenizers_pieces(whole):
     """Where a token is a word, whole words are tokens; where ## goes on, it goes on."""
