@@ -45,8 +45,8 @@ class Alone:
     def agree(self, facts: Mapping[str, str]) -> None:
         """Check that `facts` are the same in every process. Raises Disagreement, which names one."""
 
-    def barrier(self, name: str) -> None:
-        """Return when every process is here, each `name` once."""
+    def ready(self, name: str) -> None:
+        """Return when every process is here before training, each `name` once."""
 
     def at(self, doing: str, step: int) -> None:
         """Note what this process does, for the others."""
@@ -61,17 +61,21 @@ class Alone:
 
 
 @contextlib.contextmanager
-def watch(timeout: float, *, together: tuple[type[BaseException], ...] = ()) -> Iterator[Alone]:
+def watch(
+    timeout: float, patience: float = 0.0, *, together: tuple[type[BaseException], ...] = ()
+) -> Iterator[Alone]:
     """Yield the peers of this process, watched; all leave together.
 
     Args:
       timeout: seconds of silence, or of no progress in training, after which this process ends.
+      patience: seconds after which it ends where one is not there that it waits for before training, but
+        for the one that prepares data; 0 = for ever.
       together: exceptions that all processes raise at the same point.
     """
     if jax_distributed.global_state.client is None:
         yield Alone()
         return
-    peers = Peers(timeout)
+    peers = Peers(timeout, patience)
     try:
         yield peers
         peers.barrier("end")
@@ -88,10 +92,11 @@ def watch(timeout: float, *, together: tuple[type[BaseException], ...] = ()) -> 
 class Peers(Alone):
     """The processes of a run, as one of them sees them."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, patience: float = 0.0):
         known = jax_distributed.global_state
         self._client, self._index, self._count = known.client, known.process_id, known.num_processes
         self._coordinator = known.coordinator_address
+        self._patience = patience
         self._timeout, self._pause = timeout, max(0.5, min(10.0, timeout / 30))
         self._prefix = f"lm/run{next(_runs)}"
         self._me: list[Any] = ["starting", 0]
@@ -106,7 +111,7 @@ class Peers(Alone):
             threading.Thread(target=work, daemon=True).start()
         self._client.key_value_set(f"{self._prefix}/host/{self._index}", socket.gethostname())
         jax.devices()  # where the processes' devices become one list
-        self.barrier("start")
+        self.barrier("start", patience)
         self._hosts = self._read("host")
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -114,7 +119,7 @@ class Peers(Alone):
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._client.key_value_set(f"{self._prefix}/facts/{self._index}", text)
         self._client.key_value_set(f"{self._prefix}/digest/{self._index}", digest)
-        self.barrier("facts")
+        self.barrier("facts", self._patience)
         digests = self._read("digest")
         counts = Counter(digests[i] for i in sorted(digests))  # of equally many, that of the first
         usual = counts.most_common(1)[0][0]
@@ -134,8 +139,13 @@ class Peers(Alone):
             "start all with the same command, code and data"
         )
 
-    def barrier(self, name: str) -> None:
+    def ready(self, name: str) -> None:
+        self.barrier(name, self._patience)
+
+    def barrier(self, name: str, patience: float = 0.0) -> None:
+        """Return when every process is here; end this one when one is not in `patience` seconds."""
         failed: list[Exception] = []
+        self._client.key_value_set(f"{self._prefix}/at/{name}/{self._index}", "", True)
 
         def wait() -> None:
             try:
@@ -145,7 +155,14 @@ class Peers(Alone):
 
         waiting = threading.Thread(target=wait, daemon=True)  # in which no signal is waited for
         waiting.start()
-        waiting.join()
+        waiting.join(min(patience, threading.TIMEOUT_MAX) or None)
+        if waiting.is_alive():
+            here = self._read(f"at/{name}")
+            late = [
+                f"{self._name(i)}: {self._doing(i)}" for i in range(self._count) if i not in here
+            ]
+            field = "train.compile_timeout_seconds"
+            self._end(f"not there in {patience:g} s ({field}): {'; '.join(late[:_SHOWN])}")
         if failed:
             raise failed[0]
 

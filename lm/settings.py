@@ -85,3 +85,8 @@ class Config:
             raise ConfigError(
                 f"train.label_smoothing={self.label_smoothing}: use a share in [0, 1)"
             )
+
+    @property
+    def peer_timeouts(self) -> tuple[float, float]:
+        """Seconds that other processes may be silent, and that they may take to come to the first step."""
+        return self.peer_timeout_seconds, self.compile_timeout_seconds

@@ -65,11 +65,11 @@ def run(
       DataEnded: there is no batch for a step.
     """
     workdir = Path(workdir)
-    timeout = experiment.section(config, "train").peer_timeout_seconds
+    timeouts = experiment.section(config, "train").peer_timeouts
     with ExitStack() as stack:
         # First, so that a second signal is harmless until all is closed.
         stop = stack.enter_context(signals.stop_signals())
-        others = stack.enter_context(peers.watch(timeout, together=(Ended,)))
+        others = stack.enter_context(peers.watch(*timeouts, together=(Ended,)))
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
@@ -83,7 +83,7 @@ def run(
         stack.enter_context(sharding.use(made.mesh))
         init, train_step, eval_step, abstract = experiment.jitted(made)
         state, first, resumed = begin(made, saver, init, abstract)
-        others.barrier("restored")
+        others.ready("restored")
         workdirs.write_files(workdir, made, first, receipt.origins(config, made, origins or {}))
         scores = saved_scores(workdir, first) if resumed else {}
         opened = open_writers(workdir, made, first if resumed else None, bool(scores))

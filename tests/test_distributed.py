@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, manifests, train
+from lm import checkpoint, config, exits, manifests, train
 from lm.metrics import read_rows
 from tools import replay
 
@@ -325,6 +325,37 @@ def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_pa
     assert replay.main([str(folder)]) == 0
     said = capsys.readouterr().out
     assert "row 5, shard 2 of 4" in said and "batch weights: 16 numbers are not finite" in said
+
+
+LATE = """
+
+import os
+import time
+from lm import experiment
+
+original = experiment.build
+
+
+def build(config):
+    while os.environ["JAX_PROCESS_ID"] == "1":
+        time.sleep(1)
+    return original(config)
+
+
+experiment.build = build
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_to_training_ends_all(text_file, tmp_path):
+    """It lives and says so; the others wait for it no longer than they are told to."""
+    path = tmp_path / "late.py"
+    path.write_text(EXPERIMENT.format(path=str(text_file)) + LATE)
+    flags = "--config.train.compile_timeout_seconds=12"
+    with Job(path, tmp_path / "run", 2, flags) as job:
+        assert job.wait(90) == exits.LOST, job.said(0)
+        assert "process 1 (" in (said := job.said(0)) and "not there in 12 s" in said
+        assert "Thread 0x" in said, "and where each thread is"
 
 
 UNWRITTEN = """

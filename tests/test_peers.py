@@ -113,6 +113,22 @@ def test_agreement_is_silent(meet):
     assert together(meet(2, 15.0), lambda peer: peer.agree({"x": "1"})) == [None, None]
 
 
+def test_a_process_that_others_wait_for_too_long_before_training_is_named(meet, monkeypatch):
+    every, ended = meet(3, 15.0), []
+    every[2].at("restoring", 0)
+    until(lambda: every[0]._said(2) == ["restoring", 0])
+    monkeypatch.setattr(peers.Peers, "_end", lambda self, why: ended.append((self._index, why)))
+    every[0]._patience, every[1]._patience = 0.5, 0.0
+    with ThreadPoolExecutor(3) as pool:
+        first, second = (pool.submit(every[i].ready, "restored") for i in range(2))
+        until(lambda: first.done())
+        assert not second.done(), "of no patience's end"
+        every[2].ready("restored")
+    ((index, why),) = ended
+    assert index == 0 and "process 2 (" in why and "restoring" in why and "process 1 (" not in why
+    assert "not there in 0.5 s (train.compile_timeout_seconds)" in why
+
+
 def test_a_silent_process_is_named_and_so_is_what_it_did(meet):
     every = meet(2, 15.0)
     every[1].at("training", 7)
@@ -180,7 +196,7 @@ def test_a_process_that_still_compiles_is_waited_for(meet):
 def test_one_process_alone_waits_for_nobody():
     with peers.watch(1.0) as alone:
         alone.agree({"x": "1"})
-        alone.barrier("x")
+        alone.ready("x")
         alone.at("training", 1)
         with alone.first_first("x"):
             pass
