@@ -1,5 +1,7 @@
 """Optimizers and schedules: direction, end points, masks, placement, and Muon's matrices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -327,3 +329,36 @@ def test_adafactor_takes_each_scanned_layer_by_itself():
         for p, g in zip(params, grads, strict=True)
     ]
     np.testing.assert_allclose(together, np.stack(alone), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
+def test_adafactors_factors_are_the_same_on_every_mesh(stacked):
+    """Both axes are long enough to be factored, 128 and more."""
+    rng = np.random.default_rng(1)
+    shape, names = (2, 256, 384)[not stacked :], ("layers", "embed", "mlp")[not stacked :]
+    params, *grads = (rng.normal(size=shape).astype("f") for _ in range(4))
+    cfg = optim.Config(name="adafactor", warmup=0, clip_norm=0.0)
+    described = {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}
+    tx, _ = optim.build(
+        cfg, num_steps=10, to_steps=lambda *_: 0, params=described, axes={"kernel": names}
+    )
+
+    def end(mesh):
+        with sharding.use(mesh):
+            place = sharding.named_sharding(mesh, names)
+            values = {"kernel": jax.device_put(params, place)}
+            state = jax.jit(tx.init)(values)
+            kept = [leaf for leaf in jax.tree.leaves(state) if leaf.size == math.prod(shape)]
+            assert not kept, "the second moments are factored"
+            for grad in grads:
+                updates, state = jax.jit(tx.update)(
+                    {"kernel": jax.device_put(grad, place)}, state, values
+                )
+                values = jax.tree.map(jnp.add, values, updates)
+            return np.asarray(values["kernel"])
+
+    expected = end(sharding.make_mesh(sharding.Config(), jax.devices()[:1]))
+    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}):
+        found = end(sharding.make_mesh(sharding.Config(**{"data": 1, **sizes})))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

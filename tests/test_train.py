@@ -406,11 +406,18 @@ def test_a_profile_ends_with_the_run(tiny, tmp_path):
 
 @pytest.mark.optimized
 def test_layers_scanned_or_unrolled_resume_each_other(tiny, tmp_path):
-    config = tiny()
-    train.run(tiny(train__num_steps=4), tmp_path)
-    config.model.scan = True
-    train.run(config, tmp_path)
-    assert [row["step"] for row in rows_of(tmp_path)][-1] == 6
+    layers = {"model__num_layers": 3, "model__model_dim": 32}
+    for first in (True, False):
+        turned, straight = tmp_path / f"turned {first}", tmp_path / f"straight {first}"
+        train.run(tiny(**layers, model__scan=first, train__num_steps=4), turned)
+        train.run(tiny(**layers, model__scan=not first), turned)
+        train.run(tiny(**layers, model__scan=first), straight)
+        found, expected = (
+            [row["train/loss"] for row in rows_of(workdir) if "train/loss" in row]
+            for workdir in (turned, straight)
+        )
+        assert len(found) == 6
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_init_from_starts_at_the_parameters_of_another_run(tiny, tmp_path):

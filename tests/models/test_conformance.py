@@ -466,6 +466,34 @@ def test_every_mesh_is_one_device(name, sizes):
     assert_alike(steps(name, on(**sizes), **FIVE, **fields, **ODD), five_steps(name))
 
 
+WIDE = {
+    "gpt": {"num_layers": 3, "model_dim": 64, "num_heads": 8, "mlp_dim": 128},
+    "rnn": {"num_layers": 3, "model_dim": 64},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDE)
+def test_up_to_all_devices_share_a_tensor(name):
+    run = functools.partial(steps, name, **FIVE, **WIDE[name])
+    expected = run(one_device())
+    for sizes in (
+        {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"tensor": 8},
+        {"dcn": 2, "data": 2, "fsdp": 2}, {"dcn": 2, "fsdp": 2, "tensor": 2},
+    ):  # fmt: skip
+        assert_alike(run(on(**sizes)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5", "rnn", "linear_rnn"])
+def test_what_is_dropped_is_the_same_on_every_mesh(name):
+    run = functools.partial(steps, name, **FIVE, num_layers=2, dropout=0.5)
+    expected, plain = run(one_device()), steps(name, one_device(), **FIVE, num_layers=2)
+    assert np.abs(np.subtract(expected[0], plain[0])).max() > 1e-4, "something is dropped"
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"dcn": 2, "fsdp": 4}):
+        assert_alike(run(on(**sizes)), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCANNED_ONES if name in FAMILIES])
 def test_stages_are_one_device(name):

@@ -207,6 +207,29 @@ def test_next_sentence_rows():
         make("masked_lm", "masked", next_sentence=True, isolate_documents=True)
 
 
+def test_spans_are_as_many_and_as_long_as_in_the_paper():
+    """Of 568 tokens 15% in spans of 3: 512 are left and 114 to write, as T5's code has them."""
+    cfg = tasks.config_class("span_corruption")(source_length=512)
+    assert cfg.sizes == (568, 114)
+    split = stream(["the cat sat on a mat " * 800])
+    task = make("span_corruption", "source", source_length=512)
+    indices = np.arange(task.num_rows(split) - 1)
+    batch = task.rows(split, indices, epochs=indices)
+    lengths, begins = [], []
+    for row in indices.tolist():
+        source, target = batch["source"][row], batch["targets"][row]
+        marks = np.flatnonzero(np.isin(target, task.sentinels))
+        assert len(marks) == np.isin(source, task.sentinels).sum() == round(round(0.15 * 568) / 3)
+        ends = [*marks[1:], np.flatnonzero(batch["weights"][row])[-1]]
+        lengths += (np.array(ends) - marks - 1).tolist()
+        begins.append(np.isin(source[0], task.sentinels))
+        assert sum(lengths[-len(marks) :]) == round(0.15 * 568)
+    assert not any(begins), "the first token is kept"
+    share = np.bincount(lengths, minlength=12) / len(lengths)
+    # Borders drawn without repetition: spans of 1 to many, shorter ones more often.
+    assert share[0] == 0 and 0.25 < share[1] < 0.42 and share[1] > share[3] > share[6] > 0
+
+
 @pytest.mark.parametrize("text", ["abcdefgh", "abcdefghijklm"])
 def test_what_does_not_follow_is_of_another_row(text):
     split, task = stream([text]), make("masked_lm", "masked", length=9, next_sentence=True)
