@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lm import manifests
 from lm.config import ConfigError
-from lm.data import cleaning, packing, shards, sources, splits, tokenizers
+from lm.data import cleaning, files, packing, shards, sources, splits, tokenizers
 from lm.data.cleaning import Cleaner
 from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
 from lm.data.shards import SPLITS
@@ -382,9 +382,5 @@ def _states(source: Any) -> dict[str, tuple[int, int]]:
 
 def _size(source: Any) -> int | None:
     """Return about how many bytes of text there are; None where only reading would tell."""
-    sizes = [
-        os.path.getsize(p)
-        for p in source.parts
-        if os.path.isfile(p) and not p.endswith((".gz", ".zst"))
-    ]
+    sizes = [os.path.getsize(p) for p in source.parts if os.path.isfile(p) and not files.packing(p)]
     return sum(sizes) if len(sizes) == len(source.parts) else None

@@ -74,7 +74,7 @@ class Source:
         reading = self.reading
         settings = f"{self.name} {reading.on_invalid} {reading.on_broken} "
         if reading.on_broken == "skip":
-            settings += f"{reading.max_bytes} "
+            settings += f"{reading.max_bytes} streams "  # what is read behind damage
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
         if self.name in WITH_FIELDS:
             digest.update("\0".join(self.fields).encode())
@@ -171,6 +171,11 @@ def open_source(
     else:
         named = [(files.printable(file), file) for file in files.expand(path)]
         for part, file in named:
+            if resolved == "parquet" and (packed := files.packing(file)):
+                raise ConfigError(
+                    f"data.path: {part}: Parquet is read at any place, and {packed} from its beginning; "
+                    "decompress it, as its columns are compressed anyway"
+                )
             if name in EMBEDDED and kind(file) != resolved:
                 raise ConfigError(
                     f"data.path: {part} looks like {kind(file)} and {path[0]} like {resolved}; "
@@ -212,11 +217,11 @@ def refuse_passwords(field: str, paths: Sequence[str]) -> None:
 def kind(path: str) -> str:
     """Return which source a path is of: a database's by its scheme, files' by their suffix, else text.
 
-    `.gz` and `.zst` are set aside.
+    A suffix of compression is set aside.
     """
     if path.startswith(("mongodb://", "mongodb+srv://")):
         return "mongodb"
-    suffix = files.bare(path).removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    suffix = files.bare(path).removesuffix(files.packing(path)).rpartition(".")[2]
     if suffix == "ndjson":
         return "jsonl"
     if suffix == "json":
