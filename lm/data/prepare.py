@@ -118,6 +118,7 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
             if shards.read_manifest(folder, thorough=not repair)["key"] != key:
                 raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
             packing.drop_damaged(folder)
+            (folder / JOURNAL).unlink(missing_ok=True)  # of a kill just after the manifest
             return True
         if repair and not may_begin(folder):
             raise shards.Damaged(folder / shards.MANIFEST, "missing")
