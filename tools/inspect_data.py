@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="check every byte of a prepared corpus"
     )
+    parser.add_argument(
+        "--shards", action="store_true", help="show what is in each shard of a prepared corpus"
+    )
     parser.add_argument("--out", help="PNG for the histogram of the documents' lengths")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
@@ -68,6 +71,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         raise ConfigError(f"--out={args.out}: a picture is a .png; name one")
     if args.verify and not prepared:
         raise ConfigError("--verify: only a prepared corpus has digests to check; name its folder")
+    if args.shards and not prepared:
+        raise ConfigError("--shards: only a prepared corpus has them; name its folder")
     if args.step is not None and prepared:
         raise ConfigError(
             f"--step={args.step}: a corpus has no steps; name a run's workdir, or an experiment by --config"
@@ -81,6 +86,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         text = corpus.load(folder, thorough=args.verify)
         if args.verify:
             print("every file is as its manifest says")
+        if args.shards:
+            _show_shards(folder)
         whole = config_lib.override(ConfigDict({"data": {}, "task": {}}), assignments, SCHEMA)
         config = whole
     else:
@@ -165,6 +172,17 @@ def _show(text: corpus.Corpus, num_tokens: int) -> None:
         print("most frequent: " + ", ".join(words))
         for line in _histogram(_lengths(split)):
             print(line)
+
+
+def _show_shards(folder: Path) -> None:
+    """Print what the manifest says of each shard."""
+    counts = shards.read_manifest(folder).get("shards")
+    if counts is None:
+        raise ConfigError(
+            "--shards: the corpus was prepared before they were counted; leave it out"
+        )
+    for name, shard in counts.items():
+        print(f"  {name}: {shard['documents']:,} documents, {shard['tokens']:,} tokens")
 
 
 def _count(split: corpus.Split, vocab_size: int) -> np.ndarray:

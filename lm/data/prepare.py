@@ -255,6 +255,7 @@ def _finish(
             "report": report,
             "settings": dataclasses.asdict(cfg),
             "parts": list(source.parts),
+            "shards": dict(sorted(writer.shards.items())),
             "files": done.files | {name: shards.recorded(folder / name) for name in others},
         },
     )
