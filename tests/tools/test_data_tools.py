@@ -45,6 +45,19 @@ def test_prepared_with_its_rows_and_shown(text, capsys):
     assert np.asarray(Image.open("lengths.png")).std() > 5
 
 
+@pytest.mark.parametrize("name", ["jsonl", "text", "huggingface"])
+def test_a_name_of_a_source_is_no_path(text, capsys, name):
+    """The file's suffix would have it read as JSON lines; of a folder each line of its files is a row."""
+    if name == "huggingface":
+        pytest.importorskip("datasets")
+        (text.parent / "folder").mkdir()
+        text = text.rename(text.parent / "folder" / "a.jsonl").parent
+    flags = ["--source", name, f"--config.data.path={text}", *PREPARE, "--out", "made"]
+    assert prepare_data.main(flags) == 0, capsys.readouterr().err
+    report = corpus.load(text.parent / "made").report
+    assert (report["source"], report["documents"]) == (name, 1 if name == "text" else 150)
+
+
 def test_what_a_step_saw_is_where_it_says(text, capsys):
     flags = [
         "--config.data.path=a.jsonl",
@@ -117,6 +130,21 @@ def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
     [
         (prepare_data, ["--source", "a.jsonl", "--out", "x", "--workers", "-1"], "--workers=-1"),
         (prepare_data, ["--source", "none.jsonl", "--out", "x"], "none.jsonl: no such file"),
+        (
+            prepare_data,
+            ["--source", "mongodb", "--out", "x"],
+            "data.source=mongodb: no files named",
+        ),
+        (
+            prepare_data,
+            ["--source", "a.jsonl", "--config.data.path=b.jsonl", "--out", "x"],
+            "--source=a.jsonl: --config.data.path=b.jsonl names another",
+        ),
+        (
+            prepare_data,
+            ["--source", "python_docs", "--config.data.path=b.jsonl", "--out", "x"],
+            "--source=python_docs: --config.data.path=b.jsonl names another",
+        ),
         (prepare_data, ["--source", "a.jsonl", "--tokenizer", "bite", "--out", "x"], "bite"),
         (inspect_data, [], "a folder or --config"),
         (inspect_data, ["."], "neither a prepared corpus"),
