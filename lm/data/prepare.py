@@ -69,7 +69,7 @@ def prepare(
     with locked(folder):
         if _is_whole(folder, key, repair=repair):
             return
-        before = _states(source)
+        before = source.states()
         rule = splits.rule(cfg, source)
         tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
         writer = Writer(
@@ -93,7 +93,9 @@ def prepare(
                     if writer.shard_bytes >= SHARD:
                         writer.end_shard()
         writer.end_shard()
-        if changed := [part for part, state in _states(source).items() if before[part] != state]:
+        if changed := [
+            part for part, state in source.states().items() if before.get(part) != state
+        ]:
             raise ConfigError(
                 f"data.path: {changed[0]} changed while it was read; empty {folder} and begin again"
             )
@@ -374,12 +376,6 @@ def _progress(num_bytes: int | None, description: str) -> tqdm:
     return tqdm(
         desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
     )
-
-
-def _states(source: Any) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of each part that is a local file."""
-    stats = {part: os.stat(part) for part in source.parts if os.path.isfile(part)}
-    return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
 
 
 def _size(source: Any) -> int | None:

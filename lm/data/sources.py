@@ -6,6 +6,7 @@ resumed, and so that part and number say where a document came from.
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,13 @@ class Source:
             digest.update(mark)
         return digest.hexdigest()
 
+    def states(self) -> dict[str, Any]:
+        """Return what changes when a part does while it is read, of local files and of collections."""
+        if self.name == "mongodb":
+            return dict(zip(self.parts, mongodb.marks(self.places), strict=True))
+        stats = {part: os.stat(part) for part in self.parts if os.path.isfile(part)}
+        return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
+
     def _marks(self) -> Iterator[bytes]:
         if self.name == "huggingface":
             yield from huggingface.marks(self.places)
@@ -135,6 +143,10 @@ class Joined:
     def paired(self) -> bool:
         """Whether each document has a second text."""
         return self.training.paired
+
+    def states(self) -> dict[str, Any]:
+        """See `Source.states`."""
+        return self.training.states() | self.validation.states()
 
     def fingerprint(self) -> str:
         """Return a hex digest of both."""
