@@ -25,6 +25,7 @@ _REFUSED = (
 # What tells one content of a remote file from another, as the file systems name it.
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "sha256", "generation", "blob_id", "content_md5")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+_OPEN: list[BinaryIO] = []
 
 
 class Damaged(ConfigError):
@@ -234,11 +235,20 @@ def opened(
     """
     kind = packing(str(file))
     with explained(file, field), _raw(str(file), seek) as raw:
-        if kind:
-            compressed.skip(raw, begin)
-            yield io.BufferedReader(compressed.Streams(raw, kind, begin), compressed.CHUNK)
-        else:
-            yield raw
+        _OPEN.append(raw)
+        try:
+            if kind:
+                compressed.skip(raw, begin)
+                yield io.BufferedReader(compressed.Streams(raw, kind, begin), compressed.CHUNK)
+            else:
+                yield raw
+        finally:
+            _OPEN.remove(raw)
+
+
+def position() -> int | None:
+    """Return how far the file that was opened last and is open was read, in bytes as they lie there."""
+    return _OPEN[-1].tell() if _OPEN else None
 
 
 def next_stream(file: str, begin: int | None) -> int | None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lm import manifests
 from lm.config import ConfigError
-from lm.data import cleaning, files, packing, shards, sources, splits, tokenizers
+from lm.data import cleaning, packing, progress, shards, sources, splits, tokenizers
 from lm.data.cleaning import Cleaner
 from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
 from lm.data.shards import SPLITS
@@ -78,20 +78,17 @@ def prepare(
         cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
         encoder = Encoder(rule, tokenizer, bool(source.fields.label), cleaner)
         sieve = Sieve(cleaner, writer.progress.clean)
-        with _progress(_size(source), "encoding") as bar:
-            bar.update(sum(writer.progress.bytes.values()))
-            with _pool(encoder, folder, workers) as run:
-                if cleaner and cleaner.compares:
-                    _see_again(run, source, rule, writer.progress.following, sieve)
-                waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
-                for worked in run(waiting):
-                    encoded = sieve.pass_on(worked)
-                    writer.add(encoded)
-                    writer.progress.clean = sieve.counts
-                    _check_labels(source, writer.progress.labels)
-                    bar.update(int(encoded.sizes.sum()))
-                    if writer.shard_bytes >= SHARD:
-                        writer.end_shard()
+        with progress.bar([source], "encoding") as bar, _pool(encoder, folder, workers) as run:
+            if cleaner and cleaner.compares:
+                _see_again(run, source, rule, writer.progress.following, sieve)
+            waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
+            for worked in run(progress.told(waiting, bar, source)):
+                encoded = sieve.pass_on(worked)
+                writer.add(encoded)
+                writer.progress.clean = sieve.counts
+                _check_labels(source, writer.progress.labels)
+                if writer.shard_bytes >= SHARD:
+                    writer.end_shard()
         writer.end_shard()
         if changed := [
             part for part, state in source.states().items() if before.get(part) != state
@@ -201,14 +198,12 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
     def texts(bar: tqdm) -> Iterator[str]:
         for source in inputs:
             rule = splits.rule(cfg, source)
-            for chunk in chunks(source, rule, (0, 0), {}):
+            for chunk in progress.told(chunks(source, rule, (0, 0), {}), bar, source):
                 for item in clean(cleaner, chunk.items)[0]:
                     if item and rule.split_of(item) in wanted:
                         yield from item.texts
-                bar.update(sum(len(text) for item in chunk.items for text in item.texts))
 
-    sizes = [_size(source) for source in inputs]
-    with _progress(None if None in sizes else sum(filter(None, sizes)), "reading") as bar:
+    with progress.bar(inputs, "reading") as bar:
         return tokenizers.train(
             cfg.tokenizer,
             texts(bar),
@@ -368,17 +363,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _progress(num_bytes: int | None, description: str) -> tqdm:
-    """Return a progress bar over text that stays away from quick work and is short in a log file."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(
-        desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
-    )
-
-
-def _size(source: Any) -> int | None:
-    """Return about how many bytes of text there are; None where only reading would tell."""
-    sizes = [os.path.getsize(p) for p in source.parts if os.path.isfile(p) and not files.packing(p)]
-    return sum(sizes) if len(sizes) == len(source.parts) else None
