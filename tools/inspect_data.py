@@ -161,11 +161,12 @@ def _show(text: corpus.Corpus, num_tokens: int) -> None:
             continue
         counts = _count(split, tokenizer.vocab_size)
         used, total = np.count_nonzero(counts), max(int(counts.sum()), 1)
+        ids = tokenizer.vocab_size - 1  # but the end of text, which is not counted
         size = split.num_bytes / max(split.num_inputs - len(split.starts), 1)
         print(
             f"\n{split.name}: {len(split.starts):,} documents, {split.num_inputs:,} tokens, "
             f"{split.num_bytes:,} bytes, {size:.2f} bytes a token; {used:,} of "
-            f"{tokenizer.vocab_size:,} ids used ({used / tokenizer.vocab_size:.1%})"
+            f"{ids:,} ids used ({used / ids:.1%})"
         )
         best = np.argsort(-counts, kind="stable")[:num_tokens]
         words = [f"{tokenizer.piece(i)!r} {counts[i] / total:.2%}" for i in best if counts[i]]
@@ -207,7 +208,7 @@ def _edges(lengths: np.ndarray) -> np.ndarray:
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
     """Yield lines of a histogram of documents' lengths in tokens."""
-    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).astype(int)
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1], method="inverted_cdf").astype(int)
     least, median, ninety, most = (f"{value:,}" for value in quantiles)
     yield f"tokens a document: least {least}, median {median}, 90% up to {ninety}, most {most}"
     edges = _edges(lengths)

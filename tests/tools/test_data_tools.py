@@ -58,6 +58,42 @@ def test_a_name_of_a_source_is_no_path(text, capsys, name):
     assert (report["source"], report["documents"]) == (name, 1 if name == "text" else 150)
 
 
+# Of three documents, by hand: aab, é (of two bytes) and aaaaa.
+BY_HAND = {
+    "byte": (
+        "train: 3 documents, 13 tokens, 10 bytes, 1.00 bytes a token; 4 of 256 ids used (1.6%)",
+        "most frequent: 'a' 70.00%, 'b' 10.00%, '\ufffd' 10.00%, '\ufffd' 10.00%",
+        "tokens a document: least 2, median 3, 90% up to 5, most 5",
+        {2: 1, 3: 1, 5: 1},
+    ),
+    "char": (
+        "train: 3 documents, 12 tokens, 10 bytes, 1.11 bytes a token; 3 of 3 ids used (100.0%)",
+        "most frequent: 'a' 77.78%, 'b' 11.11%, 'é' 11.11%",
+        "tokens a document: least 1, median 3, 90% up to 5, most 5",
+        {1: 1, 3: 1, 5: 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("tokenizer", BY_HAND)
+def test_what_is_shown_of_three_documents_is_what_a_hand_counts(text, capsys, tokenizer):
+    text.write_text('{"text": "aab"}\n{"text": "é"}\n{"text": "aaaaa"}\n')
+    flags = [f"--tokenizer={tokenizer}", "--config.data.validation_fraction=0", "--workers", "0"]
+    assert prepare_data.main(["--source", "a.jsonl", *flags, "--out", "made"]) == 0
+    capsys.readouterr()
+    assert inspect_data.main(["made", "--shards", "--rows", "0"]) == 0
+    said = capsys.readouterr().out
+    counts, frequent, lengths, bins = BY_HAND[tokenizer]
+    for line in (counts, frequent, lengths):
+        assert f"\n{line}\n" in said
+    rows = [line.split() for line in said.splitlines() if " to " in line and "document" not in line]
+    assert {int(row[0]): int(row[3]) for row in rows} == dict.fromkeys(range(1, 6), 0) | bins
+    assert all(
+        row[0] == row[2] and (row[3:] == ["1", "#" * 40] or row[3:] == ["0"]) for row in rows
+    )
+    assert f"train-00000.tokens: 3 documents, {counts.split(', ')[1]}\n" in said
+
+
 def test_what_a_step_saw_is_where_it_says(text, capsys):
     flags = [
         "--config.data.path=a.jsonl",
