@@ -241,15 +241,23 @@ def test_a_quote_that_is_not_closed_takes_no_more_than_a_document_may_have(tmp_p
     assert texts(opened(tmp_path / "a.csv", max_bytes=100)) == ["one"] * 50
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst", ".bz2", ".xz"])
-def test_a_quarter_of_a_gigabyte_in_a_few_compressed_bytes_takes_little_memory(tmp_path, packing):
+@pytest.mark.parametrize(
+    ("packing", "size", "most"),
+    [
+        (".zst", 1 << 27, 100e6),
+        (".gz", 1 << 25, 9e6),
+        (".bz2", 1 << 25, 9e6),
+        (".xz", 1 << 25, 20e6),
+    ],
+)
+def test_what_a_few_bytes_are_compressed_of_takes_little_memory(tmp_path, packing, size, most):
     file = tmp_path / f"a.jsonl{packing}"
-    file.write_bytes(PACK[packing](bytes(1 << 27)) * 2)
+    file.write_bytes(PACK[packing](bytes(size)) * 2)
     tracemalloc.start()
     (document,) = opened(file, on_broken="skip", max_bytes=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert document.broken == "too long" and file.stat().st_size < 300_000 and peak < 100e6
+    assert document.broken == "too long" and file.stat().st_size < size / 900 * 2 and peak < most
 
 
 def test_no_file_is_read_twice(tmp_path):
@@ -329,7 +337,7 @@ def test_after_a_damaged_stream_the_next_ones_are_read(tmp_path, packing, place)
 def test_what_looks_like_a_stream_in_the_damage_is_passed_over(tmp_path):
     first, last = (gzip.compress(f'{{"text": "{name}"}}\n'.encode()) for name in ("one", "two"))
     begin, file = b"\x1f\x8b\x08", tmp_path / "a.jsonl.gz"
-    for fill in (begin * 50_000, b"x" * 65_535 + begin[:2], b"x" * 70_000, b"\0" * 70_000 + b"x"):
+    for fill in (begin * 30_000, b"x" * 65_535 + begin[:2], b"x" * 70_000, b"\0" * 70_000 + b"x"):
         file.write_bytes(first + fill + last)
         documents = [(d.text, d.broken) for d in opened(file, on_broken="skip")]
         assert documents == [("one", ""), ("", "damaged file"), ("two", "")]
