@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="check every byte of a prepared corpus"
     )
+    parser.add_argument(
+        "--shards", action="store_true", help="show what is in each shard of a prepared corpus"
+    )
     parser.add_argument("--out", help="PNG for the histogram of the documents' lengths")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes")
     args = parser.parse_args(rest)
@@ -68,6 +71,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         raise ConfigError(f"--out={args.out}: a picture is a .png; name one")
     if args.verify and not prepared:
         raise ConfigError("--verify: only a prepared corpus has digests to check; name its folder")
+    if args.shards and not prepared:
+        raise ConfigError("--shards: only a prepared corpus has them; name its folder")
     if args.step is not None and prepared:
         raise ConfigError(
             f"--step={args.step}: a corpus has no steps; name a run's workdir, or an experiment by --config"
@@ -81,6 +86,8 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         text = corpus.load(folder, thorough=args.verify)
         if args.verify:
             print("every file is as its manifest says")
+        if args.shards:
+            _show_shards(folder)
         whole = config_lib.override(ConfigDict({"data": {}, "task": {}}), assignments, SCHEMA)
         config = whole
     else:
@@ -154,17 +161,29 @@ def _show(text: corpus.Corpus, num_tokens: int) -> None:
             continue
         counts = _count(split, tokenizer.vocab_size)
         used, total = np.count_nonzero(counts), max(int(counts.sum()), 1)
+        ids = tokenizer.vocab_size - 1  # but the end of text, which is not counted
         size = split.num_bytes / max(split.num_inputs - len(split.starts), 1)
         print(
             f"\n{split.name}: {len(split.starts):,} documents, {split.num_inputs:,} tokens, "
             f"{split.num_bytes:,} bytes, {size:.2f} bytes a token; {used:,} of "
-            f"{tokenizer.vocab_size:,} ids used ({used / tokenizer.vocab_size:.1%})"
+            f"{ids:,} ids used ({used / ids:.1%})"
         )
         best = np.argsort(-counts, kind="stable")[:num_tokens]
         words = [f"{tokenizer.piece(i)!r} {counts[i] / total:.2%}" for i in best if counts[i]]
         print("most frequent: " + ", ".join(words))
         for line in _histogram(_lengths(split)):
             print(line)
+
+
+def _show_shards(folder: Path) -> None:
+    """Print what the manifest says of each shard."""
+    counts = shards.read_manifest(folder).get("shards")
+    if counts is None:
+        raise ConfigError(
+            "--shards: the corpus was prepared before they were counted; leave it out"
+        )
+    for name, shard in counts.items():
+        print(f"  {name}: {shard['documents']:,} documents, {shard['tokens']:,} tokens")
 
 
 def _count(split: corpus.Split, vocab_size: int) -> np.ndarray:
@@ -189,7 +208,7 @@ def _edges(lengths: np.ndarray) -> np.ndarray:
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
     """Yield lines of a histogram of documents' lengths in tokens."""
-    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).astype(int)
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1], method="inverted_cdf").astype(int)
     least, median, ninety, most = (f"{value:,}" for value in quantiles)
     yield f"tokens a document: least {least}, median {median}, 90% up to {ninety}, most {most}"
     edges = _edges(lengths)

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_epilog(),
     )
     parser.add_argument("--config", help="experiment whose sections data and task hold")
-    parser.add_argument("--source", help="a source's name, or a path: data.source or data.path")
+    parser.add_argument("--source", help="a source's name (data.source) or else a path (data.path)")
     parser.add_argument("--tokenizer", help="a kind of tokenizer, or the path of one")
     parser.add_argument("--out", required=True, help="folder to prepare the corpus in")
     parser.add_argument(
@@ -95,13 +95,7 @@ def _settings(args: argparse.Namespace, assignments: list[str]) -> tuple[setting
         whole = config_lib.load(args.config)
         config = ConfigDict({name: whole.get(name, {}) for name in SCHEMA}, type_safe=False)
     if args.source:
-        embedded = args.source in sources.EMBEDDED
-        named = (
-            [f"data.source={args.source}", "data.path="]
-            if embedded
-            else [f"data.path={args.source}"]
-        )
-        assignments = [*named, *assignments]
+        assignments = [*_named(args.source, assignments), *assignments]
     if args.tokenizer:
         exists = os.path.exists(args.tokenizer)
         kind = ["data.tokenizer=file", f"data.tokenizer_path={args.tokenizer}"]
@@ -112,6 +106,18 @@ def _settings(args: argparse.Namespace, assignments: list[str]) -> tuple[setting
         for name, choose in SCHEMA.items()
     ]
     return frozen[0], frozen[1]
+
+
+def _named(source: str, assignments: list[str]) -> list[str]:
+    """Return what `--source` sets: data.source by a source's name, data.path by anything else."""
+    files = [item for item in assignments if item.startswith("data.path=")]
+    if source in sources.NAMES and source not in sources.EMBEDDED:
+        return [f"data.source={source}"]
+    if files:
+        raise ConfigError(f"--source={source}: --config.{files[0]} names another; give one of them")
+    if source in sources.EMBEDDED:
+        return [f"data.source={source}", "data.path="]
+    return [f"data.path={source}"]
 
 
 def _plan(folder: Path, cfg: Any) -> None:

@@ -115,9 +115,9 @@ def _text(file: str, reading: Reading) -> Iterator[Document]:
 def jsonl(file: str, start: int, reading: Reading) -> Iterator[Document]:
     """Yield the strings in the fields of every line's JSON object; blank lines are skipped."""
     name = files.printable(file)
-    lines = itertools.islice(_damage_told(_json_lines(file, name, reading), reading), start, None)
+    lines = itertools.islice(_json_streams(file, name, reading), start, None)
     for line in lines:
-        yield line if isinstance(line, Document) else _of_json(line, name, reading)
+        yield line if isinstance(line, Document) else _of_json(line, reading)
 
 
 def _lines(handle: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
@@ -133,30 +133,43 @@ def _lines(handle: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
 
 
 class _Line(NamedTuple):
-    """A line, and where it is: its number from 1 and its first byte's from 0."""
+    """A line, where it is (its file and number, from 1), and the number of its first byte, from 0."""
 
     raw: bytes
-    number: int
+    where: str
     offset: int
 
 
-def _json_lines(file: str, name: str, reading: Reading) -> Iterator[_Line | Document]:
+def _json_streams(file: str, name: str, reading: Reading) -> Iterator[_Line | Document]:
+    """Yield the lines of a file; where a compressed stream is damaged go on with the next one."""
+    begin: int | None = 0
+    while begin is not None:
+        try:
+            yield from _json_lines(file, name, reading, begin)
+            return
+        except files.Damaged as error:
+            yield reading.broken("damaged file", str(error))
+            begin = files.next_stream(file, error.begin)
+
+
+def _json_lines(file: str, name: str, reading: Reading, begin: int) -> Iterator[_Line | Document]:
     offset = number = 0
-    with files.opened(file) as handle:
+    place = f"{name}, from its byte {begin:,} on" if begin else name
+    with files.opened(file, begin=begin) as handle:
         for number, (raw, size) in enumerate(_lines(handle, reading.max_bytes), 1):
             if size > len(raw):
-                yield reading.broken("too long", reading.too_long(f"{name}:{number}"))
+                yield reading.broken("too long", reading.too_long(f"{place}:{number}"))
             elif raw.strip():
-                yield _Line(raw, number, offset)
+                yield _Line(raw, f"{place}:{number}", offset)
             offset += size
-    if not number:
+    if not number and not begin:
         yield reading.broken(
             "empty file", f"data.path: {name} is empty; name a file that holds JSON lines"
         )
 
 
-def _of_json(line: _Line, name: str, reading: Reading) -> Document:
-    where = f"{name}:{line.number}"
+def _of_json(line: _Line, reading: Reading) -> Document:
+    where = line.where
     content, replaced = decode(line.raw, where, reading.on_invalid, line.offset)
     try:
         record = json.loads(content.removeprefix(_BYTE_ORDER_MARK))

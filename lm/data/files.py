@@ -7,28 +7,31 @@ it, and finds keys and passwords where it looks for them (the environment, its o
 import contextlib
 import errno
 import glob
-import gzip
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
 from lm.config import ConfigError
+from lm.data import compressed
 
-_CHUNK = 1 << 16  # bytes that are read at a time
-_PIECE = 1 << 11  # bytes of zstd that are decompressed at a time: at most 64 MiB come of them
+# Of archives, and of compressed files that are not decompressed here.
+_REFUSED = (
+    ".7z", ".br", ".lz", ".lz4", ".lzo", ".rar", ".snappy", ".sz", ".tar", ".tbz2", ".tgz", ".txz", ".z",
+    ".zip",
+)  # fmt: skip
 # What tells one content of a remote file from another, as the file systems name it.
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "sha256", "generation", "blob_id", "content_md5")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+_OPEN: list[BinaryIO] = []
 
 
 class Damaged(ConfigError):
-    """A file that can be read only in part."""
+    """A file that can be read only in part; `begin` is where its damaged compressed stream begins."""
+
+    begin: int | None = None
 
 
 def expand(path: Sequence[str]) -> Iterator[str]:
@@ -43,7 +46,17 @@ def expand(path: Sequence[str]) -> Iterator[str]:
             if (place := file if is_remote(file) else os.path.realpath(file)) in seen:
                 raise ConfigError(f"data.path: {printable(file)} is named twice; name it once")
             seen.add(place)
+            _refuse_archive(file)
             yield file
+
+
+def _refuse_archive(file: str) -> None:
+    suffix = os.path.splitext(bare(file).removesuffix(packing(file)))[1]
+    if suffix in _REFUSED:
+        raise ConfigError(
+            f"data.path: {printable(file)}: {suffix} is not read, but {', '.join(compressed.KINDS)} are; "
+            "unpack it"
+        )
 
 
 def is_remote(path: str) -> bool:
@@ -63,7 +76,7 @@ def bare(path: str) -> str:
 
 def packing(path: str) -> str:
     """Return the suffix that says how a file is compressed, "" where it is not."""
-    return next((suffix for suffix in (".gz", ".zst") if bare(path).endswith(suffix)), "")
+    return next((suffix for suffix in compressed.KINDS if bare(path).endswith(suffix)), "")
 
 
 def mark(path: str) -> bytes:
@@ -197,63 +210,56 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-class _Zstandard(io.RawIOBase):
-    """Decompress frames; unlike zstandard's own reader, a truncated one raises EOFError."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._unread = b""  # compressed bytes after a frame's end
-        self._ready = memoryview(b"")
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            data = self._unread or self._raw.read(_PIECE)
-            if not data:
-                if self._inside:
-                    raise EOFError("the last zstd frame is cut off")
-                return 0
-            if not self._inside:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-            self._inside = not self._frame.eof
-            self._unread = self._frame.unused_data if self._frame.eof else b""
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
 @contextlib.contextmanager
 def explained(file: str | Path, field: str = "data.path") -> Iterator[None]:
     """Turn what goes wrong while `file` is read into a ConfigError that names `field`."""
     name = printable(str(file))
     try:
         yield
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+    except compressed.Corrupt as error:
         message = f"{field}: {name} is damaged ({error}); restore it, or decompress it by hand"
-        raise Damaged(message) from error
+        damaged = Damaged(message)
+        damaged.begin = error.begin
+        raise damaged from error
     except OSError as error:
         raise ConfigError(f"{field}: cannot read {name} ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
-def opened(file: str | Path, field: str = "data.path", *, seek: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed by its suffix; in order, or anywhere with `seek`."""
+def opened(
+    file: str | Path, field: str = "data.path", *, seek: bool = False, begin: int = 0
+) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed by its suffix; in order, or anywhere with `seek`.
+
+    `begin` is the place of a compressed stream to begin with.
+    """
     kind = packing(str(file))
     with explained(file, field), _raw(str(file), seek) as raw:
-        if kind == ".gz":
-            yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
-        elif kind == ".zst":
-            yield io.BufferedReader(_Zstandard(raw), _CHUNK)
-        else:
-            yield raw
+        _OPEN.append(raw)
+        try:
+            if kind:
+                compressed.skip(raw, begin)
+                yield io.BufferedReader(compressed.Streams(raw, kind, begin), compressed.CHUNK)
+            else:
+                yield raw
+        finally:
+            _OPEN.remove(raw)
+
+
+def position() -> int | None:
+    """Return how far the file that was opened last and is open was read, in bytes as they lie there."""
+    return _OPEN[-1].tell() if _OPEN else None
+
+
+def next_stream(file: str, begin: int | None) -> int | None:
+    """Return where behind byte `begin`, where one is damaged, the next compressed stream begins."""
+    if begin is None:
+        return None
+    with explained(file), _raw(file) as raw:
+        return compressed.next_stream(raw, packing(file), begin)
 
 
 def _raw(file: str, seek: bool = False) -> BinaryIO:
     if is_remote(file):
-        return io.BufferedReader(_Remote(file, seek), _CHUNK)
+        return io.BufferedReader(_Remote(file, seek), compressed.CHUNK)
     return open(file, "rb")

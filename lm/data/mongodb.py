@@ -11,6 +11,11 @@ from lm.config import ConfigError
 from lm.data.documents import Document, Reading, of_record
 
 PASSWORD = "LM_MONGODB_PASSWORD"  # environment variable
+# Of an _id, in the order in which the server sorts them, and the numbers that BSON has for them.
+_TYPES = {
+    "minKey": (255,), "null": (10,), "number": (1, 16, 18, 19), "string": (2, 14), "object": (3,),
+    "binData": (5,), "objectId": (7,), "bool": (8,), "date": (9,), "timestamp": (17,), "maxKey": (127,),
+}  # fmt: skip
 _URI = re.compile(r"(mongodb(?:\+srv)?)://(?:[^@/]*@)?([^@/?]+)/([^/?]+)(\?.*)?")
 
 
@@ -28,26 +33,44 @@ def read(uri: str, start: int, reading: Reading) -> Iterator[Document]:
     """Yield a document for every record of a collection from number `start` on, in the order of _id."""
     pymongo = _installed()
     ((name, _),) = locate([uri])
-    number = reached = start
+    last = reached = None  # the record that was read last, and where a cursor was lost before
     while True:
         try:
             with _connected(uri) as client:
-                records = _collection(client, uri).find(
-                    projection=list(reading.fields.names), sort=[("_id", 1)], skip=number
-                )
-                for record in records:
+                for record in _from(_collection(client, uri), start, last, reading):
                     where = f"{name}: the record with _id {record['_id']!r}"
                     yield of_record(record, where, reading)
-                    number += 1
+                    last = record
             return
         except (pymongo.errors.AutoReconnect, pymongo.errors.CursorNotFound) as error:
             # A cursor that waited too long is gone, or a server is: go on from where it was, but
             # not for ever.
-            if number == reached:
+            if last is reached:
                 raise _failed(name, error) from error
-            reached = number
+            reached = last
         except pymongo.errors.PyMongoError as error:
             raise _failed(name, error) from error
+
+
+def _from(collection: Any, start: int, last: Any, reading: Reading) -> Iterator[Any]:
+    """Yield the records from number `start` on, or those behind the record `last`, in order of _id."""
+    options: dict[str, Any] = {"projection": list(reading.fields.names), "sort": [("_id", 1)]}
+    if last is None:
+        yield from collection.find(skip=start, **options)
+        return
+    # Not by a number: records may have come or gone before it. And $gt knows but the type it is given.
+    yield from collection.find({"_id": {"$gt": last["_id"]}}, **options)
+    for name in _types_behind(last["_id"]):
+        yield from collection.find({"_id": {"$type": name}}, **options)
+
+
+def _types_behind(value: Any) -> list[str]:
+    """Return the types that the server orders behind that of `value`."""
+    import bson
+
+    code = bson.encode({"": value})[4]
+    place = next((i for i, name in enumerate(_TYPES) if code in _TYPES[name]), len(_TYPES))
+    return list(_TYPES)[place + 1 :]
 
 
 def marks(uris: Sequence[str]) -> Iterator[bytes]:

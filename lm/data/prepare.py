@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lm import manifests
 from lm.config import ConfigError
-from lm.data import cleaning, packing, shards, sources, splits, tokenizers
+from lm.data import cleaning, packing, progress, shards, sources, splits, tokenizers
 from lm.data.cleaning import Cleaner
 from lm.data.encode import Chunk, Encoder, Sieve, Worked, clean, dtype_for
 from lm.data.shards import SPLITS
@@ -69,7 +69,7 @@ def prepare(
     with locked(folder):
         if _is_whole(folder, key, repair=repair):
             return
-        before = _states(source)
+        before = source.states()
         rule = splits.rule(cfg, source)
         tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
         writer = Writer(
@@ -78,22 +78,21 @@ def prepare(
         cleaner = cleaning.open_cleaner(cfg.clean) if cfg.clean else None
         encoder = Encoder(rule, tokenizer, bool(source.fields.label), cleaner)
         sieve = Sieve(cleaner, writer.progress.clean)
-        with _progress(_size(source), "encoding") as bar:
-            bar.update(sum(writer.progress.bytes.values()))
-            with _pool(encoder, folder, workers) as run:
-                if cleaner and cleaner.compares:
-                    _see_again(run, source, rule, writer.progress.following, sieve)
-                waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
-                for worked in run(waiting):
-                    encoded = sieve.pass_on(worked)
-                    writer.add(encoded)
-                    writer.progress.clean = sieve.counts
-                    _check_labels(source, writer.progress.labels)
-                    bar.update(int(encoded.sizes.sum()))
-                    if writer.shard_bytes >= SHARD:
-                        writer.end_shard()
+        with progress.bar([source], "encoding") as bar, _pool(encoder, folder, workers) as run:
+            if cleaner and cleaner.compares:
+                _see_again(run, source, rule, writer.progress.following, sieve)
+            waiting = chunks(source, rule, writer.progress.following, writer.progress.counts)
+            for worked in run(progress.told(waiting, bar, source)):
+                encoded = sieve.pass_on(worked)
+                writer.add(encoded)
+                writer.progress.clean = sieve.counts
+                _check_labels(source, writer.progress.labels)
+                if writer.shard_bytes >= SHARD:
+                    writer.end_shard()
         writer.end_shard()
-        if changed := [part for part, state in _states(source).items() if before[part] != state]:
+        if changed := [
+            part for part, state in source.states().items() if before.get(part) != state
+        ]:
             raise ConfigError(
                 f"data.path: {changed[0]} changed while it was read; empty {folder} and begin again"
             )
@@ -118,6 +117,7 @@ def _is_whole(folder: Path, key: str, *, repair: bool) -> bool:
             if shards.read_manifest(folder, thorough=not repair)["key"] != key:
                 raise ConfigError(f"{folder}: a corpus was prepared here, {other}")
             packing.drop_damaged(folder)
+            (folder / JOURNAL).unlink(missing_ok=True)  # of a kill just after the manifest
             return True
         if repair and not may_begin(folder):
             raise shards.Damaged(folder / shards.MANIFEST, "missing")
@@ -198,14 +198,12 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
     def texts(bar: tqdm) -> Iterator[str]:
         for source in inputs:
             rule = splits.rule(cfg, source)
-            for chunk in chunks(source, rule, (0, 0), {}):
+            for chunk in progress.told(chunks(source, rule, (0, 0), {}), bar, source):
                 for item in clean(cleaner, chunk.items)[0]:
                     if item and rule.split_of(item) in wanted:
                         yield from item.texts
-                bar.update(sum(len(text) for item in chunk.items for text in item.texts))
 
-    sizes = [_size(source) for source in inputs]
-    with _progress(None if None in sizes else sum(filter(None, sizes)), "reading") as bar:
+    with progress.bar(inputs, "reading") as bar:
         return tokenizers.train(
             cfg.tokenizer,
             texts(bar),
@@ -254,6 +252,7 @@ def _finish(
             "report": report,
             "settings": dataclasses.asdict(cfg),
             "parts": list(source.parts),
+            "shards": dict(sorted(writer.shards.items())),
             "files": done.files | {name: shards.recorded(folder / name) for name in others},
         },
     )
@@ -364,27 +363,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _progress(num_bytes: int | None, description: str) -> tqdm:
-    """Return a progress bar over text that stays away from quick work and is short in a log file."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(
-        desc=description, total=num_bytes, unit="B", unit_scale=True, delay=2, mininterval=interval
-    )
-
-
-def _states(source: Any) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of each part that is a local file."""
-    stats = {part: os.stat(part) for part in source.parts if os.path.isfile(part)}
-    return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
-
-
-def _size(source: Any) -> int | None:
-    """Return about how many bytes of text there are; None where only reading would tell."""
-    sizes = [
-        os.path.getsize(p)
-        for p in source.parts
-        if os.path.isfile(p) and not p.endswith((".gz", ".zst"))
-    ]
-    return sum(sizes) if len(sizes) == len(source.parts) else None

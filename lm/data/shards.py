@@ -1,6 +1,7 @@
 """A prepared corpus on disk: its files, what makes them whole, and a stream over many shards.
 
-`manifest.json`, written last, has every file's size and SHA-256; a folder without one is unfinished. Files:
+`manifest.json`, written last, has every file's size and SHA-256, and in `shards` each one's documents and
+tokens (not counting the first end of text); a folder without one is unfinished. Files:
 `tokenizer/`; `train-00000.tokens`, ... and the same of validation, little-endian uint16 or uint32, one
 stream cut anywhere between documents; `train.starts`, int64, where each document's leading end of text is in
 the stream; `train.origins`, for each document the part of the source (uint32) and the record in it (int64).

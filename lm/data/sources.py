@@ -6,6 +6,7 @@ resumed, and so that part and number say where a document came from.
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,13 +75,20 @@ class Source:
         reading = self.reading
         settings = f"{self.name} {reading.on_invalid} {reading.on_broken} "
         if reading.on_broken == "skip":
-            settings += f"{reading.max_bytes} "
+            settings += f"{reading.max_bytes} streams "  # what is read behind damage
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
         if self.name in WITH_FIELDS:
             digest.update("\0".join(self.fields).encode())
         for mark in self._marks():
             digest.update(mark)
         return digest.hexdigest()
+
+    def states(self) -> dict[str, Any]:
+        """Return what changes when a part does while it is read, of local files and of collections."""
+        if self.name == "mongodb":
+            return dict(zip(self.parts, mongodb.marks(self.places), strict=True))
+        stats = {part: os.stat(part) for part in self.parts if os.path.isfile(part)}
+        return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
 
     def _marks(self) -> Iterator[bytes]:
         if self.name == "huggingface":
@@ -136,6 +144,10 @@ class Joined:
         """Whether each document has a second text."""
         return self.training.paired
 
+    def states(self) -> dict[str, Any]:
+        """See `Source.states`."""
+        return self.training.states() | self.validation.states()
+
     def fingerprint(self) -> str:
         """Return a hex digest of both."""
         return f"{self.training.fingerprint()} {self.validation.fingerprint()}"
@@ -171,6 +183,11 @@ def open_source(
     else:
         named = [(files.printable(file), file) for file in files.expand(path)]
         for part, file in named:
+            if resolved == "parquet" and (packed := files.packing(file)):
+                raise ConfigError(
+                    f"data.path: {part}: Parquet is read at any place, and {packed} from its beginning; "
+                    "decompress it, as its columns are compressed anyway"
+                )
             if name in EMBEDDED and kind(file) != resolved:
                 raise ConfigError(
                     f"data.path: {part} looks like {kind(file)} and {path[0]} like {resolved}; "
@@ -212,11 +229,11 @@ def refuse_passwords(field: str, paths: Sequence[str]) -> None:
 def kind(path: str) -> str:
     """Return which source a path is of: a database's by its scheme, files' by their suffix, else text.
 
-    `.gz` and `.zst` are set aside.
+    A suffix of compression is set aside.
     """
     if path.startswith(("mongodb://", "mongodb+srv://")):
         return "mongodb"
-    suffix = files.bare(path).removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    suffix = files.bare(path).removesuffix(files.packing(path)).rpartition(".")[2]
     if suffix == "ndjson":
         return "jsonl"
     if suffix == "json":

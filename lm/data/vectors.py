@@ -5,8 +5,8 @@ word2vec: "Distributed Representations of Words and Phrases and their Compositio
 
 A text file has a line for each word: the word and its numbers; word2vec's begins with a line of the count of
 words and of numbers. The binary file has that line too, then for each word its bytes, a space and float32
-numbers. In a text file a word may have spaces in it, as some of GloVe's have. Compressed files (.gz, .zst)
-are read as they are.
+numbers. In a text file a word may have spaces in it, as some of GloVe's have. Compressed files are
+read as they are.
 """
 
 from collections.abc import Iterator, Mapping

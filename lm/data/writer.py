@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -73,6 +73,8 @@ class Writer:
     def __init__(self, folder: Path, key: Mapping[str, Any], dtype: np.dtype, end_of_text: int):
         self.folder, self.key, self.dtype = folder, dict(key), dtype
         self.progress, self._shard = Progress(), 0
+        self.shards: dict[str, dict[str, int]] = {}  # documents and tokens of each that is finished
+        self._counted = (_zeros(), _zeros())  # documents and tokens in them all
         self._begin = np.array([end_of_text], dtype).tobytes()
         self._digests = {split: hashlib.blake2b(self._begin, digest_size=16) for split in SPLITS}
         self._open: dict[str, BinaryIO] = {}
@@ -121,6 +123,7 @@ class Writer:
             size, digest = handle.tell(), self._hashes[split].hexdigest()
             self.progress.files[Path(handle.name).name] = {"size": size, "sha256": digest}
             handle.close()
+        self._count(f"{split}-{self._shard:05d}.tokens" for split in self._open)
         self._open.clear()
         self._hashes.clear()
         self.progress.lists = {name: digest.hexdigest() for name, digest in self._sums.items()}
@@ -136,6 +139,18 @@ class Writer:
             handle.close()
         self._journal.close()
         return {split: digest.hexdigest() for split, digest in self._digests.items()}
+
+    def _count(self, names: Iterable[str]) -> None:
+        """Put down what is in the shards `names`: what there is more than in those before."""
+        documents, tokens = self._counted
+        now = dict(self.progress.documents), dict(self.progress.tokens)
+        for name in names:
+            split = name.split("-")[0]
+            self.shards[name] = {
+                "documents": now[0][split] - documents[split],
+                "tokens": now[1][split] - tokens[split],
+            }
+        self._counted = now
 
     def _list(self, name: str, data: bytes) -> None:
         self._lists[name].write(data)
@@ -176,6 +191,7 @@ class Writer:
             self._shard = line["shard"]
             self.progress = Progress(**{k: v for k, v in line.items() if k != "shard"})
             self.progress.following = tuple(line["following"])
+            self._count(new)
         self._bytes_before = sum(self.progress.bytes.values())
         for file in self.folder.glob("*.tokens"):
             if file.name not in self.progress.files:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from lm.config import ConfigError
-from lm.data import corpus, mongodb, sources
+from lm.data import corpus, mongodb, prepare, sources
 from lm.data.settings import Config
 
 pymongo = pytest.importorskip("pymongo")
+bson = pytest.importorskip("bson")
 SERVERS = {  # those that are installed are started
     "nx-27017": ["--db", "memory", "-p", "{port}"],
     "mongod": ["--dbpath", "{folder}", "--port", "{port}"],
@@ -91,21 +92,68 @@ def test_a_record_without_a_text_is_refused_or_skipped(server, collection):
         list(opened(server))
 
 
-def test_a_cursor_that_is_lost_is_opened_where_it_was(server, collection, monkeypatch):
-    """A server forgets a cursor that waits for minutes; here a getMore is made to fail as then."""
-    lost = []
+@pytest.fixture
+def losses(monkeypatch):
+    """A server forgets a cursor that waits for minutes; here three getMores are made to fail as then."""
+    meanwhile = []  # what happens at each loss
     cursor = pymongo.cursor.Cursor
-    more = cursor._send_message
+    more, lost = cursor._send_message, []
 
     def forgetful(self, operation):
         if type(operation).__name__ == "_GetMore" and len(lost) < 3:
             lost.append(operation)
+            if meanwhile:
+                meanwhile.pop(0)()
             raise pymongo.errors.CursorNotFound("cursor id 7 not found")
         return more(self, operation)
 
     monkeypatch.setattr(cursor, "_send_message", forgetful)
+    yield meanwhile
+    assert len(lost) == 3 and not meanwhile
+
+
+def test_a_cursor_that_is_lost_is_opened_where_it_was(server, collection, losses):
     assert [document.text for document in opened(server)] == TEXTS
-    assert len(lost) == 3
+
+
+def test_of_one_that_is_lost_nothing_is_read_twice_or_not_at_all(server, collection, losses):
+    """Records that were read go, also the last one, and others come before them."""
+    ids = [record["_id"] for record in collection.find(sort=[("_id", 1)], batch_size=999)]
+    losses += [
+        lambda: collection.delete_many({"_id": {"$in": [*ids[:2], ids[100]]}}),
+        lambda: collection.insert_one({"_id": bson.ObjectId("0" * 24), "text": "new"}),
+    ]
+    assert [document.text for document in opened(server)] == TEXTS
+
+
+def test_a_cursor_is_lost_among_ids_of_several_types(server, collection, losses):
+    collection.delete_many({})
+    kinds = (lambda i: 1000 + i, lambda i: f"id {i:03}")
+    collection.insert_many([{"_id": kind(i), "text": f"{i}"} for kind in kinds for i in range(250)])
+    expected = [r["text"] for r in collection.find(sort=[("_id", 1)], batch_size=999)]
+    assert len(expected) == 500
+    assert [document.text for document in opened(server)] == expected
+
+
+def test_types_of_ids_are_in_the_order_of_the_server():
+    assert mongodb._types_behind(2**40) == mongodb._types_behind(1.5) == mongodb._types_behind(1)
+    assert mongodb._types_behind("a")[:3] == ["object", "binData", "objectId"]
+    assert mongodb._types_behind(None)[0] == "number"
+    assert mongodb._types_behind(bson.ObjectId())[0] == "bool"
+
+
+def test_a_collection_that_changes_meanwhile_is_refused(server, collection, monkeypatch, tmp_path):
+    add = prepare.Writer.add
+
+    def changing(self, encoded):
+        add(self, encoded)
+        collection.insert_one({"text": "one more"})
+
+    monkeypatch.setattr(prepare.Writer, "add", changing)
+    path = (f"mongodb://{server}/books.pages",)
+    with pytest.raises(ConfigError, match=r"books\.pages changed while it was read"):
+        corpus.prepare_in(tmp_path / "made", Config(path=path, tokenizer="byte"))
+    assert not (tmp_path / "made/manifest.json").exists()
 
 
 def test_the_fingerprint_changes_with_the_records(server, collection):

@@ -165,3 +165,11 @@ def test_a_remote_file(tmp_path):
     file = write(tmp_path / "a.parquet", {"text": ROWS})
     fsspec.filesystem("memory").pipe("/p/a.parquet", file.read_bytes())
     assert list(opened("memory://p/a.parquet")) == list(opened(file))
+
+
+def test_parquet_that_is_compressed_once_more_is_refused(tmp_path):
+    file = write(tmp_path / "a.parquet.zst", {"text": ROWS})
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet\.zst: Parquet is read at any place, and \.zst"
+    ):
+        opened(file)

@@ -45,6 +45,55 @@ def test_prepared_with_its_rows_and_shown(text, capsys):
     assert np.asarray(Image.open("lengths.png")).std() > 5
 
 
+@pytest.mark.parametrize("name", ["jsonl", "text", "huggingface"])
+def test_a_name_of_a_source_is_no_path(text, capsys, name):
+    """The file's suffix would have it read as JSON lines; of a folder each line of its files is a row."""
+    if name == "huggingface":
+        pytest.importorskip("datasets")
+        (text.parent / "folder").mkdir()
+        text = text.rename(text.parent / "folder" / "a.jsonl").parent
+    flags = ["--source", name, f"--config.data.path={text}", *PREPARE, "--out", "made"]
+    assert prepare_data.main(flags) == 0, capsys.readouterr().err
+    report = corpus.load(text.parent / "made").report
+    assert (report["source"], report["documents"]) == (name, 1 if name == "text" else 150)
+
+
+# Of three documents, by hand: aab, é (of two bytes) and aaaaa.
+BY_HAND = {
+    "byte": (
+        "train: 3 documents, 13 tokens, 10 bytes, 1.00 bytes a token; 4 of 256 ids used (1.6%)",
+        "most frequent: 'a' 70.00%, 'b' 10.00%, '\ufffd' 10.00%, '\ufffd' 10.00%",
+        "tokens a document: least 2, median 3, 90% up to 5, most 5",
+        {2: 1, 3: 1, 5: 1},
+    ),
+    "char": (
+        "train: 3 documents, 12 tokens, 10 bytes, 1.11 bytes a token; 3 of 3 ids used (100.0%)",
+        "most frequent: 'a' 77.78%, 'b' 11.11%, 'é' 11.11%",
+        "tokens a document: least 1, median 3, 90% up to 5, most 5",
+        {1: 1, 3: 1, 5: 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("tokenizer", BY_HAND)
+def test_what_is_shown_of_three_documents_is_what_a_hand_counts(text, capsys, tokenizer):
+    text.write_text('{"text": "aab"}\n{"text": "é"}\n{"text": "aaaaa"}\n')
+    flags = [f"--tokenizer={tokenizer}", "--config.data.validation_fraction=0", "--workers", "0"]
+    assert prepare_data.main(["--source", "a.jsonl", *flags, "--out", "made"]) == 0
+    capsys.readouterr()
+    assert inspect_data.main(["made", "--shards", "--rows", "0"]) == 0
+    said = capsys.readouterr().out
+    counts, frequent, lengths, bins = BY_HAND[tokenizer]
+    for line in (counts, frequent, lengths):
+        assert f"\n{line}\n" in said
+    rows = [line.split() for line in said.splitlines() if " to " in line and "document" not in line]
+    assert {int(row[0]): int(row[3]) for row in rows} == dict.fromkeys(range(1, 6), 0) | bins
+    assert all(
+        row[0] == row[2] and (row[3:] == ["1", "#" * 40] or row[3:] == ["0"]) for row in rows
+    )
+    assert f"train-00000.tokens: 3 documents, {counts.split(', ')[1]}\n" in said
+
+
 def test_what_a_step_saw_is_where_it_says(text, capsys):
     flags = [
         "--config.data.path=a.jsonl",
@@ -117,6 +166,21 @@ def test_a_mixture_is_prepared_corpus_by_corpus(text, capsys):
     [
         (prepare_data, ["--source", "a.jsonl", "--out", "x", "--workers", "-1"], "--workers=-1"),
         (prepare_data, ["--source", "none.jsonl", "--out", "x"], "none.jsonl: no such file"),
+        (
+            prepare_data,
+            ["--source", "mongodb", "--out", "x"],
+            "data.source=mongodb: no files named",
+        ),
+        (
+            prepare_data,
+            ["--source", "a.jsonl", "--config.data.path=b.jsonl", "--out", "x"],
+            "--source=a.jsonl: --config.data.path=b.jsonl names another",
+        ),
+        (
+            prepare_data,
+            ["--source", "python_docs", "--config.data.path=b.jsonl", "--out", "x"],
+            "--source=python_docs: --config.data.path=b.jsonl names another",
+        ),
         (prepare_data, ["--source", "a.jsonl", "--tokenizer", "bite", "--out", "x"], "bite"),
         (inspect_data, [], "a folder or --config"),
         (inspect_data, ["."], "neither a prepared corpus"),

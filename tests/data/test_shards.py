@@ -1,0 +1,56 @@
+"""A prepared corpus says of each shard what is in it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lm.data import corpus, prepare, shards
+from lm.data.settings import Config
+from tools import inspect_data
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK", 2000)
+    monkeypatch.setattr(prepare, "SHARD", 12_000)
+    rows = [{"text": f"document {i} of many, " * (1 + i % 13)} for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = Config(path=(str(tmp_path / "a.jsonl"),), tokenizer="byte")
+    corpus.prepare_in(tmp_path / "made", cfg)
+    return tmp_path / "made"
+
+
+def test_each_shard_has_its_documents_and_tokens_and_they_sum_to_the_split(folder):
+    text, counts = corpus.load(folder), shards.read_manifest(folder)["shards"]
+    for split in (text.train, text.validation):
+        names = sorted(name for name in counts if name.startswith(split.name))
+        assert names == sorted(file.name for file in folder.glob(f"{split.name}-*"))
+        assert len(names) > 4
+        begin = 1  # behind the first end of text
+        for name in names:
+            stream = np.fromfile(folder / name, text.train.tokens.dtype)[begin:]
+            ends = int((stream == split.end_of_text).sum())
+            assert counts[name] == {"documents": ends, "tokens": len(stream)}
+            begin = 0
+        for kind in ("documents", "tokens"):
+            total = sum(counts[name][kind] for name in names)
+            assert total == text.report[split.name][kind] > 0
+
+
+def test_they_are_shown_and_a_folder_without_them_still_opens(folder, capsys):
+    counts = shards.read_manifest(folder)["shards"]
+    assert inspect_data.main([str(folder), "--shards"]) == 0
+    said = capsys.readouterr().out
+    for name, shard in counts.items():
+        line = f"  {name}: {shard['documents']:,} documents, {shard['tokens']:,} tokens\n"
+        assert line in said
+    body = json.loads((folder / "manifest.json").read_text())["body"]
+    body.pop("shards")
+    shards.write_manifest(folder, body)
+    fingerprint = corpus.build(Config(path=(str(folder),))).fingerprint
+    assert fingerprint == body["fingerprint"]
+    assert inspect_data.main([str(folder)]) == 0
+    capsys.readouterr()
+    assert inspect_data.main([str(folder), "--shards"]) == 2
+    assert "--shards: the corpus was prepared before they" in capsys.readouterr().err
