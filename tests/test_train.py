@@ -406,7 +406,7 @@ def test_a_profile_ends_with_the_run(tiny, tmp_path):
 
 @pytest.mark.optimized
 def test_layers_scanned_or_unrolled_resume_each_other(tiny, tmp_path):
-    layers = {"model__num_layers": 3, "model__model_dim": 32}
+    layers = {"model__num_layers": 3, "optim__schedule": "constant"}
     for first in (True, False):
         turned, straight = tmp_path / f"turned {first}", tmp_path / f"straight {first}"
         train.run(tiny(**layers, model__scan=first, train__num_steps=4), turned)
