@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -94,6 +95,20 @@ class Job:
             assert self.launcher.poll() is None, self.said(0)
             assert time.monotonic() < end, self.said(0)
             time.sleep(0.02)
+
+    def kill_service(self):
+        """Kill the coordination service, a child of the first process."""
+
+        def parent(pid):
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                serves = b"serve(" in path.read_bytes()
+                if serves and parent(parent(path.parent.name)) == self.launcher.pid:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    return
+        raise AssertionError("no service")
 
     def send(self, index, number):
         """Send a signal to one process."""
@@ -205,6 +220,7 @@ def test_processes_that_split_positions_or_heads_train_as_one(
 SLOW = """
 
 import os
+import re
 import threading
 import time
 
@@ -327,9 +343,33 @@ def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_pa
     assert "row 5, shard 2 of 4" in said and "batch weights: 16 numbers are not finite" in said
 
 
+@pytest.mark.slow
+def test_where_the_coordination_service_is_killed_all_end_and_say_so(text_file, whole, tmp_path):
+    """As by a host that is lost with process 0: the service is a process of its own.
+
+    jax's own end of it is an abort, before a thread of ours can name it; it cannot be asked for another
+    (its callback of Python ends in std::bad_cast).
+    """
+    workdir, slow = tmp_path / "run", tmp_path / "slow.py"
+    slow.write_text(EXPERIMENT.format(path=str(text_file)) + SLOW)
+    with Job(slow, workdir, 2, before="export SLOW_FROM=17;") as job:
+        job.wait_for_checkpoint(15)
+        began = time.monotonic()
+        job.kill_service()
+        code, took = job.wait(90), time.monotonic() - began
+        said = [job.said(index) for index in range(2)]
+        assert code not in (0, exits.RESUMABLE) and took < 60, said
+        why = re.compile("ends: no answer from|JAX distributed service detected fatal errors")
+        assert all(why.search(words) for words in said), said
+    job, code = run(slow, workdir, 1)
+    assert code == 0, job.said(0)
+    assert_same(workdir, whole)
+
+
 LATE = """
 
 import os
+import re
 import time
 from lm import experiment
 
@@ -361,6 +401,7 @@ def test_a_process_that_never_comes_to_training_ends_all(text_file, tmp_path):
 UNWRITTEN = """
 
 import os
+import re
 from orbax.checkpoint._src.futures import future
 
 original, calls = future.ChainedFuture.result, []
