@@ -5,7 +5,8 @@
 
 Row r is [CLS], a window of n = length - 2 tokens (`lm.tasks.window`), and [SEP]; with `next_sentence`
 [CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another row's. Of
-the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay.
+the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay. As in both papers a row is one text,
+whatever documents it is of; with `isolate_documents` they do not see each other.
 
 What differs: A and B are halves of a window and not sentences of one document; a row has exactly
 max(1, round(mask_rate * tokens)) masked tokens, or with whole words at most so many.
