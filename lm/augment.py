@@ -59,16 +59,8 @@ class Augmenter:
 
     def __call__(self, tokens: np.ndarray, epoch: int, row: int) -> np.ndarray:
         """Return the noisy tokens of a row; a pure function of the arguments and the seed."""
-        random = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence((self._seed, epoch, row, 1)))
-        )
-        cfg, tokens = self._cfg, tokens.copy()
-        if rate := getattr(cfg, "delete_spans", 0.0):
-            begins = random.random(len(tokens)) < _begin_rate(rate)
-            lengths = random.geometric(1 / MEAN_SPAN, len(tokens))
-            ends = np.where(begins, np.arange(len(tokens)) + lengths, 0)
-            gone = np.maximum.accumulate(ends) > np.arange(len(tokens))
-            tokens = tokens if gone.all() else tokens[~gone]
+        random = self._random(epoch, row)
+        cfg, tokens = self._cfg, tokens[self._kept(len(tokens), random)]
         common = ~np.isin(tokens, self._special)
         if cfg.swap_tokens:
             chosen = (random.random(len(tokens)) < cfg.swap_tokens) & common
@@ -82,6 +74,25 @@ class Augmenter:
             chosen = (random.random(len(tokens)) < cfg.drop_tokens) & common
             tokens[chosen] = self._blank
         return tokens
+
+    def reach(self, size: int, limit: int, epoch: int, row: int) -> int:
+        """Return how far into the `size` tokens of a row the first `limit` that are left reach."""
+        kept = np.flatnonzero(self._kept(size, self._random(epoch, row)))
+        return int(kept[limit - 1]) + 1 if limit < len(kept) else size
+
+    def _random(self, epoch: int, row: int) -> np.random.Generator:
+        sequence = np.random.SeedSequence((self._seed, epoch, row, 1))
+        return np.random.Generator(np.random.Philox(sequence))
+
+    def _kept(self, size: int, random: np.random.Generator) -> np.ndarray:
+        """Return which of `size` tokens are left when spans are deleted: never none."""
+        rate = getattr(self._cfg, "delete_spans", 0.0)
+        if not rate:
+            return np.ones(size, bool)
+        begins = random.random(size) < _begin_rate(rate)
+        ends = np.where(begins, np.arange(size) + random.geometric(1 / MEAN_SPAN, size), 0)
+        gone = np.maximum.accumulate(ends) > np.arange(size)
+        return ~gone | gone.all()
 
 
 @functools.cache

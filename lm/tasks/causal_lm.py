@@ -107,7 +107,9 @@ class Task:
             "weights": weights,
         }
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
         if self.cfg.packing != "split":
             plan = split.plan(self.cfg.packing, self.cfg.length)

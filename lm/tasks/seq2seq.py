@@ -67,9 +67,14 @@ class Task:
             )
         return split.num_pairs if split.paired else self._windows.num_rows(split)
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
-        return pair_pieces(split, indices) if split.paired else self._windows.pieces(split, indices)
+        if not split.paired:
+            return self._windows.pieces(split, indices)
+        limits = self.cfg.source_length - 1, self.cfg.length - 1
+        return pair_pieces(split, indices, limits, self._augment, epochs)
 
     def rows(
         self,
@@ -109,10 +114,31 @@ class Task:
         return batch_of(rows, source_length=self.cfg.source_length, length=self.cfg.length)
 
 
-def pair_pieces(split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Return (begin, length) in the stream of both texts of each pair, as they are before they are cut."""
-    pairs = [(2 * i, 2 * i + 1) if i < split.num_pairs else () for i in indices.tolist()]
-    return [[split.span(document) for document in pair] for pair in pairs]
+def pair_pieces(
+    split: Any,
+    indices: np.ndarray,
+    limits: tuple[int, int],
+    noise: augment.Augmenter | None = None,
+    epochs: np.ndarray | None = None,
+) -> list[list[tuple[int, int]]]:
+    """Return (begin, length) in the stream of what is read of both texts of each pair, cut to `limits`.
+
+    Deleted spans are in it: it reaches as far as the last token that is left.
+    """
+    found = []
+    for place, index in enumerate(indices.tolist()):
+        spans = []
+        if index < split.num_pairs:
+            spans = [split.span(2 * index + part) for part in range(2)]
+            most = limits[0]
+            if noise and epochs is not None:
+                most = noise.reach(spans[0][1], most, int(epochs[place]), index)
+            spans = [
+                (begin, min(size, limit))
+                for (begin, size), limit in zip(spans, (most, limits[1]), strict=True)
+            ]
+        found.append(spans if spans and spans[1][1] else [])
+    return found
 
 
 def pair_batch(

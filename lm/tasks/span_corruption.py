@@ -113,7 +113,9 @@ class Task:
         """Return how many rows hold every token of `split` once."""
         return num_windows(split, self.cfg.packing, self.stride)
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
         return [window_pieces(split, i, self.cfg.packing, self.stride) for i in indices.tolist()]
 
