@@ -57,14 +57,21 @@ class Augmenter:
         self._drawn = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
         self._special = np.array(special)
 
-    def __call__(self, tokens: np.ndarray, epoch: int, row: int) -> np.ndarray:
-        """Return the noisy tokens of a row; a pure function of the arguments and the seed."""
+    def __call__(
+        self, tokens: np.ndarray, epoch: int, row: int, *, segments: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the noisy tokens of a row; a pure function of the arguments and the seed.
+
+        Those of different `segments`, the documents of a row that are kept apart, never swap.
+        """
         random = self._random(epoch, row)
         cfg, tokens = self._cfg, tokens[self._kept(len(tokens), random)]
         common = ~np.isin(tokens, self._special)
         if cfg.swap_tokens:
             chosen = (random.random(len(tokens)) < cfg.swap_tokens) & common
             chosen[:-1] &= common[1:]
+            if segments is not None:
+                chosen[:-1] &= segments[1:] == segments[:-1]
             for place in np.flatnonzero(chosen[:-1]):
                 tokens[[place, place + 1]] = tokens[[place + 1, place]]
         if cfg.replace_tokens:

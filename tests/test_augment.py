@@ -122,6 +122,24 @@ def test_pairs_have_noisy_sources_in_training_alone(kind, place):
         np.testing.assert_array_equal(values, clean[name])
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "split"])
+def test_no_token_swaps_with_one_of_a_neighbour_in_its_row(packing):
+    """A document that is longer than a row goes on beside another without an end of text between them."""
+    texts = [np.full(10, 1), np.full(30, 2)]
+    stream = np.concatenate([[END], *(np.append(text, END) for text in texts)]).astype(np.uint16)
+    split = Split("train", stream, np.flatnonzero(stream == END)[:-1], 1)
+    plain, task = (
+        make("causal_lm", "causal", length=24, packing=packing, **noise)
+        for noise in ({}, {"swap_tokens": 0.9})
+    )
+    rows = np.arange(plain.num_rows(split))
+    clean, trained = (x.rows(split, rows, epochs=np.zeros_like(rows)) for x in (plain, task))
+    assert (
+        packing == "split" or ((clean["inputs"] == 1).any(1) & (clean["inputs"] == 2).any(1)).any()
+    )
+    np.testing.assert_array_equal(clean["inputs"], trained["inputs"])
+
+
 NOISES = [
     {"drop_tokens": 0.3},
     {"replace_tokens": 0.3},

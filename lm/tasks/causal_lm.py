@@ -97,7 +97,10 @@ class Task:
             weights[row, context[row] : at] = 1
             if self._augment and epochs is not None:
                 inputs[row, :at] = self._augment(
-                    inputs[row, :at], int(epochs[row]), int(indices[row])
+                    inputs[row, :at],
+                    int(epochs[row]),
+                    int(indices[row]),
+                    segments=segments[row, :at],
                 )
         return {
             "inputs": inputs,
