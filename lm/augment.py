@@ -57,22 +57,21 @@ class Augmenter:
         self._drawn = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
         self._special = np.array(special)
 
-    def __call__(self, tokens: np.ndarray, epoch: int, row: int) -> np.ndarray:
-        """Return the noisy tokens of a row; a pure function of the arguments and the seed."""
-        random = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence((self._seed, epoch, row, 1)))
-        )
-        cfg, tokens = self._cfg, tokens.copy()
-        if rate := getattr(cfg, "delete_spans", 0.0):
-            begins = random.random(len(tokens)) < _begin_rate(rate)
-            lengths = random.geometric(1 / MEAN_SPAN, len(tokens))
-            ends = np.where(begins, np.arange(len(tokens)) + lengths, 0)
-            gone = np.maximum.accumulate(ends) > np.arange(len(tokens))
-            tokens = tokens if gone.all() else tokens[~gone]
+    def __call__(
+        self, tokens: np.ndarray, epoch: int, row: int, *, segments: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the noisy tokens of a row; a pure function of the arguments and the seed.
+
+        Those of different `segments`, the documents of a row that are kept apart, never swap.
+        """
+        random = self._random(epoch, row)
+        cfg, tokens = self._cfg, tokens[self._kept(len(tokens), random)]
         common = ~np.isin(tokens, self._special)
         if cfg.swap_tokens:
             chosen = (random.random(len(tokens)) < cfg.swap_tokens) & common
             chosen[:-1] &= common[1:]
+            if segments is not None:
+                chosen[:-1] &= segments[1:] == segments[:-1]
             for place in np.flatnonzero(chosen[:-1]):
                 tokens[[place, place + 1]] = tokens[[place + 1, place]]
         if cfg.replace_tokens:
@@ -82,6 +81,25 @@ class Augmenter:
             chosen = (random.random(len(tokens)) < cfg.drop_tokens) & common
             tokens[chosen] = self._blank
         return tokens
+
+    def reach(self, size: int, limit: int, epoch: int, row: int) -> int:
+        """Return how far into the `size` tokens of a row the first `limit` that are left reach."""
+        kept = np.flatnonzero(self._kept(size, self._random(epoch, row)))
+        return int(kept[limit - 1]) + 1 if limit < len(kept) else size
+
+    def _random(self, epoch: int, row: int) -> np.random.Generator:
+        sequence = np.random.SeedSequence((self._seed, epoch, row, 1))
+        return np.random.Generator(np.random.Philox(sequence))
+
+    def _kept(self, size: int, random: np.random.Generator) -> np.ndarray:
+        """Return which of `size` tokens are left when spans are deleted: never none."""
+        rate = getattr(self._cfg, "delete_spans", 0.0)
+        if not rate:
+            return np.ones(size, bool)
+        begins = random.random(size) < _begin_rate(rate)
+        ends = np.where(begins, np.arange(size) + random.geometric(1 / MEAN_SPAN, size), 0)
+        gone = np.maximum.accumulate(ends) > np.arange(size)
+        return ~gone | gone.all()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import pytest
 
 from lm import augment, tasks
 from lm.config import ConfigError
+from lm.data import tokenizers
 from lm.data.corpus import Split
 from lm.data.pipeline import Batches
 
@@ -119,6 +120,78 @@ def test_pairs_have_noisy_sources_in_training_alone(kind, place):
         )
     for name, values in task.rows(split, np.arange(4)).items():
         np.testing.assert_array_equal(values, clean[name])
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "split"])
+def test_no_token_swaps_with_one_of_a_neighbour_in_its_row(packing):
+    """A document that is longer than a row goes on beside another without an end of text between them."""
+    texts = [np.full(10, 1), np.full(30, 2)]
+    stream = np.concatenate([[END], *(np.append(text, END) for text in texts)]).astype(np.uint16)
+    split = Split("train", stream, np.flatnonzero(stream == END)[:-1], 1)
+    plain, task = (
+        make("causal_lm", "causal", length=24, packing=packing, **noise)
+        for noise in ({}, {"swap_tokens": 0.9})
+    )
+    rows = np.arange(plain.num_rows(split))
+    clean, trained = (x.rows(split, rows, epochs=np.zeros_like(rows)) for x in (plain, task))
+    assert (
+        packing == "split" or ((clean["inputs"] == 1).any(1) & (clean["inputs"] == 2).any(1)).any()
+    )
+    np.testing.assert_array_equal(clean["inputs"], trained["inputs"])
+
+
+NOISES = [
+    {"drop_tokens": 0.3},
+    {"replace_tokens": 0.3},
+    {"swap_tokens": 0.3},
+    {"delete_spans": 0.3},
+]
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=lambda noise: next(iter(noise)))
+@pytest.mark.parametrize(
+    ("kind", "place"), [("masked", "inputs"), ("source", "source"), ("causal", "inputs")]
+)
+def test_classified_texts_are_noisy_in_training_alone_and_labels_never(kind, place, noise):
+    byte, labels = tokenizers.Byte(), ("no", "yes")
+    end = byte.end_of_text
+    letters = np.arange(97, 121)
+    texts = [
+        x for number in range(8) for x in (letters + number % 3, byte.encode(labels[number % 2]))
+    ]
+    stream = np.concatenate([[end], *(np.append(text, end) for text in texts)]).astype(np.uint16)
+    split = Split("train", stream, np.flatnonzero(stream == end)[:-1], 1, paired=True)
+    setting, rows = tasks.Setting(kind, byte, labels), np.arange(8)
+    plain, noisy_task = (
+        tasks.build(tasks.config_class("classify")(length=40, label_length=5, **fields), setting)
+        for fields in ({}, noise)
+    )
+    clean = plain.rows(split, rows)
+    first, again, later = (
+        noisy_task.rows(split, rows, epochs=np.full(8, epoch)) for epoch in (0, 0, 1)
+    )
+    assert (first[place] != clean[place]).any(axis=1).all()
+    assert (first[place] != later[place]).any(axis=1).all()
+    for name, values in noisy_task.rows(split, rows).items():
+        np.testing.assert_array_equal(values, clean[name])
+        np.testing.assert_array_equal(first[name], again[name])
+    for row in rows:
+        asked = [batch["targets"][row][batch["weights"][row] > 0] for batch in (clean, first)]
+        np.testing.assert_array_equal(*asked)
+        if kind == "masked":  # [CLS] and [SEP] stay
+            ends = [
+                batch["inputs"][row][batch["segments"][row] > 0][[0, -1]]
+                for batch in (clean, first)
+            ]
+            np.testing.assert_array_equal(*ends)
+        else:  # what is read of the label is the label
+            known = [batch["inputs"][row][batch["weights"][row] > 0] for batch in (clean, first)]
+            np.testing.assert_array_equal(*known)
+        if "swap_tokens" in noise:
+            np.testing.assert_array_equal(np.sort(first[place][row]), np.sort(clean[place][row]))
+        if "delete_spans" in noise:
+            sizes = [np.count_nonzero(batch[place][row]) for batch in (clean, first)]
+            assert sizes[1] < sizes[0]
 
 
 def test_shares_that_are_none_and_noise_without_pairs_are_refused():

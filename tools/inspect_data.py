@@ -6,7 +6,7 @@
 
 Shows counts, lengths (a histogram, as a picture with --out), the most frequent tokens, how much of the
 vocabulary is used, bytes per token, and rows decoded, with the borders of documents and what is scored. With
---step: the source, document and place of every row that the step trains on.
+--step: the source, document and place of every row that the step trains on, or that the run left out.
 """
 
 import argparse
@@ -255,6 +255,14 @@ def _check_trained_on(folder: Path | None, text: corpus.Corpus) -> None:
         )
 
 
+def _left_out(folder: Path | None, step: int) -> str:
+    """Return why the run in `folder` skipped `step`; nothing where it did not."""
+    from lm import guard
+
+    listed = folder / guard.FILE if folder else None
+    return receipt.read_json(listed).get(str(step), "") if listed and listed.exists() else ""
+
+
 def _show_step(config: ConfigDict, step: int, folder: Path | None) -> None:
     """Print where each row of the batch of `step` comes from."""
     from lm import experiment
@@ -267,6 +275,8 @@ def _show_step(config: ConfigDict, step: int, folder: Path | None) -> None:
     _check_trained_on(folder, made.corpus)
     found = origins.of_step(made.batches, made.corpus.members, made.corpus.names, step)
     print(f"step {step} of {made.num_steps}: {len(found)} rows")
+    if why := _left_out(folder, step):
+        print(f"  which the run left out: {why}; nothing was learned from them")
     for place, row in enumerate(found):
         print(f"row {place}: {row['row']}")
         for line in row["documents"]:

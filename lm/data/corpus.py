@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError, plain
-from lm.data import cleaning, external, mixture, packing, prepare, shards, sources, tokenizers
+from lm.data import (
+    cleaning,
+    external,
+    mixture,
+    packing,
+    plans,
+    prepare,
+    shards,
+    sources,
+    tokenizers,
+)
 from lm.data.mixture import Mixture
 from lm.data.settings import Config
 from lm.data.shards import ORIGIN, SPLITS
@@ -60,7 +70,13 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
     else:
         corpus = _cached(cfg, tokenizer)
     _check(cfg, corpus)
-    return corpus
+    folder, splits = (
+        cache_folder() / "plans" / corpus.fingerprint,
+        (corpus.train, corpus.validation),
+    )
+    kept = plans.Kept(folder, fingerprint=corpus.fingerprint, splits=splits)
+    train, validation = (dataclasses.replace(split, kept=kept) for split in splits)
+    return dataclasses.replace(corpus, train=train, validation=validation)
 
 
 # The fields that say how corpora are mixed; the rest of `data` changes their fingerprint.
@@ -177,8 +193,8 @@ def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None
 def load(folder: Path, *, thorough: bool = False) -> Corpus:
     """Return the corpus in `folder`; see `lm.data.shards.read_manifest` for what is checked."""
     body = shards.read_manifest(folder, thorough=thorough)
-    plans, of_plans = packing.load(folder, fingerprint=body["fingerprint"], thorough=thorough)
-    train, validation = (_split(folder, body, name, plans) for name in SPLITS)
+    found, of_plans = packing.load(folder, fingerprint=body["fingerprint"], thorough=thorough)
+    train, validation = (_split(folder, body, name, found) for name in SPLITS)
     tokenizer = tokenizers.load(folder / "tokenizer")
     return Corpus(
         tokenizer,
@@ -192,7 +208,7 @@ def load(folder: Path, *, thorough: bool = False) -> Corpus:
     )
 
 
-def _split(folder: Path, body: dict[str, Any], name: str, plans: dict) -> Split:
+def _split(folder: Path, body: dict[str, Any], name: str, found: dict) -> Split:
     files = sorted(file for file in body["files"] if file.startswith(f"{name}-"))
     arrays = [shards.view(folder / file, np.dtype(body["dtype"])) for file in files]
     return Split(
@@ -202,7 +218,7 @@ def _split(folder: Path, body: dict[str, Any], name: str, plans: dict) -> Split:
         body["report"][name]["bytes"],
         body["report"]["paired"],
         shards.view(folder / f"{name}.origins", ORIGIN),
-        {key: made[name] for key, made in plans.items()},
+        {key: made[name] for key, made in found.items()},
     )
 
 

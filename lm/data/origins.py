@@ -14,7 +14,8 @@ def of_step(
 ) -> list[dict[str, Any]]:
     """Return of each row of the batch of `step`, of all hosts: what it is of and its documents, in words.
 
-    `members` are the corpora of `batches.splits` and `names` their names, where there are several.
+    The places are those that its inputs are made of, before noise and masks. `members` are the corpora of
+    `batches.splits` and `names` their names, where there are several.
     """
     size = batches.batch_size
     if batches.stream:
@@ -29,7 +30,9 @@ def of_step(
         task: Any = batches.task
         documents = [
             line
-            for begin, length in task.pieces(members[owner].train, np.array([row]))[0]
+            for begin, length in task.pieces(
+                members[owner].train, np.array([row]), epochs=np.array([epoch])
+            )[0]
             for line in _documents(members[owner], begin, begin + length)
         ]
         found.append({"row": f"{name}row {row:,} of epoch {epoch}", "documents": documents})

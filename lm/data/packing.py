@@ -1,5 +1,7 @@
 """Which pieces of a stream stand in each row: planned once, so that any row is a lookup.
 
+Plans are made and kept by the preparation, or at the first start (`lm.data.plans`).
+
 - split: the stream is cut every `capacity` tokens, wherever documents end; no table is needed.
 - best_fit: a document longer than a row is cut at multiples of `capacity`; what is left of it and the
   shorter documents are put together by best-fit decreasing, so that none is cut without need ("Fewer
@@ -181,19 +183,38 @@ def load(
     found: dict[tuple[str, int], dict[str, Plan]] = {}
     unchecked: dict[Path, dict[str, Any]] = {}
     for place in sorted((folder / _FOLDER).glob("[!.]*")):
-        try:
-            about = json.loads((place / _ABOUT).read_text())
-            if (about["format"], about["fingerprint"]) != (FORMAT, fingerprint):
-                continue
-            name, _, capacity = place.name.rpartition("-")
-            files = dict(about["files"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise shards.Damaged(place / _ABOUT, str(error)) from None
+        if (files := _files(place, fingerprint)) is None:
+            continue
         unchecked |= shards.check_files(place, files, thorough=thorough)
-        found[name, int(capacity)] = {
-            split: Plan(
-                *(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items())
-            )
-            for split in shards.SPLITS
-        }
+        name, _, capacity = place.name.rpartition("-")
+        found[name, int(capacity)] = _plans(place)
     return found, unchecked
+
+
+def read(folder: Path, name: str, capacity: int, *, fingerprint: str) -> dict[str, Plan] | None:
+    """Return the plan that `save` kept of each split, None where there is none.
+
+    Raises Damaged for one that is not whole, of which every byte is checked.
+    """
+    place = folder / _FOLDER / f"{name}-{capacity}"
+    if not place.exists() or (files := _files(place, fingerprint)) is None:
+        return None
+    shards.check_files(place, files, thorough=True)
+    return _plans(place)
+
+
+def _files(place: Path, fingerprint: str) -> dict[str, dict[str, Any]] | None:
+    """Return what is recorded of a plan's files; None for a plan of another corpus or format."""
+    try:
+        about = json.loads((place / _ABOUT).read_text())
+        same = (about["format"], about["fingerprint"]) == (FORMAT, fingerprint)
+        return dict(about["files"]) if same else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise shards.Damaged(place / _ABOUT, str(error)) from None
+
+
+def _plans(place: Path) -> dict[str, Plan]:
+    return {
+        split: Plan(*(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items()))
+        for split in shards.SPLITS
+    }

@@ -5,6 +5,7 @@ closing EOT is predicted exactly once.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Split:
     paired: bool = False
     origins: np.ndarray | None = None
     plans: dict[tuple[str, int], packing.Plan] = dataclasses.field(default_factory=dict, repr=False)
+    kept: Callable[[str, str, int], packing.Plan] | None = None  # other plans: see lm.data.plans
 
     @property
     def end_of_text(self) -> int:
@@ -62,7 +64,9 @@ class Split:
 
     def plan(self, name: str, capacity: int) -> packing.Plan:
         """Return the plan `name` of rows of `capacity` tokens, made once."""
-        if (name, capacity) not in self.plans:
+        if (name, capacity) not in self.plans and self.kept:
+            self.plans[name, capacity] = self.kept(self.name, name, capacity)
+        elif (name, capacity) not in self.plans:
             self.plans[name, capacity] = packing.make(name, self.starts, self.num_inputs, capacity)
         return self.plans[name, capacity]
 

@@ -19,7 +19,8 @@ documents that must not see each other), and `Task(cfg, setting)`, which has
   tokens are shown;
 - `text_bytes`: every byte of a text is scored once, so that bits per byte mean something;
 - `whole_rows`: whether the share of rows that are all right is reported;
-- `pieces(split, indices)`, (begin, length) of the parts of the stream that each row is made of;
+- `pieces(split, indices, *, epochs=None)`, (begin, length) of the parts of the stream that each row reads,
+  before noise; what a row is asked for may go on for one token;
 - `num_rows(split)` and `rows(split, indices, *, epochs=None, stream_starts=None)`: a pure function of its
   arguments and the setting's seed. `epochs` [R] says how often a row was seen before; None in evaluation.
 """

@@ -97,7 +97,10 @@ class Task:
             weights[row, context[row] : at] = 1
             if self._augment and epochs is not None:
                 inputs[row, :at] = self._augment(
-                    inputs[row, :at], int(epochs[row]), int(indices[row])
+                    inputs[row, :at],
+                    int(epochs[row]),
+                    int(indices[row]),
+                    segments=segments[row, :at],
                 )
         return {
             "inputs": inputs,
@@ -107,7 +110,9 @@ class Task:
             "weights": weights,
         }
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
         if self.cfg.packing != "split":
             plan = split.plan(self.cfg.packing, self.cfg.length)

@@ -6,6 +6,7 @@ al. 2019, 1910.10683), and a row is right when all of the label is. The data nam
 `data.label_field`.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,9 +92,15 @@ class Task:
         """Return how many labelled texts `split` has."""
         return split.num_pairs
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
-        return seq2seq.pair_pieces(split, indices)
+        if not self.at_first:
+            return self._written.pieces(split, indices, epochs=epochs)
+        return seq2seq.pair_pieces(
+            split, indices, (self.row_length - 2, sys.maxsize), self._augment, epochs
+        )
 
     def rows(
         self,

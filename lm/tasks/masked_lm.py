@@ -5,7 +5,8 @@
 
 Row r is [CLS], a window of n = length - 2 tokens (`lm.tasks.window`), and [SEP]; with `next_sentence`
 [CLS] A [SEP] B [SEP], where A and B are the halves of that window, or B the second half of another row's. Of
-the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay.
+the tokens a share is chosen; of these 80% become [MASK], 10% another token, 10% stay. As RoBERTa's full
+sentences, a row is one text, whatever documents it is of; `isolate_documents` keeps these apart.
 
 What differs: A and B are halves of a window and not sentences of one document; a row has exactly
 max(1, round(mask_rate * tokens)) masked tokens, or with whole words at most so many.
@@ -105,9 +106,19 @@ class Task:
         """Return how many rows hold every token of `split` once."""
         return num_windows(split, self.cfg.packing, self.stride)
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
-        return [window_pieces(split, i, self.cfg.packing, self.stride) for i in indices.tolist()]
+        if not self.cfg.next_sentence:
+            return [self._pieces(split, i) for i in indices.tolist()]
+        places = zip(indices.tolist(), self._epochs(indices, epochs).tolist(), strict=True)
+        return [
+            list(self._halves(split, i, random_of(self.seed, epoch, i))[0])
+            if i < self.num_rows(split)
+            else []
+            for i, epoch in places
+        ]
 
     def rows(
         self,
@@ -119,8 +130,7 @@ class Task:
     ) -> dict[str, np.ndarray]:
         """Return rows `indices` [R] as a batch [R, length]; past the last one, empty rows."""
         indices = np.asarray(indices, np.int64)
-        if epochs is None or not self.cfg.dynamic:
-            epochs = np.zeros(len(indices), np.int64)
+        epochs = self._epochs(indices, epochs)
         shape = (len(indices), self.row_length)
         batch: dict[str, np.ndarray] = {
             name: np.zeros(shape, np.int32)
@@ -137,24 +147,23 @@ class Task:
                 self._fill(row, split, index, int(epochs[place]))
         return batch
 
+    def _epochs(self, indices: np.ndarray, epochs: np.ndarray | None) -> np.ndarray:
+        """Return the epochs that the randomness of rows is of."""
+        fixed = epochs is None or not self.cfg.dynamic
+        return np.zeros(len(indices), np.int64) if fixed else np.asarray(epochs)
+
     def _fill(self, row: dict[str, np.ndarray], split: Any, index: int, epoch: int) -> None:
         """Write one row of a batch, given as views."""
         random = random_of(self.seed, epoch, index)
-        window = self._window(split, index)
         if self.cfg.next_sentence:
-            half = len(window) // 2
-            first, second = window[:half], window[half:]
-            others = self.num_rows(split) - 1
-            follows = random.random() < 0.5 or not others
-            if not follows:
-                away = 1 + int(random.integers(others))
-                other = self._window(split, (index + away) % (others + 1))
-                second = other[len(other) // 2 :]
+            halves, follows = self._halves(split, index, random)
+            first, second = (split.tokens[begin : begin + size] for begin, size in halves)
             tokens = np.concatenate([[self.cls], first, [self.sep], second, [self.sep]])
             row["types"][len(first) + 2 : len(tokens)] = 1
             row["labels"][:] = 0 if follows else 1
         else:
-            tokens = np.concatenate([[self.cls], window, [self.sep]])
+            text = window(split, index, self.cfg.packing, self.stride)
+            tokens = np.concatenate([[self.cls], text, [self.sep]])
         size = len(tokens)
         row["targets"][:size] = tokens
         row["segments"][:size], row["positions"][:size] = self._documents(tokens, split)
@@ -166,8 +175,22 @@ class Task:
         row["inputs"][:size] = tokens
         row["inputs"][chosen] = np.where((draw >= 0.8) & (draw < 0.9), other, shown)
 
-    def _window(self, split, index: int) -> np.ndarray:
-        return window(split, index, self.cfg.packing, self.stride)
+    def _pieces(self, split: Any, index: int) -> list[tuple[int, int]]:
+        return window_pieces(split, index, self.cfg.packing, self.stride)
+
+    def _halves(
+        self, split: Any, index: int, random: np.random.Generator
+    ) -> tuple[tuple[tuple[int, int], ...], bool]:
+        """Return (begin, length) of the parts A and B of a row, and whether B follows A."""
+        ((begin, size),) = self._pieces(split, index)
+        first, second = (begin, size // 2), (begin + size // 2, size - size // 2)
+        others = self.num_rows(split) - 1
+        follows = random.random() < 0.5 or not others
+        if not follows:
+            away = 1 + int(random.integers(others))
+            ((begin, size),) = self._pieces(split, (index + away) % (others + 1))
+            second = begin + size // 2, size - size // 2
+        return (first, second), follows
 
     def _documents(self, tokens: np.ndarray, split) -> tuple[np.ndarray, np.ndarray]:
         """Return the segment and the position of each token of a row."""

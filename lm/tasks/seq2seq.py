@@ -3,7 +3,8 @@
 "Sequence to Sequence Learning with Neural Networks", Sutskever et al. 2014 (arXiv 1409.3215). With data that
 has pairs (`data.source_field` and `data.target_field`, or the source `python_pairs`) row r is pair r, both
 texts cut to fit and closed by end of text. With plain text the stream is cut as for `causal_lm`: row r is
-asked for `length` tokens, and its source is what comes before them, closed by end of text.
+asked for `length` tokens, and its source is what comes before them, closed by end of text: how the stream
+goes on, whatever documents it is of, so these are not kept apart.
 
 A decoder-only family reads source and target in one row, and only the target is scored.
 """
@@ -66,9 +67,14 @@ class Task:
             )
         return split.num_pairs if split.paired else self._windows.num_rows(split)
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
-        return pair_pieces(split, indices) if split.paired else self._windows.pieces(split, indices)
+        if not split.paired:
+            return self._windows.pieces(split, indices)
+        limits = self.cfg.source_length - 1, self.cfg.length - 1
+        return pair_pieces(split, indices, limits, self._augment, epochs)
 
     def rows(
         self,
@@ -95,23 +101,44 @@ class Task:
 
     def _apart(self, windows: dict[str, np.ndarray], end: int) -> dict[str, np.ndarray]:
         """Return windows with the tokens before the scored ones as a source of their own."""
-        parts: list[tuple[Any, Any, Any]] = []
+        rows: list[list[tuple[Any, Any, Any]]] = []
         for row in range(len(windows["inputs"])):
             scored = np.flatnonzero(windows["weights"][row])
             if not len(scored):
-                parts.append(([], [], []))
+                rows.append([])
                 continue
             first, stop = scored[0], scored[-1] + 1
             known, targets = windows["inputs"][row, : first + 1], windows["targets"][row]
             asked = targets[first:stop]
-            parts.append(([*known, end], [self.start, *asked[:-1]], asked))
-        return _batch(parts, source_length=self.cfg.source_length, length=self.cfg.length)
+            rows.append([([*known, end], [self.start, *asked[:-1]], asked)])
+        return batch_of(rows, source_length=self.cfg.source_length, length=self.cfg.length)
 
 
-def pair_pieces(split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Return (begin, length) in the stream of both texts of each pair, as they are before they are cut."""
-    pairs = [(2 * i, 2 * i + 1) if i < split.num_pairs else () for i in indices.tolist()]
-    return [[split.span(document) for document in pair] for pair in pairs]
+def pair_pieces(
+    split: Any,
+    indices: np.ndarray,
+    limits: tuple[int, int],
+    noise: augment.Augmenter | None = None,
+    epochs: np.ndarray | None = None,
+) -> list[list[tuple[int, int]]]:
+    """Return (begin, length) in the stream of what is read of both texts of each pair, cut to `limits`.
+
+    Deleted spans are in it: it reaches as far as the last token that is left.
+    """
+    found = []
+    for place, index in enumerate(indices.tolist()):
+        spans = []
+        if index < split.num_pairs:
+            spans = [split.span(2 * index + part) for part in range(2)]
+            most = limits[0]
+            if noise and epochs is not None:
+                most = noise.reach(spans[0][1], most, int(epochs[place]), index)
+            spans = [
+                (begin, min(size, limit))
+                for (begin, size), limit in zip(spans, (most, limits[1]), strict=True)
+            ]
+        found.append(spans if spans and spans[1][1] else [])
+    return found
 
 
 def pair_batch(
@@ -127,14 +154,12 @@ def pair_batch(
     The decoder reads `start` and the target, and is asked for the target and `end`. A pair without a
     target is an empty row.
     """
-    parts = []
+    rows = []
     for source, target in pairs:
         source, target = source[: source_length - 1], target[: length - 1]
-        if len(target):
-            parts.append(([*source, end], [start, *target], [*target, end]))
-        else:
-            parts.append(([], [], []))
-    return _batch(parts, source_length=source_length, length=length)
+        whole = ([*source, end], [start, *target], [*target, end])
+        rows.append([whole] if len(target) else [])
+    return batch_of(rows, source_length=source_length, length=length)
 
 
 def one_row_batch(
@@ -160,21 +185,24 @@ def one_row_batch(
     return batch
 
 
-def _batch(
-    parts: Sequence[tuple[Any, Any, Any]], *, source_length: int, length: int
+def batch_of(
+    rows: Sequence[Sequence[tuple[Any, Any, Any]]], *, source_length: int, length: int
 ) -> dict[str, np.ndarray]:
-    """Return a batch of rows of (source, inputs, targets), each padded on the right."""
+    """Return a batch of rows of documents, each (source, inputs, targets), padded on the right."""
     widths = dict.fromkeys(("inputs", "targets", "segments", "positions"), length)
     widths |= {f"source{name}": source_length for name in ("", "_segments", "_positions")}
-    batch = {name: np.zeros((len(parts), width), np.int32) for name, width in widths.items()}
-    batch["weights"] = np.zeros((len(parts), length), np.float32)
-    for row, (source, inputs, targets) in enumerate(parts):
-        read, asked = len(source), len(inputs)
-        batch["source"][row, :read] = source
-        batch["source_segments"][row, :read] = 1 if asked else 0
-        batch["source_positions"][row, :read] = np.arange(read)
-        batch["inputs"][row, :asked], batch["targets"][row, :asked] = inputs, targets
-        batch["segments"][row, :asked] = 1
-        batch["positions"][row, :asked] = np.arange(asked)
-        batch["weights"][row, :asked] = 1
+    batch = {name: np.zeros((len(rows), width), np.int32) for name, width in widths.items()}
+    batch["weights"] = np.zeros((len(rows), length), np.float32)
+    for row, documents in enumerate(rows):
+        read = asked = 0
+        for number, (source, inputs, targets) in enumerate(documents, 1):
+            here = slice(read, read := read + len(source))
+            batch["source"][row, here] = source
+            batch["source_segments"][row, here] = number
+            batch["source_positions"][row, here] = np.arange(len(source))
+            here = slice(asked, asked := asked + len(inputs))
+            batch["inputs"][row, here], batch["targets"][row, here] = inputs, targets
+            batch["segments"][row, here] = number
+            batch["positions"][row, here] = np.arange(len(inputs))
+            batch["weights"][row, here] = 1
     return batch

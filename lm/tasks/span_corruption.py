@@ -5,7 +5,13 @@
 tokens on average, uniformly among all ways to cut them so that the first token stays and the last goes. The
 source has a sentinel where each span was, the target each sentinel and its span; both end with end of text,
 as in T5's code (the paper's target ends with one more sentinel). n is the most that fits
-`source_length`, and the target's length follows from it.
+`source_length`, and the target's length follows from it. As in T5, a row is one text, whatever documents it
+is of.
+
+With `isolate_documents` each document of a row is corrupted by itself, closed by end of text in source and
+target, and reads nothing of its neighbours. The row's spans are shared out among its documents by length, at
+random where they do not come out even, and those too short for one are not asked for anything; n is then
+`source_length` - 1, so that they fit uncut.
 """
 
 from dataclasses import dataclass
@@ -25,7 +31,7 @@ from lm.tasks import (
     window,
     window_pieces,
 )
-from lm.tasks.seq2seq import pair_batch
+from lm.tasks.seq2seq import batch_of, pair_batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Config:
     mean_span: float = 3.0  # tokens of a span, on average
     dynamic: bool = True  # other spans each epoch; false = the same ones always
     packing: str = "split"  # split the stream, best_fit of whole documents, or pad: one a row
+    isolate_documents: bool = False  # documents of a row do not see each other
 
     def __post_init__(self):
         check_positive(self, source_length=8, mean_span=1)
@@ -50,8 +57,8 @@ class Config:
 
     @property
     def packed(self) -> bool:
-        """Whether the documents of a row are kept apart: never."""
-        return False
+        """Whether the documents of a row are kept apart."""
+        return self.isolate_documents
 
     def _cut(self, tokens: int) -> tuple[int, int]:
         """Return how many of `tokens` are cut, and in how many spans."""
@@ -61,6 +68,11 @@ class Config:
     @property
     def sizes(self) -> tuple[int, int]:
         """How many tokens of the text make a row, and the length of its target."""
+        if (
+            self.isolate_documents
+        ):  # each span may be the only one of its document, which has an end
+            cut, spans = self._cut(self.source_length - 1)
+            return self.source_length - 1, cut + 2 * spans
         raw = self.source_length
         while True:
             cut, spans = self._cut(raw + 1)
@@ -101,7 +113,9 @@ class Task:
         """Return how many rows hold every token of `split` once."""
         return num_windows(split, self.cfg.packing, self.stride)
 
-    def pieces(self, split: Any, indices: np.ndarray) -> list[list[tuple[int, int]]]:
+    def pieces(
+        self, split: Any, indices: np.ndarray, *, epochs: np.ndarray | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return (begin, length) of the parts of the stream in each row."""
         return [window_pieces(split, i, self.cfg.packing, self.stride) for i in indices.tolist()]
 
@@ -117,26 +131,51 @@ class Task:
         indices = np.asarray(indices, np.int64)
         if epochs is None or not self.cfg.dynamic:
             epochs = np.zeros(len(indices), np.int64)
-        pairs = []
-        for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
-            tokens = window(split, index, self.cfg.packing, self.stride)
-            pairs.append(self._corrupt(tokens, random_of(self.seed, epoch, index)))
-        return pair_batch(
-            pairs,
-            source_length=self.source_length,
-            length=self.row_length,
-            start=self.start,
-            end=split.end_of_text,
+        places = zip(indices.tolist(), epochs.tolist(), strict=True)
+        made = [
+            (window(split, i, self.cfg.packing, self.stride), random_of(self.seed, epoch, i))
+            for i, epoch in places
+        ]
+        sizes, end = (
+            {"source_length": self.source_length, "length": self.row_length},
+            split.end_of_text,
         )
+        if self.cfg.isolate_documents:
+            return batch_of([self._documents(*each, end) for each in made], **sizes)
+        return pair_batch([self._row(*each) for each in made], start=self.start, end=end, **sizes)
 
-    def _corrupt(
-        self, tokens: np.ndarray, random: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _row(self, tokens: np.ndarray, random: np.random.Generator) -> tuple[Any, Any]:
         """Return (source, target) of a text, without end of text; too short a text has no target."""
         if len(tokens) < 2:
             return tokens, tokens[:0]
         cut, spans = self.cfg._cut(len(tokens))
-        spans = min(spans, len(tokens) - cut)
+        return self._corrupt(tokens, cut, min(spans, len(tokens) - cut), random)
+
+    def _documents(
+        self, tokens: np.ndarray, random: np.random.Generator, end: int
+    ) -> list[tuple[Any, Any, Any]]:
+        """Return (source, inputs, targets) of each document of a row."""
+        documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+        texts = [text[text != end] for text in documents if len(text)]
+        sizes = np.array([len(text) for text in texts], np.int64)
+        cut, spans = self.cfg._cut(max(len(tokens), 2))
+        shares = np.cumsum(sizes) * spans / max(sizes.sum(), 1)
+        spans_of = np.minimum(np.diff(np.floor(shares + random.random()), prepend=0), sizes // 2)
+        cut_of = np.diff(np.floor(np.cumsum(spans_of) * cut / spans), prepend=0)
+        cut_of = np.minimum(cut_of, sizes - spans_of)
+        made: list[tuple[Any, Any, Any]] = []
+        for text, tokens_out, number in zip(texts, cut_of, spans_of, strict=True):
+            if not number:
+                made.append(([*text, end], [], []))
+                continue
+            source, target = self._corrupt(text, int(tokens_out), int(number), random)
+            made.append(([*source, end], [self.start, *target], [*target, end]))
+        return made if spans_of.any() else []
+
+    def _corrupt(
+        self, tokens: np.ndarray, cut: int, spans: int, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is left of a text and what was cut out, with sentinels."""
         lengths = [_parts(len(tokens) - cut, spans, random), _parts(cut, spans, random)]
         edges = np.cumsum(np.stack(lengths, axis=1).reshape(-1))[:-1]
         pieces = np.split(tokens, edges)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm import tasks
 from lm.config import ConfigError
-from lm.data import corpus, mixture, pipeline
+from lm.data import corpus, mixture, pipeline, tokenizers
 from lm.data.settings import Config
 from lm.tasks import causal_lm
 
@@ -80,53 +80,158 @@ def test_what_is_no_mixture_is_named(fields, words):
         mixture.make(**{"weights": (1.0, 2.0), "sizes": (1, 1), "batch_size": 4} | fields)
 
 
-def make_split(sizes, first):
-    """Documents whose tokens tell split and place."""
-    tokens = [END]
+BYTE = tokenizers.Byte()
+LABELS = ("no", "yes")
+
+
+def make_split(sizes, first, *, end=END, paired=False):
+    """Documents whose tokens tell split and place; of pairs the second is a label."""
+    tokens, starts = [end], []
     for number, size in enumerate(sizes):
-        tokens += [*((first + number + i) % END for i in range(size)), END]
-    starts = np.cumsum([0, *(size + 1 for size in sizes)])[:-1]
-    return corpus.Split("train", np.array(tokens, np.uint16), starts, sum(sizes))
+        starts.append(len(tokens) - 1)
+        tokens += [*((first + number + i) % END for i in range(size)), end]
+        if paired:
+            starts.append(len(tokens) - 1)
+            tokens += [*BYTE.encode(LABELS[number % 2]), end]
+    return corpus.Split("train", np.array(tokens, np.uint16), np.array(starts), sum(sizes), paired)
 
 
+def task_of(name, kind, **fields):
+    cfg = tasks.config_class(name)(**fields)
+    return tasks.build(cfg, tasks.Setting(kind, BYTE, LABELS))
+
+
+NOISE = {"drop_tokens": 0.2, "replace_tokens": 0.1, "swap_tokens": 0.1}
+PACKED = st.fixed_dictionaries(
+    {"packing": st.sampled_from(tasks.PACKINGS), "isolate_documents": st.booleans()}
+)
+# Name, kind, fields and order: of a task, whether its data has pairs, and what it is not packed with.
+CAUSAL = st.tuples(PACKED, st.sampled_from([{}, NOISE]))
+CASES = st.one_of(
+    CAUSAL.map(lambda two: ("causal_lm", "causal", {"length": 16, **two[0], **two[1]})),
+    PACKED.map(lambda packed: ("masked_lm", "masked", {"length": 16, **packed})),
+    PACKED.map(lambda packed: ("span_corruption", "source", {"source_length": 16, **packed})),
+    st.sampled_from(
+        [
+            ("causal_lm", "causal", {"length": 16, "context": 5}),
+            ("masked_lm", "masked", {"length": 16, "next_sentence": True}),
+            ("masked_lm", "masked", {"length": 16, "dynamic": False, "whole_word": True}),
+            ("seq2seq", "source", {"source_length": 9, "length": 7}),
+            ("seq2seq", "causal", {"source_length": 9, "length": 7}),
+            ("pairs", "source", {"source_length": 9, "length": 7, "delete_spans": 0.3, **NOISE}),
+            ("classify", "masked", {"length": 9, "delete_spans": 0.3}),
+            ("classify", "causal", {"length": 9, "label_length": 5}),
+        ]
+    ),
+)
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=20)
+WEIGHTS = st.lists(st.integers(1, 9), min_size=4, max_size=4)
 
 
 @given(
     corpora=st.lists(sizes, min_size=1, max_size=4),
-    weights=st.lists(st.integers(1, 9), min_size=4, max_size=4),
-    packing=st.sampled_from(tasks.PACKINGS),
-    steps=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    weights=WEIGHTS,
+    stages=st.dictionaries(st.integers(1, 150), WEIGHTS, max_size=2),
+    temperature=st.sampled_from([1.0, 2.0, 0.5]),
+    case=CASES,
+    order=st.sampled_from(["shuffle", "shuffle", "stream"]),
+    once=st.booleans(),
+    steps=st.lists(st.integers(0, 200), min_size=1, max_size=3),
     seed=st.integers(0, 9),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=60)
-def test_any_hosts_at_any_step_see_the_one_sequence(corpora, weights, packing, steps, seed, data):
+@settings(deadline=None, max_examples=150)
+def test_any_hosts_at_any_step_see_the_one_sequence(
+    corpora, weights, stages, temperature, case, order, once, steps, seed, data
+):
     """The global batch of a step is a function of (config, seed, step): hosts come and go at any step."""
-    splits = [make_split(sizes, 7 * number) for number, sizes in enumerate(corpora)]
-    setting = tasks.Setting("causal", types.SimpleNamespace(vocab_size=END + 1))
-    task = causal_lm.Task(causal_lm.Config(length=16, packing=packing), setting)
-    mixed = mixture.Mixture(((0, tuple(weights[: len(splits)])),)) if len(splits) > 1 else None
+    name, kind, fields = case
+    paired = name in ("pairs", "classify")
+    if order == "stream":  # one corpus from end to end, with enough rows for the streams
+        name, kind, paired = "causal_lm", "causal", False
+        fields, corpora = {"length": 16, **data.draw(st.sampled_from([{}, NOISE]))}, [[30] * 20]
+    splits = [
+        make_split(sizes, 7 * number, end=BYTE.end_of_text, paired=paired)
+        for number, sizes in enumerate(corpora)
+    ]
+    size, mixed = len(splits), None
+    if size > 1:
+        mixed = mixture.make(
+            weights[:size],
+            stages=[(step, stages[step][:size]) for step in sorted(stages)],
+            temperature=temperature,
+            sizes=[split.num_inputs for split in splits],
+            batch_size=24,
+        )
+    task = task_of("seq2seq" if name == "pairs" else name, kind, **fields)
 
     def batches(index=0, count=1):
         return pipeline.Batches(
-            splits,
-            task,
-            batch_size=24,
-            seed=seed,
-            order="shuffle",
-            mixture=mixed,
-            host_index=index,
-            host_count=count,
-        )
+            splits, task, batch_size=24, seed=seed, order=order, mixture=mixed, once=once,
+            host_index=index, host_count=count,
+        )  # fmt: skip
 
     for step in steps:
         whole = batches()[step]
         count = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
         parts = [batches(index, count)[step] for index in range(count)]
         assert whole.keys() == parts[0].keys()
-        for name, values in whole.items():
-            np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
+        for key, values in whole.items():
+            np.testing.assert_array_equal(values, np.concatenate([part[key] for part in parts]))
+
+
+class Watched:
+    """Tokens that keep which of their places are read, but for the next token of the last one."""
+
+    def __init__(self, tokens, *, next_token):
+        self.tokens, self.places, self._next = tokens, [], next_token
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            self.places += range(len(self.tokens))[place][: -1 if self._next else None]
+        return self.tokens[place]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind", "fields"),
+    [
+        *(("causal_lm", "causal", {"length": 16, "packing": x}) for x in tasks.PACKINGS),
+        *(("masked_lm", "masked", {"length": 16, "packing": x}) for x in tasks.PACKINGS),
+        ("span_corruption", "source", {"source_length": 16}),
+        ("seq2seq", "source", {"source_length": 31, "length": 7}),
+        ("classify", "masked", {"length": 31}),
+    ],
+)
+def test_hosts_read_what_no_other_reads(name, kind, fields, several, count):
+    """In a step of one epoch; and all of them together what one alone reads."""
+    task, paired = task_of(name, kind, **fields), name in ("seq2seq", "classify")
+
+    def read_by(index, count, step):
+        """Return the corpora and places that a host reads."""
+        splits = []
+        for number in range(2 if several else 1):
+            split = make_split([13, 40, 5, 22] * 20, number, paired=paired)
+            watched = Watched(split.tokens, next_token=name == "causal_lm")
+            splits.append(dataclasses.replace(split, tokens=watched))
+        made = pipeline.Batches(
+            splits, task, batch_size=8, seed=1, order="shuffle",
+            mixture=mixture.Mixture(((0, (1, 1)),)) if several else None,
+            host_index=index, host_count=count,
+        )  # fmt: skip
+        assert not any(split.tokens.places for split in splits), "nothing is read before a step"
+        made[step]
+        return [(number, place) for number, x in enumerate(splits) for place in x.tokens.places]
+
+    for step in (0, 3, 7):
+        hosts = [read_by(index, count, step) for index in range(count)]
+        together = [place for host in hosts for place in host]
+        assert all(hosts) and len(together) == len(set(together))
+        assert sorted(together) == sorted(read_by(0, 1, step))
 
 
 def test_each_corpus_is_read_once_an_epoch():
