@@ -72,7 +72,7 @@ def start(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     alarm = threading.Timer(patience, _give_up, (patience,))  # jax's own is an abort from C++
-    alarm.daemon = True
+    alarm.daemon, method = True, None if address else _method()
     alarm.start()
     inside = getattr(jax_distributed._jax, _SERVICE)
     setattr(jax_distributed._jax, _SERVICE, _Service)
@@ -84,7 +84,7 @@ def start(
             local_device_ids=local_devices(os.environ),
             initialization_timeout=patience + 60,
             heartbeat_timeout_seconds=2 * patience + 60,
-            cluster_detection_method=None if address else _method(),
+            cluster_detection_method=method,
         )
     except (ValueError, RuntimeError, TypeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
@@ -129,10 +129,12 @@ def clustered() -> bool:
     # In a pod jax asks the cluster who it is, which only one of an indexed job can know.
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
         return False
+    if _method():
+        return True
     for cluster in ClusterEnv._cluster_types:
         if not cluster.opt_in_only_method and cluster.is_env_present():
             return cluster.get_process_count() > 1
-    return _method() is not None
+    return False
 
 
 def _method() -> str | None:

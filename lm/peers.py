@@ -119,6 +119,7 @@ class Peers(Alone):
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._client.key_value_set(f"{self._prefix}/facts/{self._index}", text)
         self._client.key_value_set(f"{self._prefix}/digest/{self._index}", digest)
+        self.barrier("built")  # data may be prepared here too
         self.barrier("facts", self._patience)
         digests = self._read("digest")
         counts = Counter(digests[i] for i in sorted(digests))  # of equally many, that of the first
@@ -162,7 +163,10 @@ class Peers(Alone):
                 f"{self._name(i)}: {self._doing(i)}" for i in range(self._count) if i not in here
             ]
             field = "train.compile_timeout_seconds"
-            self._end(f"not there in {patience:g} s ({field}): {'; '.join(late[:_SHOWN])}")
+            if late:
+                self._end(f"not there in {patience:g} s ({field}): {'; '.join(late[:_SHOWN])}")
+            else:
+                waiting.join()
         if failed:
             raise failed[0]
 

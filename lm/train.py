@@ -5,6 +5,7 @@ s is the state before batch s; rows up to s are on the disk before that checkpoi
 that resumes at s repeats neither the evaluation nor the save of s.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -96,7 +97,8 @@ def run(
         profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)
-        batches = place_ahead(made, first)
+        digests, batches = read_ahead(made, first)
+        end = functools.partial(finish, saver, digests, stop, watch)
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
             due = last or now % eval_every == 0
@@ -128,7 +130,7 @@ def run(
             watch.at(doing, now, state)
             batch = next(batches, None)
             if batch is None:
-                raise data_ended(saver, guard, now, state, num_steps, saving or not fresh)
+                raise data_ended(guard, now, state, num_steps, saving or not fresh, end)
             if marks.due(now):
                 state = guard.settle(now, state)
                 watch.at(doing if marks.begun else watchdog.COMPILING, now, state)
@@ -137,8 +139,7 @@ def run(
             profile.before(now)
             state, sums = guard.take(now, state, batch)
             profile.after(now, sums)
-        watch.at(watchdog.ENDING, num_steps)
-        finish(saver, batches)
+        end(num_steps)
         say_sample(writers.say, made, state)
     return {**log.latest, **scores}
 
@@ -199,30 +200,29 @@ def open_writers(
     )
 
 
-def place_ahead(made: experiment.Experiment, first: int) -> Iterator[dict[str, jax.Array]]:
-    """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is.
-
-    Of a file that is compared late that is after the last batch.
-    """
-    cfg = made.cfg["data"]
+def read_ahead(
+    made: experiment.Experiment, first: int
+) -> tuple[shards.Check, Iterator[dict[str, jax.Array]]]:
+    """Return what compares the files of a large corpus meanwhile, and the batches from step `first` on."""
     last = made.num_steps
-    if cfg.epochs:
-        last = min(last, made.batches.steps_in(cfg.epochs))
-    ahead = pipeline.prefetch(
-        made.batches,
-        first,
-        last,
-        threads=cfg.prefetch_threads,
-        buffer=cfg.prefetch_batches,
-    )
+    if epochs := made.cfg["data"].epochs:
+        last = min(last, made.batches.steps_in(epochs))
     unchecked = {
         file: record for member in made.corpus.members for file, record in member.unchecked.items()
     }
-    digests = shards.Check(unchecked)
-    for _, batch in ahead:
+    digests = shards.Check(unchecked if first < last else {})
+    return digests, place_ahead(made, first, last, digests)
+
+
+def place_ahead(
+    made: experiment.Experiment, first: int, last: int, digests: shards.Check
+) -> Iterator[dict[str, jax.Array]]:
+    """Yield the batch of each step, on its devices. Raises Damaged once a file of a large corpus is."""
+    cfg = made.cfg["data"]
+    threads, buffer = cfg.prefetch_threads, cfg.prefetch_batches
+    for _, batch in pipeline.prefetch(made.batches, first, last, threads=threads, buffer=buffer):
         digests.raise_found()
         yield placement.place_batch(made.mesh, batch)
-    digests.finish()
 
 
 def score(
@@ -266,27 +266,36 @@ def saved_scores(workdir: Path, at: int) -> dict[str, float]:
 
 
 def data_ended(
-    saver: checkpoint.Checkpointer,
     guard: Guard,
     now: int,
     state: step.TrainState,
     num_steps: int,
     saved: bool,
+    end: Callable[[int], None],
 ) -> DataEnded:
     """Save step `now`, for which there is no batch, unless it is `saved`; return the run's end."""
     state = guard.settle(now, state)
     if not saved:
         guard.save(now, state, {}, wait=True, verify=True)
-    saver.wait()
+    end(now)
     return DataEnded(
         f"the data ended at step {now} of {num_steps}, which is saved; raise data.epochs to go on"
     )
 
 
-def finish(saver: checkpoint.Checkpointer, batches: Iterator) -> None:
-    """Wait until the last save is good and the last files of a large corpus are compared."""
+def finish(
+    saver: checkpoint.Checkpointer,
+    digests: shards.Check,
+    stop: signals.Stop,
+    watch: watchdog.Watchdog,
+    now: int,
+) -> None:
+    """Wait until the last save is good, and all files of a large corpus are compared, but for a stop."""
+    watch.at(watchdog.ENDING, now)
     saver.wait()
-    next(batches, None)
+    watch.at(watchdog.COMPARING, now)
+    digests.finish(lambda: stop.asked)
+    watch.at(watchdog.ENDING, now)
 
 
 def announce(

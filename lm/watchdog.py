@@ -22,6 +22,7 @@ from lm import exits, peers, signals
 COMPILING, EVALUATING, SAVING = "compiling", "evaluating", "saving"
 STOPPING, ENDING = "stopping", "ending"
 LONGEST = threading.TIMEOUT_MAX / 2  # seconds that a thread can wait, and more beside
+COMPARING = "comparing files"  # of a large corpus, with their digests; of any length
 COPYING = "copying"  # the last copy of a checkpoint, which limits itself
 
 

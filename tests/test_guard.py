@@ -25,8 +25,8 @@ def killed_at(number, config, workdir):
     """Run until the batch of step `number` is asked for, and no further."""
     original = train.place_ahead
 
-    def ahead(made, first):
-        for now, batch in enumerate(original(made, first), start=first):
+    def ahead(made, first, *rest):
+        for now, batch in enumerate(original(made, first, *rest), start=first):
             if now == number:
                 raise Killed
             yield batch

@@ -221,10 +221,10 @@ PARTS = ConfigDict({"data": 4, "tensor": 2})
 @pytest.mark.parametrize(
     ("metric", "options"),
     [
-        ("grad_norm", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
         *(
             pytest.param(metric, options, marks=pytest.mark.slow)
             for metric, options in (
+                ("grad_norm", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
                 ("loss", {"mesh": PARTS, "train__accumulate_steps": 2, "model__dropout": 0.1}),
                 ("grad_norm", {"mesh": ConfigDict({"data": 8, "local_steps": 5})}),
                 ("grad_norm", {"mesh": ConfigDict({"data": 8}), "train__exact_reduction": 8}),

@@ -337,8 +337,8 @@ def test_what_is_older_here_gives_way_to_the_rows_of_what_comes(tiny, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         original = train.place_ahead
 
-        def three(made, first):
-            yield from itertools.islice(original(made, first), 3 - first)
+        def three(made, first, *rest):
+            yield from itertools.islice(original(made, first, *rest), 3 - first)
             raise InterruptedError
 
         patch.setattr(train, "place_ahead", three)

@@ -171,7 +171,7 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, log: IO[bytes] | N
         if log:
             with contextlib.suppress(OSError):
                 log.write(line)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             target.write(prefix + line.decode(errors="replace").rstrip("\n") + "\n")
             target.flush()
 

@@ -126,7 +126,11 @@ class Streams(io.RawIOBase):
 
     def _starts(self) -> bool:
         """Begin the next stream, behind zeros that fill up the last one; return whether there is one."""
-        while not (rest := self._unread.lstrip(b"\0")):
+        filled = self._kind.magic in (
+            KINDS[".gz"].magic,
+            KINDS[".xz"].magic,
+        )  # with zeros, as tar does
+        while not (rest := self._unread.lstrip(b"\0" if filled else b"")):
             self._unread = self._more()
             if not self._unread:
                 return False

@@ -60,15 +60,15 @@ def _from(collection: Any, start: int, last: Any, reading: Reading) -> Iterator[
         return
     # Not by a number: records may have come or gone before it. And $gt knows but the type it is given.
     yield from collection.find({"_id": {"$gt": last["_id"]}}, **options)
-    for name in _types_behind(last["_id"]):
+    for name in _types_behind(last["_id"], collection.codec_options):
         yield from collection.find({"_id": {"$type": name}}, **options)
 
 
-def _types_behind(value: Any) -> list[str]:
+def _types_behind(value: Any, options: Any) -> list[str]:
     """Return the types that the server orders behind that of `value`."""
     import bson
 
-    code = bson.encode({"": value})[4]
+    code = bson.encode({"": value}, codec_options=options)[4]
     place = next((i for i, name in enumerate(_TYPES) if code in _TYPES[name]), len(_TYPES))
     return list(_TYPES)[place + 1 :]
 

@@ -164,13 +164,13 @@ def save(
 
 
 def drop_damaged(folder: Path) -> None:
-    """Remove the plans of a corpus, which are soon made again, where one of them is damaged."""
-    try:
-        for place in (folder / _FOLDER).glob("[!.]*"):
+    """Remove the plans of a corpus that are damaged: they are soon made again."""
+    for place in (folder / _FOLDER).glob("[!.]*"):
+        try:
             files = json.loads((place / _ABOUT).read_text())["files"]
             shards.check_files(place, files, thorough=True)
-    except (OSError, ValueError, LookupError, TypeError):  # Damaged is a ValueError
-        shutil.rmtree(folder / _FOLDER)
+        except (OSError, ValueError, LookupError, TypeError):  # Damaged is a ValueError
+            shutil.rmtree(place)
 
 
 def load(

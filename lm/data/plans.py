@@ -27,7 +27,7 @@ class Kept:
         return self._found[name, capacity][split]
 
     def _read(self, name: str, capacity: int) -> dict[str, Plan] | None:
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(Damaged, OSError):
             return packing.read(self._folder, name, capacity, fingerprint=self._fingerprint)
         return None
 

@@ -11,7 +11,7 @@ import bisect
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,10 @@ class Check:
         if self._damaged:
             raise self._damaged[0]
 
-    def finish(self) -> None:
-        """Wait until all files are compared. Raises what `raise_found` raises."""
-        self._thread.join()
+    def finish(self, asked: Callable[[], bool]) -> None:
+        """Wait until all files are compared, or one has `asked` to stop. Raises what `raise_found` raises."""
+        while self._thread.is_alive() and not asked():
+            self._thread.join(0.2)
         self.raise_found()
 
     def _compare(self) -> None:

@@ -75,7 +75,9 @@ class Source:
         reading = self.reading
         settings = f"{self.name} {reading.on_invalid} {reading.on_broken} "
         if reading.on_broken == "skip":
-            settings += f"{reading.max_bytes} streams "  # what is read behind damage
+            settings += f"{reading.max_bytes} "
+            if self.name == "jsonl" and any(files.packing(str(part)) for part in self.parts):
+                settings += "streams "  # what is read behind damage
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
         if self.name in WITH_FIELDS:
             digest.update("\0".join(self.fields).encode())

@@ -71,7 +71,7 @@ UNSPACED = re.compile(f"[{''.join(_RANGES)}]")
 
 
 def _goes_on(character: str) -> bool:
-    """Return whether a word goes on over a character: each of Han, kana or Thai is a word, as in BERT."""
+    """Return whether a word goes on over a character; each of Han is one, as in BERT, and of kana or Thai."""
     return character.isalnum() and not UNSPACED.match(character)
 
 

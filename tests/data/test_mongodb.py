@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -136,10 +137,15 @@ def test_a_cursor_is_lost_among_ids_of_several_types(server, collection, losses)
 
 
 def test_types_of_ids_are_in_the_order_of_the_server():
-    assert mongodb._types_behind(2**40) == mongodb._types_behind(1.5) == mongodb._types_behind(1)
-    assert mongodb._types_behind("a")[:3] == ["object", "binData", "objectId"]
-    assert mongodb._types_behind(None)[0] == "number"
-    assert mongodb._types_behind(bson.ObjectId())[0] == "bool"
+    from bson.codec_options import CodecOptions
+
+    def behind(value):
+        return mongodb._types_behind(value, CodecOptions(uuid_representation=4))
+
+    assert behind(2**40) == behind(1.5) == behind(1)
+    assert behind("a")[:3] == ["object", "binData", "objectId"]
+    assert behind(None)[0] == "number"
+    assert behind(bson.ObjectId())[0] == behind(uuid.uuid4())[1] == "bool"
 
 
 def test_a_collection_that_changes_meanwhile_is_refused(server, collection, monkeypatch, tmp_path):

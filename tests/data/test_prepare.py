@@ -96,7 +96,7 @@ def cut_short(monkeypatch, folder, cfg):
         corpus.prepare_in(folder, cfg)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_anywhere_the_next_start_gives_the_same_bytes(tmp_path, text, small, workers):
     corpus.prepare_in(tmp_path / "whole", text)
     whole = files(tmp_path / "whole")

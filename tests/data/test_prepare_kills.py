@@ -25,9 +25,9 @@ POINTS = [
     ("shards", "write_whole", "before", 1, 0),
     ("shards", "write_manifest", "after", 1, 0),
     ("prepare", "_finish", "after", 1, 0),
-    ("packing", "Path.mkdir", "after", 4, 0),
-    ("packing", "os.replace", "before", 1, 0),
-    ("packing", "os.replace", "after", 1, 0),
+    ("packing", "Path.mkdir", "after", 5, 0),
+    ("packing", "os.replace", "before", 3, 0),
+    ("packing", "os.replace", "after", 3, 0),
 ]
 RUN = """
 import functools, json, os, signal, sys

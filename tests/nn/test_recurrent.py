@@ -88,10 +88,10 @@ def test_the_second_direction_is_a_layer_over_each_document_reversed(name):
 @cells
 def test_features_of_two_directions_depend_on_their_whole_document_and_only_on_it(name):
     module = build(name, bidirectional=True)
-    row = rows(3, 2)
+    row, variables = rows(3, 2), init(module)
 
     def features(x):
-        return module.apply(init(module), x, **row)[0][0].sum(-1)
+        return module.apply(variables, x, **row)[0][0].sum(-1)
 
     reach = np.abs(jax.jit(jax.jacrev(features))(random((1, L, D), 3))[:, 0]).sum(-1)
     expected = np.asarray(row["segments_BL"][0][:, None] == row["segments_BL"][0][None])

@@ -83,7 +83,9 @@ SPANS = ConfigDict({"name": "span_corruption", "source_length": 32})
             {**GPT, "scan": True}, {}, (("layers", "blocks", "mlp_norm"), 1), "layers/block_1/mlp_norm",
             id="scan", marks=pytest.mark.slow,
         ),
-        pytest.param({**RECURRENT, "cell": "lstm"}, {}, None, "recurrent/layer_1", id="lstm"),
+        pytest.param(
+            {**RECURRENT, "cell": "lstm"}, {}, None, "recurrent/layer_1", id="lstm", marks=pytest.mark.slow
+        ),
         pytest.param(
             {**RECURRENT, "cell": "rnn"}, {}, None, "recurrent/layer_1", id="rnn", marks=pytest.mark.slow
         ),

@@ -182,6 +182,7 @@ def test_rows_that_are_not_asked_for_are_no_difference(run, text_file, tmp_path,
     assert "part at step 4: train/" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_reason_is_of_the_start_that_took_the_step(text_file, tmp_path, capsys):
     """The newest starts are alike; an earlier one was not."""
     for name, rate in (("one", 1e-2), ("two", 1e-3)):
