@@ -261,9 +261,8 @@ class Checkpointer:
         self.settle()
         found = newest.restored(self.folder, abstract, say)
         if found and jax.process_index() == 0:
-            for problem in retention.delete(
-                self.folder, ()
-            ):  # where a kill came before it was done
+            # Where a kill came before it was done.
+            for problem in retention.delete(self.folder, ()):
                 self.say(problem)
             if self._remote:
                 self._remote.copy(found[0])

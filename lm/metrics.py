@@ -77,7 +77,7 @@ class Jsonl:
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self._count += 1
-        self._hash.update(json.dumps(untimed(row)).encode())
+        self._hash.update(_lasting(row))
 
     @property
     def mark(self) -> list[Any]:
@@ -149,6 +149,11 @@ def move_rows_aside(path: str | Path, *, after: int, scored: bool = True) -> Pat
     return aside.divide(path, parts, side=f"{path.stem}.*{path.suffix}")
 
 
+def _lasting(row: Mapping[str, Any]) -> bytes:
+    """Return what a row says that a run which is repeated says again."""
+    return json.dumps(untimed(row)).encode()
+
+
 def rows_problem(path: str | Path, mark: Sequence[Any]) -> str:
     """Return what is wrong with the rows of a file when it had this `mark` (see `Jsonl`), "" for nothing."""
     count, expected = mark
@@ -157,7 +162,7 @@ def rows_problem(path: str | Path, mark: Sequence[Any]) -> str:
         return f"{path}: {len(lines)} rows are there of the {count} that were written"
     found = hashlib.sha256()
     for line in lines:
-        found.update(json.dumps(untimed(json.loads(line))).encode())
+        found.update(_lasting(json.loads(line)))
     return "" if found.hexdigest() == expected else f"{path}: its rows are not what was written"
 
 

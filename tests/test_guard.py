@@ -194,21 +194,34 @@ def test_parameters_that_an_update_has_broken_are_rolled_back(tiny, tmp_path, mo
         assert set(losses(workdir)) == {1, 2, 3, 5, 6}
 
 
+def spike(monkeypatch, step):
+    """Let the batch of a step ask for what never comes."""
+    original = pipeline.Batches.__getitem__
+
+    def batch(self, number):
+        found = original(self, number)
+        if number == step:
+            found["targets"] = np.full_like(found["targets"], 200)
+        return found
+
+    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+
+
 def test_spikes_are_told_by_a_running_zscore():
     """Against the mean and deviation of all values so far, as long as they are no more than remembered."""
     values = np.random.default_rng(0).normal(5, 0.1, 40).astype(np.float32)
     limit, running = spikes.Limit(4.0, "loss", 40), spikes.begin()
     for value in values:
-        spike, zscore, running = spikes.look(running, value, limit)
-        assert not spike and zscore == 0
+        jump, zscore, running = spikes.look(running, value, limit)
+        assert not jump and zscore == 0
     np.testing.assert_allclose(running["mean"], values.mean(), rtol=1e-5)
     np.testing.assert_allclose(running["variance"], values.var(), rtol=1e-4)
-    spike, zscore, _ = spikes.look(running, np.float32(5.5), limit)
-    assert spike
+    jump, zscore, _ = spikes.look(running, np.float32(5.5), limit)
+    assert jump
     np.testing.assert_allclose(zscore, (5.5 - values.mean()) / values.std(), rtol=1e-4)
     assert not spikes.look(running, np.float32(4.0), limit)[0]  # far below is no harm
-    spike, zscore, same = spikes.look(running, np.float32(np.nan), limit)  # nothing was scored
-    assert not spike and zscore == 0 and same == running
+    jump, zscore, same = spikes.look(running, np.float32(np.nan), limit)  # nothing was scored
+    assert not jump and zscore == 0 and same == running
 
 
 @pytest.mark.parametrize(
@@ -222,15 +235,7 @@ def test_spikes_are_told_by_a_running_zscore():
 )
 def test_a_spike_is_a_bad_step(tiny, tmp_path, poison, monkeypatch, mode, metric):
     """Targets that never come are what a loss jumps at; killed and resumed it is the same run."""
-    original = pipeline.Batches.__getitem__
-
-    def batch(self, number):
-        found = original(self, number)
-        if number == 7:
-            found["targets"] = np.full_like(found["targets"], 200)
-        return found
-
-    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+    spike(monkeypatch, 7)
     config = tiny(
         train__num_steps=10, train__on_bad_step=mode, train__spike_zscore=3.0, train__spike_steps=5,
         train__spike_metric=metric, optim__peak_lr=2e-2, checkpoint__every_steps=6,

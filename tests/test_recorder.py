@@ -15,7 +15,7 @@ from lm import anatomy, experiment, losses, manifests, peers, recorder, train
 from lm.data import tokenizers
 from lm.exits import Diverged
 from lm.nn import embed
-from tests.test_guard import BAD, killed_at
+from tests.test_guard import BAD, killed_at, spike
 from tests.test_train import arrays_of, assert_same_run
 from tools import recorded as recorded_lib
 from tools import replay
@@ -235,17 +235,7 @@ PARTS = ConfigDict({"data": 4, "tensor": 2})
 def test_a_spike_is_taken_again_by_what_it_was_a_spike_of(
     tiny, tmp_path, monkeypatch, capsys, metric, options
 ):
-    from lm.data import pipeline
-
-    original = pipeline.Batches.__getitem__
-
-    def batch(self, number):
-        found = original(self, number)
-        if number == 7:
-            found["targets"] = np.full_like(found["targets"], 200)
-        return found
-
-    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+    spike(monkeypatch, 7)
     config = tiny(
         train__num_steps=10, train__spike_zscore=3.0, train__spike_steps=5, optim__peak_lr=2e-2,
         train__spike_metric=metric, **options,

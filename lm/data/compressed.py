@@ -25,7 +25,21 @@ class Corrupt(Exception):
         self.begin = begin
 
 
-class _Gzip:
+class _Stream:
+    """What the streams of two libraries have in common with `bz2.BZ2Decompressor`."""
+
+    _inner: Any
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+
+class _Gzip(_Stream):
     """A gzip member, with the methods of `bz2.BZ2Decompressor`."""
 
     def __init__(self):
@@ -38,16 +52,8 @@ class _Gzip:
     def needs_input(self) -> bool:
         return not self._inner.unconsumed_tail
 
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-
-class _Zstandard:
+class _Zstandard(_Stream):
     """A zstd frame, with the methods of `bz2.BZ2Decompressor`; sizes are not asked for."""
 
     needs_input = True
@@ -57,14 +63,6 @@ class _Zstandard:
 
     def decompress(self, data: bytes, size: int) -> bytes:
         return self._inner.decompress(data)
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
 
 
 class _Kind(NamedTuple):
