@@ -5,13 +5,16 @@ SHA-256 of every file, shape, type and fingerprint of every array, the metrics. 
 it is not good. Nothing here deletes: what is not good is moved aside.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 MANIFEST = "manifest.json"
@@ -21,19 +24,62 @@ PASSING = (
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN,
 )  # fmt: skip
 READ = (2, 3)  # formats that are read: 2 has no fingerprints
+EARLY = 2**20  # bytes: smaller files are hashed in no time when all are there
+Known = dict[tuple[int, int, int], str]  # hashes by (inode, bytes, nanoseconds of the last change)
 
 
-def write(target: Path, manifest: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def hashing(target: Path) -> Iterator[Known]:
+    """Within, large files below `target` are hashed as they are finished, while others are written."""
+    known: Known = {}
+    written = threading.Event()
+
+    def follow_file(path: Path) -> None:
+        key = _key(path)
+        unfinished = path.name.endswith(".__lock")  # as tensorstore names what it is writing
+        if key[1] >= EARLY and key not in known and not unfinished and not written.is_set():
+            known[key] = hash_file(path)
+
+    def follow() -> None:
+        while not written.wait(0.02):
+            for folder, _, names in os.walk(target):  # which goes on where a folder was renamed
+                for name in names:
+                    with contextlib.suppress(OSError):  # renamed too, or `write` tells of it
+                        follow_file(Path(folder, name))
+
+    thread = threading.Thread(target=follow, name="hashing", daemon=True)
+    thread.start()
+    try:
+        yield known
+    finally:
+        written.set()
+        thread.join()
+
+
+def _key(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does, and not when it is renamed."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def write(target: Path, manifest: dict[str, Any], known: Mapping = MappingProxyType({})) -> None:
     """Make the checkpoint at `target` good: hash its files, then write the manifest, all of it synced.
 
     Raises OSError where it cannot be written, or is then not what was written.
+
+    Args:
+      known: what `hashing` gave; a file that changed since, or is not in it, is hashed now.
     """
     for name in (MANIFEST, f"{MANIFEST}.partial"):  # of a try that failed
         (target / name).unlink(missing_ok=True)
     found = sorted(target.rglob("*"))
     files = [path for path in found if path.is_file()]
     manifest["files"] = {
-        str(path.relative_to(target)): [path.stat().st_size, hash_file(path)] for path in files
+        str(path.relative_to(target)): [
+            path.stat().st_size,
+            known.get(_key(path)) or hash_file(path),
+        ]
+        for path in files
     }
     # Folders too, and those that hold it: a file whose name is not on the disk is lost with the power.
     for path in (*found, target.parent, target.parent.parent):

@@ -20,6 +20,7 @@ from lm.stored import flatten, handler
 
 # Seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes.
 FOREVER = 10**8
+DATA_FILE = 2**26  # bytes: files of about this size can be hashed while the next are written
 _SAVES = itertools.count(1)
 
 
@@ -98,7 +99,8 @@ class Writer:
             # which a step waits for; of several, nothing may run beside the writer.
             alone = jax.process_count() == 1
             found = {} if alone else fingerprint.of_all(arrays)
-            self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
+            what = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=DATA_FILE)
+            self._orbax.save(target / "state", args=what)
             found = found or fingerprint.of_all(arrays)
         except Exception as error:
             self._renew()
@@ -123,13 +125,14 @@ class Writer:
         good: Callable[[int], None],
     ) -> None:
         try:
-            self._orbax.wait_until_finished()
+            with manifests.hashing(target) as known:
+                self._orbax.wait_until_finished()
             if jax.process_index() > 0:
                 return
             for name, described in manifest["arrays"].items():
                 described.append(fingerprint.shown(found[name]))
             try:
-                manifests.write(target, manifest)
+                manifests.write(target, manifest, known)
             except OSError:  # the arrays are there: what is left is tried again at once
                 manifests.write(target, manifest)
         except Exception as error:  # handed on by `join`

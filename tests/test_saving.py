@@ -1,8 +1,11 @@
 """Saves that fail: said, tried again, never counted; and what is saved is what the devices had."""
 
+import hashlib
 import json
+import os
 import shutil
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +125,11 @@ def test_the_last_save_is_tried_where_it_is_and_then_an_error(saver, said, monke
 def test_the_last_save_is_read_back(saver, said, monkeypatch):
     original, broken = manifests.write, []
 
-    def hashes_damage(target, manifest):
+    def hashes_damage(target, manifest, known):
         """Damage before the hashes, as of memory: files are what the manifest says, arrays are not."""
         if not broken:
             broken.append(other_arrays(target, manifest["step"]))
-        original(target, manifest)
+        original(target, manifest, known)
 
     monkeypatch.setattr(manifests, "write", hashes_damage)
     saver.save(1, state(1), {}, wait=True, verify=True)
@@ -269,3 +272,59 @@ def test_how_long_a_save_may_take_is_not_for_orbax_to_say(saver):
     assert saver._writer._orbax._async_manager._timeout_secs > 10**6
     saver._writer._renew()
     assert saver._writer._orbax._async_manager._timeout_secs > 10**6
+
+
+def test_files_are_hashed_while_others_are_written(tmp_path, said, monkeypatch):
+    """Each large file once while or after the save, and once more as it is read back."""
+    state = {str(i): jax.random.normal(jax.random.key(i), (2**18,)) for i in range(24)}
+    done, hashed = [False], {True: [], False: []}
+    wait, original = ocp.AsyncCheckpointer.wait_until_finished, manifests.hash_file
+
+    def waits(self):
+        """Wait, on the writer's thread, as on a disk that takes long."""
+        late = time.monotonic() + 20
+        writer = threading.current_thread() is not threading.main_thread()
+        while writer and not hashed[False] and time.monotonic() < late:
+            time.sleep(0.01)
+        wait(self)
+        done[0] = writer
+
+    def hashes(path):
+        if path.stat().st_size >= manifests.EARLY:
+            hashed[done[0]].append(path.stat().st_ino)
+        return original(path)
+
+    monkeypatch.setattr(saving, "DATA_FILE", 2**20)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waits)
+    monkeypatch.setattr(manifests, "hash_file", hashes)
+    with checkpoint.Checkpointer(tmp_path, checkpoint.Config(), said.append) as saver:
+        saver.save(1, state, {}, wait=True)
+    early, late = hashed[False], hashed[True]
+    large = [p.stat().st_ino for p in (saver.folder / "1").rglob("*") if p.stat().st_size >= 2**20]
+    assert early and len(large) > 3
+    assert sorted(early + late) == sorted(2 * large)
+    assert not manifests.problem(saver.folder, 1) and not stored.problem(saver.folder, 1)
+
+
+def test_a_hash_is_of_the_file_as_it_was_left(tmp_path, monkeypatch):
+    """What changes after its early hash is hashed again; what cannot be read meanwhile, at the end."""
+    monkeypatch.setattr(manifests, "EARLY", 4)
+    target = tmp_path / "checkpoints" / "7"
+    (target / "part").mkdir(parents=True)
+    changed, moved, held = (target / "part" / name for name in ("changed", "moved", "held.__lock"))
+    with manifests.hashing(target) as known:
+        for path in (changed, moved, held):
+            path.write_bytes(b"first")
+        while len(known) < 2:
+            threading.Event().wait(0.01)
+        changed.write_bytes(b"later")
+        before = changed.stat()
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        moved = moved.rename(target / "elsewhere")
+    assert len(known) in (2, 3)
+    manifests.write(target, {"step": 7, "format": manifests.FORMAT, "arrays": {}}, known)
+    files = (manifests.read(target.parent, 7) or {})["files"]
+    assert files == {
+        str(path.relative_to(target)): [5, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in (changed, moved, held)
+    }
