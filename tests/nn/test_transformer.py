@@ -23,7 +23,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, scale):
         init = nn.initializers.normal(0.5)
-        linear = functools.partial(Linear, dtype=jnp.float32, kernel_init=init)
+        linear = functools.partial(Linear, dtype=scale.dtype, kernel_init=init)
         h = linear((D, D), ("embed", "mlp"), name="up")(x)
         scores = jnp.einsum("bld,bsd->bls", h, h)
         h = jnp.tanh(jnp.einsum("bls,bsd->bld", jax.nn.softmax(scores), h))
@@ -35,9 +35,9 @@ def stack(rate=0.0, **options):
     return Stack(Block, {"rate": rate}, N, **options)
 
 
-def inputs():
-    x = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
-    return x, np.full((1, 1, 1), 0.7, np.float32)
+def inputs(dtype=np.float32):
+    x = np.random.default_rng(1).normal(size=(B, L, D)).astype(dtype)
+    return x, np.full((1, 1, 1), 0.7, dtype)
 
 
 @functools.cache
@@ -53,15 +53,25 @@ def restack(params):
     return {SCANNED: jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
-def loss(module, params, rng=None):
+def loss(module, params, rng=None, dtype=np.float32):
     options = {"rngs": {"dropout": rng}} if rng is not None else {}
-    y = module.apply({"params": params}, *inputs(), train=rng is not None, decode=False, **options)
+    y = module.apply(
+        {"params": params}, *inputs(dtype), train=rng is not None, decode=False, **options
+    )
     return jnp.square(y).sum()
+
+
+def exact_gradient(module, params):
+    """Return value and gradient in float64, where rounding hides nothing."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+        function = functools.partial(loss, module, dtype=np.float64)
+        return jax.device_get(jax.jit(jax.value_and_grad(function))(params))
 
 
 @functools.cache
 def plain_gradient():
-    return jax.jit(jax.value_and_grad(functools.partial(loss, stack())))(unrolled_params())
+    return exact_gradient(stack(), unrolled_params())
 
 
 @pytest.mark.parametrize(
@@ -72,15 +82,14 @@ def plain_gradient():
 def test_scanned_and_rematerialised_layers_equal_the_plain_loop(options):
     params = unrolled_params()
     given = restack(params) if options.get("scan") else params
-    value, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, stack(**options))))(given)
+    value, gradient = exact_gradient(stack(**options), given)
     expected, expected_gradient = plain_gradient()
     if options.get("scan"):
         expected_gradient = restack(expected_gradient)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    jax.tree.map(  # an element may cancel: rounding is of the array's size
-        lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=1e-4, atol=1e-6 * max(1, np.abs(b).max())
-        ),
+    assert value.dtype == np.float64
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13 * np.abs(b).max()),
         gradient,
         expected_gradient,
     )
