@@ -146,6 +146,8 @@ def _classes(schema: Schema, flat: Mapping[str, Any]) -> dict[str, type]:
     values: dict[str, dict[str, Any]] = {section: {} for section in schema}
     for name, value in flat.items():
         section, _, key = name.partition(".")
+        if section in schema and not key:
+            raise ConfigError(f"{name}={value!r}: a section; give it fields, in a ConfigDict")
         values.get(section, {})[key] = value
     return {section: choose(values[section]) for section, choose in schema.items()}
 
@@ -210,10 +212,8 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
         example = f"{name}={_EXAMPLES.get(name, _EXAMPLES.get(field.type, several))}"
         huge = isinstance(value, int | str) and re.fullmatch(r"[+-]?\d{19,}", str(value))
-        wanted = (
-            f"{'too large' if huge else f'expected {type_name(field.type)}'}; for example {example}"
-        )
-        raise ConfigError(f"{name}={value!r}: {wanted}") from None
+        wanted = "too large" if huge else f"expected {type_name(field.type)}"
+        raise ConfigError(f"{name}={value!r}: {wanted}; for example {example}") from None
 
 
 def type_name(hint: Any) -> str:

@@ -9,25 +9,53 @@ from jax.sharding import Mesh
 
 from lm import models, placement, sharding, tasks
 from lm.config import ConfigError
-from lm.data import corpus
+from lm.data import corpus, sources
+from lm.data.settings import Config as Text
 
 OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by counting
     r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
 )
 
+OF_AXES = {  # fields that say how an axis of the mesh is used
+    "model.microbatches": "stage",
+    "model.stage_repeats": "stage",
+    "model.context_parallel": "context",
+}
+OF_FILES = ("data.on_invalid", "data.on_broken", "data.max_document_bytes")
+
 
 def check_given(config: Mapping[str, Any], assignments: Sequence[str]) -> None:
-    """Refuse `assignments`, as "optim.peak_lr=1", that the family of a config would read and not use."""
+    """Refuse `assignments`, as "optim.peak_lr=1", that the rest of a config would read and not use."""
     name = config.get("model", {}).get("name", "gpt")
     if models.family(name).Model.learns == "counting":
         for assignment in filter(OF_GRADIENTS.match, assignments):
             raise ConfigError(
                 f"{assignment}: model.name={name!r} learns by counting and does not use it; leave it out"
             )
+    mesh, data = (config.get(section, {}) for section in ("mesh", "data"))
+    path, source = data.get("path"), data.get("source", Text.source)
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        axis = OF_AXES.get(key, "")
+        if axis and mesh.get(axis, 1) == 1:
+            raise ConfigError(
+                f"{assignment}: used only with mesh.{axis} of 2 or more; leave it out, or set that"
+            )
+        if key == "data.source" and value in sources.EMBEDDED and path:
+            raise ConfigError(
+                f"{assignment}: data.path names the text that is read; leave one of the two out"
+            )
+        if key in OF_FILES and source in sources.EMBEDDED and not path and not data.get("mixture"):
+            raise ConfigError(
+                f"{assignment}: used only for texts of yours, and data.source is {source}; leave it out"
+            )
 
 
-def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
+def check_sections(cfg: Mapping[str, Any], mesh: Mesh, *, training: bool = True) -> str:
     """Refuse sections that do not fit each other; return the kind of rows that the task shall make.
+
+    Args:
+      training: whether batches to train on are made; evaluation fills up its own.
 
     Raises:
       ConfigError: the family does not accept the task or the order, or a batch does not divide.
@@ -68,12 +96,12 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh) -> str:
     _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
     shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)
     rows, parts = cfg["data"].batch_size, cfg["train"].accumulate_steps
-    if parts > rows:
+    if training and parts > rows:
         raise ConfigError(
             f"train.accumulate_steps={parts}: a batch has only data.batch_size={rows} rows; use at most "
             f"{rows}"
         )
-    sizes = {"data.batch_size": (rows, parts * shards)}
+    sizes = {"data.batch_size": (rows, parts * shards)} if training else {}
     if stateful:
         sizes["eval.streams"] = (cfg["eval"].streams, shards)
     for field, (size, divisor) in sizes.items():

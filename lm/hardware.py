@@ -1,5 +1,6 @@
 """What the devices can do, and compiled programs kept between runs."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,12 @@ def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs between runs in `folder`, which only this user can read."""
     if jax.config.jax_compilation_cache_dir:
         return  # the user has chosen one
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        why = f"{error}; set LM_CACHE_DIR to a folder to write in"
+        print(f"notice: compiled programs are not kept: {why}", file=sys.stderr)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

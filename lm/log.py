@@ -105,14 +105,19 @@ class Log:
         return {"tokens_per_second": tokens, "steps_per_second": rate, "mfu": mfu}
 
 
-class Profile:
-    """Traces `count` steps from the tenth of this process on, into `workdir`/profile."""
+def profiled(made: experiment.Experiment, first: int) -> range:
+    """Return which steps are traced: from the tenth of this process on, or the last ones of fewer."""
+    num_steps, count = made.num_steps, made.cfg["train"].profile_steps
+    start = first + max(0, min(9, num_steps - first - count))
+    return range(start, min(start + count, num_steps))
 
-    def __init__(self, workdir: Path, first: int, count: int):
-        count = (
-            count if jax.process_index() == 0 else 0
-        )  # the processes of a host would share a file
-        self._folder, self._steps = workdir / "profile", range(first + 9, first + 9 + count)
+
+class Profile:
+    """Traces `steps` into `workdir`/profile, of the first process: those of a host would share a file."""
+
+    def __init__(self, workdir: Path, steps: range):
+        self._folder = workdir / "profile"
+        self._steps = steps if jax.process_index() == 0 else range(0)
         self._on = False
 
     def before(self, now: int) -> None:

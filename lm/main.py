@@ -109,8 +109,9 @@ def _train(
         raise config_lib.ConfigError(f"workdir={workdir}: {error}{kept}") from error
     print(f"workdir: {workdir}")
     prompt = "The [MASK]" if config.get("task", {}).get("name") == "masked_lm" else "The"
-    print(f'next:    python -m tools.generate --workdir {workdir} --prompt "{prompt}"')
-    print(f"         python -m tools.plot --workdir {workdir}")
+    place = shlex.quote(str(workdir))
+    print(f'next:    python -m tools.generate --workdir {place} --prompt "{prompt}"')
+    print(f"         python -m tools.plot --workdir {place}")
     return exits.FINISHED
 
 

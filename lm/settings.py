@@ -21,7 +21,7 @@ class Config:
     z_loss: float = 0.0  # weight of log(Z)^2 in nats
     label_smoothing: float = 0.0  # share of the target's probability spread over the vocabulary
     loss_chunk: int = 0  # positions whose logits exist at a time; 0 = by memory
-    profile_steps: int = 0  # updates to trace, from the tenth on, into the workdir's profile/
+    profile_steps: int = 0  # updates to trace into profile/, from the tenth on, of fewer the last
     sample_tokens: int = 100  # tokens to sample when training ends; 0 = none
     sample_prompt: str = ""  # text that the sample continues
     wandb_project: str = ""  # Weights & Biases project to log to; "" = none
@@ -47,6 +47,7 @@ class Config:
     ONLY_FOR: ClassVar = {
         "max_skips": ("on_bad_step", ("skip", "rollback")),
         "rollback_batches": ("on_bad_step", ("rollback",)),
+        "sample_prompt": ("sample_tokens", SET),
         "spike_metric": ("spike_zscore", SET),
         "spike_steps": ("spike_zscore", SET),
     }

@@ -42,7 +42,7 @@ from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
 from lm.exits import DataEnded, Ended, Interrupted
 from lm.guard import Guard, again_when_rolled_back, set_aside
-from lm.log import Log, Profile
+from lm.log import Log, Profile, profiled
 
 SCHEMA = experiment.SCHEMA
 
@@ -74,7 +74,7 @@ def run(
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
         # 0 is never, but for the last step.
-        eval_every = made.steps_of("eval", "every_steps") or num_steps
+        eval_every = made.steps_of("eval", "every_steps")
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
         gone = stack.enter_context(workdirs.alone_in(workdir))
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
@@ -94,14 +94,14 @@ def run(
         guard = Guard(made, workdir, saver, log, train_step, first, watch)
         watch.start(saver.writing, stop, guard.rescue)
         stack.callback(watch.at, watchdog.ENDING, num_steps)
-        profile = stack.enter_context(closing(Profile(workdir, first, cfg["train"].profile_steps)))
+        profile = stack.enter_context(closing(Profile(workdir, profiled(made, first))))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)
         digests, batches = read_ahead(made, first)
         end = functools.partial(finish, saver, digests, stop, watch)
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
-            due = last or now % eval_every == 0
+            due = last or (eval_every and now % eval_every == 0)
             evaluating = due and (fresh or not scores)  # a stop may have cut its evaluation short
             saving = fresh and (saver.owed(stop.save_again()) or last or falls_on(now, save_every))
             stopping = stop.agreed(saver.asks())

@@ -39,7 +39,14 @@ FIXED = (
     "optim.name",
     "mesh.local_steps",
 )
-FREE = ("model.scan", "model.remat", "model.kernel")
+FREE = (
+    "model.scan",
+    "model.remat",
+    "model.kernel",
+    "model.microbatches",
+    "model.stage_repeats",
+    "model.context_parallel",
+)
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 
 
@@ -197,13 +204,20 @@ def _mixed_anew(
 def write_files(
     workdir: Path, made: experiment.Experiment, first: int, origins: Mapping[str, str]
 ) -> None:
-    """Write the config, data, tokenizer, and a receipt of this start, in which older configs are kept."""
+    """Write the config, data, tokenizer, and a receipt of this start.
+
+    A config that was another until now is kept as `config.<first>.json`.
+    """
     if jax.process_index() > 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     receipt.write(workdir, made, first, origins)
     (workdir / remote.FETCHED).unlink(missing_ok=True)
-    manifests.write_whole(workdir / "config.json", config_lib.to_json(made.config))
+    path, now = workdir / "config.json", config_lib.to_json(made.config)
+    kept = workdir / f"config.{first}.json"  # where there is one, of the run that came to this step
+    if path.is_file() and (before := path.read_bytes()) != now.encode() and not kept.exists():
+        manifests.write_whole(kept, before)
+    manifests.write_whole(path, now)
     described = {"fingerprint": made.corpus.fingerprint, **made.corpus.report}
     manifests.write_whole(workdir / "data.json", json.dumps(described, indent=2) + "\n")
     made.corpus.tokenizer.save(workdir / "tokenizer")

@@ -365,6 +365,15 @@ def test_exit_on_user_error(capsys):
         command.exit_on_user_error(broken)
 
 
+@pytest.mark.parametrize("value", ["gpt", None, 3])
+def test_a_section_that_is_a_value_is_named(value):
+    from lm import train
+
+    for assignments in ((), ("model.num_layers=2",)):
+        with pytest.raises(ConfigError, match=rf"^model={value!r}: a section"):
+            config_lib.override(ConfigDict({"model": value}), assignments, train.SCHEMA)
+
+
 def test_import_is_light():
     code = "import sys, lm.config; print({'jax', 'numpy', 'tensorflow'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from lm import evaluate, experiment, models, sharding, step, tasks, train
 from lm.config import ConfigError
@@ -185,6 +186,53 @@ def test_sums_are_added_in_float64():
 def test_a_wrong_value_is_an_error_that_names_the_field(field):
     with pytest.raises(ConfigError, match=rf"eval\.{field}=-1"):
         evaluate.Config(**{field: -1})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    """Return the workdir of a run of 3 rows a batch, in 3 parts: no rows for 8 devices."""
+    workdir = tmp_path_factory.mktemp("trained")
+    config = ConfigDict({
+        "data": {"path": (str(text_file),), "tokenizer": "byte", "batch_size": 3},
+        "task": {"length": 16},
+        "model": {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
+        "mesh": {"data": 1, "context": 8},
+        "train": {"num_steps": 1, "accumulate_steps": 3, "sample_tokens": 0},
+        "eval": {"max_tokens": 512},
+        "optim": {"warmup": 0},
+    })  # fmt: skip
+    train.run(config, workdir)
+    return workdir
+
+
+def test_a_batch_that_trains_is_no_bound_of_one_that_scores(trained, tmp_path):
+    """On all devices, and with fewer rows at a time than training had parts: the same scores."""
+    found = []
+    rows = ["--config.mesh.data=8", "--config.mesh.context=1"]
+    for flags in ([], rows, ["--config.data.batch_size=2"]):
+        out = tmp_path / "scores.json"
+        assert tool.main(["--workdir", str(trained), "--json", str(out), *flags]) == 0
+        found.append(json.loads(out.read_text()))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("data.unknown=refuse", "fixed"),
+        ("data.tokenizer=byte", "fixed"),
+        ("data.user_symbols=a", "fixed"),
+        ("optim.peak_lr=1", "fixed"),
+        ("data.epochs=2", "used only in training"),
+        ("eval.every_steps=2", "used only in training"),
+        ("mesh.local_steps=2", "used only in training"),
+    ],
+)
+def test_what_evaluation_does_not_use_is_refused(trained, capsys, field, words):
+    assert tool.main(["--workdir", str(trained), f"--config.{field}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {field.partition('=')[0]}: ") and words in said
 
 
 @pytest.mark.parametrize("field", ["fold", "clean", "validation_path"])

@@ -87,7 +87,8 @@ def one_line(capsys):
         (["--config.data.validation_fraction=2"], ["data.validation_fraction=2"]),
         (["--config.train.init_from=nowhere"], ["nowhere"]),
         (["--config.optim.warmup=5 weeks"], ["optim.warmup", "5 weeks"]),
-        (["--config.train.sample_prompt=É", "--config.data.tokenizer=char"], ["train.sample_prompt", "'É'"]),
+        (["--config.train.sample_prompt=É", "--config.data.tokenizer=char", "--config.train.sample_tokens=9"],
+         ["train.sample_prompt", "'É'"]),
         (["--config.optim.peak_lr=inf"], ["optim.peak_lr='inf'", "expected float"]),
         (["--config.checkpoint.best_metric=eval_raw/loss"], ["checkpoint.best_metric", "optim.ema_decay"]),
         (["--config.checkpoint.remote_every=5"], ["checkpoint.remote_every=5", "a set checkpoint.remote"]),
@@ -95,6 +96,13 @@ def one_line(capsys):
         (["--config.seed=99999999999999999999"], ["seed=", "too large"]),
         (["--config.train.num_steps=1e5000"], ["train.num_steps='1e5000'", "expected duration"]),
         (["--config.data.batch_size=8000000000000"], ["too large for this machine"]),
+        (["--config.data.source=python_source"], ["data.source=python_source", "data.path names the text"]),
+        (["--config.model.microbatches=4"], ["model.microbatches=4", "mesh.stage of 2 or more"]),
+        (["--config.model.stage_repeats=2"], ["model.stage_repeats=2", "mesh.stage of 2 or more"]),
+        (["--config.model.context_parallel=ring"], ["model.context_parallel=ring", "mesh.context of 2"]),
+        (["--config.train.sample_prompt=The"], ["train.sample_prompt=The", "a set train.sample_tokens"]),
+        (["--config.data.prefetch_batches=4", "--config.data.prefetch_threads=0"], ["data.prefetch_batches=4", "a set"]),
+        (["--config.data.on_invalid=refuse", "--config.data.path=()"], ["data.on_invalid=refuse", "python_docs"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(experiment, capsys, flags, words):
@@ -243,6 +251,13 @@ def test_the_end_says_where_everything_lies(experiment, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"workdir: {tmp_path / 'run'}" in said
     assert f"python -m tools.generate --workdir {tmp_path / 'run'}" in said
+
+
+def test_the_commands_at_the_end_can_be_typed(experiment, tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    assert experiment("--workdir", str(folder)) == 0
+    commands = capsys.readouterr().out.partition("next:")[2].strip().splitlines()
+    assert [shlex.split(line)[4] for line in commands] == [str(folder)] * 2
 
 
 def test_a_typing_mistake_is_told_before_jax_is_imported(tmp_path):

@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lm import checkpoint, exits, experiment, hardware, manifests, models, train
+from lm import checkpoint, exits, experiment, hardware, log, manifests, models, train
 from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
@@ -258,6 +259,10 @@ def test_changes_of_optim_are_listed_and_the_old_config_kept(tiny, tmp_path, cap
         "optim.peak_lr"
     ] == [1e-2, "file"]
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["peak_lr"] == 5e-3
+    before = json.loads((tmp_path / "config.2.json").read_text())
+    assert (before["optim"]["peak_lr"], before["train"]["num_steps"]) == (1e-2, 2)
+    train.run(tiny(train__num_steps=4, optim__peak_lr=5e-3), tmp_path)
+    assert not (tmp_path / "config.4.json").exists(), "nothing changed"
 
 
 def test_no_old_config_is_ever_overwritten(tiny, tmp_path):
@@ -265,6 +270,8 @@ def test_no_old_config_is_ever_overwritten(tiny, tmp_path):
         train.run(tiny(train__num_steps=2, optim__peak_lr=rate), tmp_path)
     kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("receipts/*.json"))]
     assert [found["config"]["optim.peak_lr"][0] for found in kept] == [1e-2, 2e-2, 3e-2]
+    trained = json.loads((tmp_path / "config.2.json").read_text())
+    assert trained["optim"]["peak_lr"] == 1e-2, "what came to step 2"
 
 
 def test_another_environment_is_listed(tiny, tmp_path, capsys):
@@ -395,13 +402,24 @@ def test_fewer_steps_than_were_done_are_refused(tiny, tmp_path):
 
 def test_zero_is_never_but_for_the_last_step(tiny, tmp_path):
     train.run(tiny(eval__every_steps=0, checkpoint__every_steps=0), tmp_path)
-    assert [row["step"] for row in rows_of(tmp_path) if "eval/loss" in row] == [0, 6]
+    assert [row["step"] for row in rows_of(tmp_path) if "eval/loss" in row] == [6]
     assert manifests.good_steps(tmp_path / "checkpoints") == [6]
 
 
 def test_a_profile_ends_with_the_run(tiny, tmp_path):
     train.run(tiny(train__num_steps=10, train__profile_steps=5), tmp_path)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "it begins with the tenth step"
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("first", "num_steps", "count", "expected"),
+    [(0, 100, 5, range(9, 14)), (0, 8, 3, range(5, 8)), (0, 3, 5, range(3)), (40, 44, 2, range(42, 44)),
+     (0, 9, 0, range(9, 9))],
+)  # fmt: skip
+def test_as_many_steps_are_traced_as_there_are(first, num_steps, count, expected):
+    section = SimpleNamespace(profile_steps=count)
+    made = SimpleNamespace(num_steps=num_steps, cfg={"train": section})
+    assert log.profiled(made, first) == expected
 
 
 @pytest.mark.slow
@@ -560,7 +578,10 @@ def test_stages_are_resumed_as_other_stages_and_sampled(tiny, tmp_path, capfd):
     options = {"model__num_layers": 4, "model__scan": True, "train__sample_tokens": 4}
     whole = train.run(tiny(**options, train__num_steps=4), tmp_path / "whole")
     staged = {"data": 2, "stage": 4}
-    train.run(tiny(**options, mesh=ConfigDict(staged), train__num_steps=2), tmp_path / "run")
+    more = {"model__microbatches": 4, "model__stage_repeats": 1}
+    train.run(
+        tiny(**options, **more, mesh=ConfigDict(staged), train__num_steps=2), tmp_path / "run"
+    )
     final = train.run(tiny(**options, train__num_steps=4), tmp_path / "run")
     assert final["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
     assert capfd.readouterr().out.count("sample:") == 3

@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     report = measure(config, args)
     print(describe(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     return 0
 
 
@@ -289,7 +289,7 @@ def _training(report: dict[str, Any], seconds: list[float]) -> list[str]:
         flops = ours[f"flops_{name}"]
         mfu = [100 * rate * flops / peak for rate, peak in zip(rates, report["gemm"], strict=True)]
         lines.append(f"MFU_{name}    {_shown(mfu)} % of the product measured in the same round")
-        if not math.isnan(ours["data_sheet_flops"]):
+        if ours["data_sheet_flops"]:
             known = [100 * rate * flops / ours["data_sheet_flops"] for rate in rates]
             lines.append(f"            {_shown(known)} % of the data sheet's peak")
     if "loop" in report:

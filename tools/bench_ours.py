@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import math
 import resource
 import tempfile
 import time
@@ -94,13 +93,14 @@ class Ours:
         with self._data():
             self.made = made = experiment.build(self.config)
         cfg = made.cfg["model"]
+        sheet = hardware.data_sheet_flops()
         facts: dict[str, Any] = {
             "device": jax.devices()[0].device_kind,
             "backend": jax.default_backend(),
             "devices": made.mesh.size,
             "jax": jax.__version__,
             "parameters": step.count_parameters(made.shapes),
-            "data_sheet_flops": (hardware.data_sheet_flops() or math.nan) * made.mesh.size,
+            "data_sheet_flops": sheet and sheet * made.mesh.size,
             "shape": self._shape(),
             "optim": dataclasses.asdict(made.cfg["optim"]),
         }

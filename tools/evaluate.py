@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
 _OF_THE_TEXT = ("source", "dataset_config", "dataset_split", "revision", "mixture", "mixture_stages",
                 "mixture_temperature", "validation_path", "clean", "fold")  # fmt: skip
 _FIELDS = ("field", "source_field", "target_field", "label_field")
+_OF_TRAINING = (
+    "data.epochs", "data.prefetch_threads", "data.prefetch_batches", "eval.every_steps",
+    "eval.timeout_seconds", "mesh.local_steps",
+)  # fmt: skip
 
 
 def _take_whole(config: Any, assignments: list[str]) -> list[str]:
@@ -72,13 +76,14 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
 
     given = [assignment.partition("=")[0] for assignment in assignments]
     for key in given:
-        if not key.startswith(("data.", "eval.", "mesh.")) or key in (
-            "data.tokenizer",
-            "data.vocab_size",
-        ):
+        section, _, name = key.partition(".")
+        of_tokenizer = section == "data" and name in corpus.OF_TOKENIZER
+        if section not in ("data", "eval", "mesh") or of_tokenizer:
             raise config_lib.ConfigError(
                 f"{key}: a trained model has it fixed; only data, eval and mesh can be set here"
             )
+        if key in _OF_TRAINING:
+            raise config_lib.ConfigError(f"{key}: used only in training; leave it out")
     other = {"data.path", "data.source"} & set(given)
     hardware.use_compilation_cache(corpus.cache_folder() / "xla")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
@@ -89,7 +94,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     )
     cfg = experiment.freeze(config)
     mesh = sharding.make_mesh(cfg["mesh"])
-    kind = fit.check_sections(cfg, mesh)
+    kind = fit.check_sections(cfg, mesh, training=False)
     tokenizer = tokenizers.load(Path(args.workdir) / "tokenizer")
     text = corpus.build(cfg["data"], tokenizer=tokenizer)
     described = read_json(Path(args.workdir) / "data.json")

@@ -40,7 +40,7 @@ _READING = (
     "source", "path", "batch_size", "epochs", "order", "prefetch_threads", "prefetch_batches",
     "mixture_temperature",
 )  # fmt: skip
-_OF_TOKENIZER = [
+OF_TOKENIZER = [
     "tokenizer",
     "tokenizer_path",
     "vocab_size",
@@ -174,7 +174,7 @@ def prepared_folder(cfg: Config) -> Path | None:
         raise ConfigError(
             f"data.path={folder}: its preparation is not finished; give that command again"
         )
-    return folder if (folder / shards.MANIFEST).is_file() else None
+    return folder if shards.is_prepared(folder) else None
 
 
 def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _check_settings(cfg: Config, folder: Path, settings: dict[str, Any]) -> None
         if field.name in _READING or value == field.default or plain(own) == plain(value):
             continue
         said = f"data.{field.name}={value}: {folder} was prepared with {own!r}"
-        if field.name not in _OF_TOKENIZER:
+        if field.name not in OF_TOKENIZER:
             raise ConfigError(f"{said}; set it to that, or prepare the text again")
         print(f"notice: {said}, which holds")
 

@@ -1,11 +1,12 @@
 """What the section `data` of a config says: every field with its default, and what fits together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lm.config import SET, ConfigError
-from lm.data import cleaning, mixture, sources, splits, subwords, tokenizers
+from lm.data import cleaning, mixture, shards, sources, splits, subwords, tokenizers
 
 MOST_TOKENS = 1 << 24  # of a vocabulary
 
@@ -55,6 +56,7 @@ class Config:
         "user_symbols": ("tokenizer", ("sentencepiece", "byte_bpe")),
         "tokenizer_path": ("tokenizer", ("file",)),
         "mixture_temperature": ("mixture", SET),
+        "prefetch_batches": ("prefetch_threads", SET),
     }
 
     def __post_init__(self):
@@ -63,7 +65,10 @@ class Config:
         sources.refuse_passwords("validation_path", self.validation_path)
         sources.refuse_passwords("mixture", [name for name, _ in self.mixture])
         object.__setattr__(self, "clean", cleaning.split_steps(self.clean))
-        self._check_fields(sources.resolve(self.source, self.path))
+        source = sources.resolve(self.source, self.path)
+        prepared = len(self.path) == 1 and shards.is_prepared(self.path[0])
+        if not (prepared or self.mixture):  # what it was prepared with is compared; of each corpus
+            self._check_fields(source)
         self._check_split()
         self._check_mixture()
         _one_of("on_invalid", self.on_invalid, ("replace", "refuse"))
@@ -180,7 +185,8 @@ class Config:
 
 def _paths(path: str | Sequence[str]) -> tuple[str, ...]:
     items = (path,) if isinstance(path, str) else path
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+    parts = [[item] if os.path.exists(item) else item.split(",") for item in items]
+    return tuple(part.strip() for some in parts for part in some if part.strip())
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

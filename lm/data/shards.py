@@ -104,6 +104,11 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     write_whole(folder / MANIFEST, json.dumps(whole))
 
 
+def is_prepared(folder: str | Path) -> bool:
+    """Return whether a folder holds a corpus whose preparation is finished."""
+    return (Path(folder).expanduser() / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
     """Return the manifest of a whole folder.
 

@@ -1,6 +1,7 @@
 """Proportions are exact at every step, whatever the hosts; every row of a corpus comes once an epoch."""
 
 import dataclasses
+import json
 import types
 
 import numpy as np
@@ -269,6 +270,20 @@ def test_a_mixture_of_files_trains_one_tokenizer_and_scores_each(tmp_path, monke
     assert swapped.fingerprint != made.fingerprint
     assert corpus.mixture_of(cfg, made).stages == ((0, (3, 1)),)
     assert "one: text" in made.summary() and "two: text" in made.summary()
+
+
+def test_records_of_a_mixture_have_fields_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        lines = (json.dumps({"body": f"{name} {n}"}) for n in range(300))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    mixed = tuple((str(tmp_path / f"{name}.jsonl"), 1.0) for name in ("a", "b"))
+    made = corpus.build(Config(mixture=mixed, field="body", tokenizer="byte"))
+    counts = [len(s.starts) for m in made.members for s in (m.train, m.validation)]
+    assert sum(counts) == 600
+    texts = Config(mixture=((str(tmp_path / "a.txt"), 1.0),), field="body", tokenizer="byte")
+    with pytest.raises(ConfigError, match=r"data\.field=body: used only for JSON lines"):
+        corpus.build(texts)
 
 
 @pytest.mark.parametrize(

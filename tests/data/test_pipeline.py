@@ -294,6 +294,13 @@ def test_paths_are_split_at_commas_and_a_suffix_allows_the_field():
     assert Config(source="jsonl", path=("a.txt",), field="body").field == "body"
 
 
+def test_a_comma_in_a_files_name_is_no_end_of_it(tmp_path):
+    path = tmp_path / "a,b.txt"
+    path.write_text("text")
+    assert Config(path=str(path)).path == Config(path=(str(path),)).path == (str(path),)
+    assert Config(path=(str(path), "c,d")).path == (str(path), "c", "d")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -198,6 +198,17 @@ def test_a_prepared_corpus_is_trained_on_as_it_is(tmp_path, text, small, monkeyp
         corpus.build(Config(path=(str(tmp_path / "prepared"),)), tokenizer=other)
 
 
+def test_a_config_that_names_a_field_trains_on_what_was_prepared_with_it(tmp_path, small):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(300)))
+    cfg = Config(path=(str(path),), field="body", tokenizer="byte")
+    corpus.prepare_in(tmp_path / "prepared", cfg)
+    there = (str(tmp_path / "prepared"),)
+    assert corpus.build(dataclasses.replace(cfg, path=there)).train.num_bytes > 200
+    with pytest.raises(ConfigError, match=r"data\.field=title: .* was prepared with 'body'"):
+        corpus.build(dataclasses.replace(cfg, path=there, field="title"))
+
+
 def test_settings_that_a_prepared_corpus_overrules_are_said(tmp_path, text, small, capsys):
     corpus.prepare_in(tmp_path / "prepared", text)
     cfg = dataclasses.replace(text, path=(str(tmp_path / "prepared"),), batch_size=7)
