@@ -202,7 +202,8 @@ def of_record(record: Any, where: str, reading: Reading) -> Document:
         replaced += surrogates
         if surrogates and reading.on_invalid == "refuse":
             raise ConfigError(
-                f"data.on_invalid=refuse: {where}: a lone surrogate is not text; replace counts it"
+                f"data.on_invalid=refuse: {where}: a lone surrogate, or a byte that is not UTF-8, is not "
+                "text; replace counts it"
             )
         texts.append(content)
     return Document(texts[0], replaced, texts[1] if texts[1:] else None)

@@ -48,7 +48,7 @@ def read(uri: str, start: int, reading: Reading) -> Iterator[Document]:
             if last is reached:
                 raise _failed(name, error) from error
             reached = last
-        except pymongo.errors.PyMongoError as error:
+        except _errors() as error:
             raise _failed(name, error) from error
 
 
@@ -75,7 +75,6 @@ def _types_behind(value: Any, options: Any) -> list[str]:
 
 def marks(uris: Sequence[str]) -> Iterator[bytes]:
     """Yield what changes when records come, go or change size; reading all would be a download."""
-    pymongo = _installed()
     for uri in uris:
         ((name, _),) = locate([uri])
         try:
@@ -83,7 +82,7 @@ def marks(uris: Sequence[str]) -> Iterator[bytes]:
                 collection = _collection(client, uri)
                 about = collection.database.command("collStats", collection.name)
                 last = collection.find_one(projection=["_id"], sort=[("_id", -1)])
-        except pymongo.errors.PyMongoError as error:
+        except _errors() as error:
             raise _failed(name, error) from error
         mark = [name, about["count"], about["size"], str(last)]
         yield hashlib.blake2b(repr(mark).encode()).digest()
@@ -95,8 +94,15 @@ def _collection_name(path: str) -> tuple[str, str]:
 
 
 def _collection(client: Any, uri: str) -> Any:
+    """Return the collection, bytes that are not UTF-8 as surrogates, dates beyond Python's as numbers."""
+    from bson.codec_options import DatetimeConversion
+
     database, collection = _collection_name(_URI.fullmatch(uri)[3])  # type: ignore[index]
-    return client[database][collection]
+    options = client.codec_options.with_options(
+        unicode_decode_error_handler="surrogateescape",
+        datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+    )
+    return client[database].get_collection(collection, options)
 
 
 def _connected(uri: str) -> Any:
@@ -110,6 +116,14 @@ def _connected(uri: str) -> Any:
             f"data.path: no client for this URI ({type(error).__name__}); check its options, and the user's "
             f"password in the environment variable {PASSWORD}"
         ) from None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what the driver raises: of the server, and of records that it cannot decode."""
+    pymongo = _installed()
+    import bson.errors
+
+    return pymongo.errors.PyMongoError, bson.errors.BSONError
 
 
 def _failed(name: str, error: Exception) -> ConfigError:

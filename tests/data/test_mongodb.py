@@ -220,8 +220,9 @@ def test_a_uri_that_names_no_collection_is_an_error(path):
 def test_a_collection_may_have_dots_in_its_name():
     ((part, uri),) = mongodb.locate(["mongodb+srv://me@host/books.pages%20of.one?tls=true"])
     assert part == "mongodb+srv://host/books.pages%20of.one"
-    collection = mongodb._collection({"books": {"pages of.one": "found"}}, uri)
-    assert collection == "found"
+    with pymongo.MongoClient(connect=False) as client:
+        collection = mongodb._collection(client, uri)
+    assert collection.full_name == "books.pages of.one"
 
 
 def test_a_server_that_is_not_there_is_an_error_of_one_line():
@@ -230,3 +231,46 @@ def test_a_server_that_is_not_there_is_an_error_of_one_line():
         with pytest.raises(ConfigError, match=r"cannot read mongodb://127\.0\.0\.1:1/") as caught:
             action()
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Puts bytes in the place of others that the server answers: not every server takes what others hold."""
+    answer = pymongo.message._OpMsg
+    begin = answer.__init__
+
+    def replacing(old, new):
+        def changed(self, flags, payload):
+            begin(self, flags, bytes(payload).replace(old, new))
+
+        monkeypatch.setattr(answer, "__init__", changed)
+
+    return replacing
+
+
+def test_bytes_that_are_not_utf_8_are_replaced_or_refused(server, collection, answered):
+    collection.delete_many({})
+    collection.insert_one({"_id": "id éé", "text": "a éé b"})
+    answered("éé".encode(), b"\xff\xc3z\xfe")
+    (document,) = opened(server)
+    assert (document.text, document.replaced) == ("a \ufffd\ufffdz\ufffd b", 3)
+    refusing = sources.open_source(
+        "python_docs", path=opened(server).places, fields=sources.Fields(), on_invalid="refuse"
+    )
+    with pytest.raises(ConfigError, match=r"data\.on_invalid=refuse: .*_id .* not UTF-8"):
+        list(refusing)
+    assert refusing.fingerprint() and refusing.states()
+
+
+def test_a_date_beyond_those_of_python_is_an_id(server, collection, answered):
+    collection.delete_many({})
+    collection.insert_one({"_id": bson.Int64(1 << 50), "text": "far"})
+    answered(b"\x12_id\0", b"\x09_id\0")
+    assert [document.text for document in opened(server)] == ["far"]
+    assert opened(server).fingerprint()
+
+
+def test_what_is_no_bson_is_an_error_of_one_line(server, collection, answered):
+    answered(b"\x02text\0", b"\x7etext\0")
+    with pytest.raises(ConfigError, match=r"cannot read mongodb://.*InvalidBSON"):
+        list(opened(server))
