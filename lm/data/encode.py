@@ -41,8 +41,8 @@ class Encoder:
 
     def encode(self, chunk: Chunk, *, tokens: bool = True) -> Worked:
         """Return the tokens of a chunk; without `tokens`, what became of its documents alone."""
-        items, cleaned = clean(self.cleaner, chunk.items)
-        kept = [(number, item) for number, item in enumerate(items) if item and tokens]
+        kept, cleaned = clean(self.cleaner, chunk.items, labelled=self.labelled)
+        kept = kept if tokens else []
         texts = [text for _, item in kept for text in item.texts]
         repeats = [len(item.texts) for _, item in kept]
         end = np.array([self.tokenizer.end_of_text])
@@ -69,21 +69,23 @@ class Encoder:
         return Worked(encoded, numbers, cleaned)
 
 
-def clean(cleaner: Cleaner | None, items: list[Item]) -> tuple[list[Item | None], list[Cleaned]]:
-    """Return the documents, None where one was dropped, and what became of each.
+def clean(
+    cleaner: Cleaner | None, items: list[Item], *, labelled: bool
+) -> tuple[list[tuple[int, Item]], list[Cleaned]]:
+    """Return what is kept, with the number of the document that it is of, and what became of each.
 
-    Of a pair the first text is cleaned: a label or a summary would fail rules that are for documents.
+    A label stays as it is.
     """
-    if cleaner is None:
-        return list(items), []
-    results: list[Item | None] = []
+    kept: list[tuple[int, Item]] = []
     about = []
-    for item in items:
-        cleaned = cleaner.clean(item.texts[0])
-        texts = (cleaned.text, *item.texts[1:])
-        results.append(item._replace(texts=texts) if cleaned.text else None)
-        about.append(cleaned._replace(text=""))
-    return results, about
+    for number, item in enumerate(items):
+        texts = item.texts
+        if cleaner is not None:
+            cleaned = cleaner.clean(texts[0], "" if labelled else "".join(texts[1:]))
+            texts = (cleaned.text, *(texts[1:] if labelled else (cleaned.second,)))[: len(texts)]
+            about.append(cleaned._replace(text="", second=""))
+        kept += ((number, part) for part in item.cleaned(texts))
+    return kept, about
 
 
 class Sieve:

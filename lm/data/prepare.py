@@ -199,8 +199,8 @@ def train(cfg: Any, inputs: Sequence[Any]) -> Tokenizer:
         for source in inputs:
             rule = splits.rule(cfg, source)
             for chunk in progress.told(chunks(source, rule, (0, 0), {}), bar, source):
-                for item in clean(cleaner, chunk.items)[0]:
-                    if item and rule.split_of(item) in wanted:
+                for _, item in clean(cleaner, chunk.items, labelled=bool(cfg.label_field))[0]:
+                    if rule.split_of(item) in wanted:
                         yield from item.texts
 
     with progress.bar(inputs, "reading") as bar:

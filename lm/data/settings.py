@@ -30,7 +30,7 @@ class Config:
     on_invalid: str = "replace"  # bytes that are not UTF-8: replace (and count) or refuse
     on_broken: str = "refuse"  # files and records that cannot be read: refuse or skip (and count)
     max_document_bytes: int = 1 << 28  # of a record or a text file; a longer one cannot be read
-    clean: tuple[str, ...] = ()  # steps, as "language keep=en", in order; of pairs on the source
+    clean: tuple[str, ...] = ()  # steps, as "language keep=en", in order; see lm/data/cleaning
     tokenizer: str = "sentencepiece"  # byte, char, word, sentencepiece, byte_bpe or file (given)
     tokenizer_path: str = ""  # of tokenizer=file: tokenizer.json, llama2.c's .bin, or a folder
     vocab_size: int = 4096  # ids, special ones included

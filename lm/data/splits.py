@@ -2,7 +2,8 @@
 
 By a hash of its content, so that it stays where it is when others come and go; with `data.fold` one of k such
 parts is for validation; with `data.validation_path` its file decides. Fewer than 100 documents are cut at the
-last `validation_fraction` of the characters, pairs at the last of the pairs.
+last `validation_fraction` of the characters, pairs at the last of the pairs; the document that is cut is
+cleaned before, as a whole.
 """
 
 import hashlib
@@ -27,6 +28,21 @@ class Item(NamedTuple):
     record: int
     texts: tuple[str, ...]
     split: int = _BY_HASH  # index of SPLITS
+    cut: int = 0  # of a text that is in both splits: its characters for training
+
+    def cleaned(self, texts: tuple[str, ...]) -> Iterator["Item"]:
+        """Yield what is left of the item by its cleaned texts: two items of a text that is cut.
+
+        It is cut at the same share of its characters as before it was cleaned.
+        """
+        if not self.cut:
+            if all(texts):
+                yield self._replace(texts=texts)
+            return
+        cut = len(texts[0]) * self.cut // len(self.texts[0])
+        for split, text in ((TRAIN, texts[0][:cut]), (VALIDATION, texts[0][cut:])):
+            if text:
+                yield Item(self.part, self.record, (text,), split)
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Rule:
     pairs: int = 0  # for training
 
     def items(self, part: int, record: int, document: Document, before: Counter) -> Iterator[Item]:
-        """Yield what is encoded of a document, which is whole unless the cut by characters is in it.
+        """Yield what is encoded of a document, which is for one split unless the cut by characters is in it.
 
         `before` counts the "documents" and "characters" that were read before it.
         """
@@ -57,10 +73,9 @@ class Rule:
                 part, record, texts, VALIDATION if before["documents"] >= self.pairs else TRAIN
             )
         else:
-            cut = min(max(self.characters - before["characters"], 0), len(document.text))
-            for split, text in ((TRAIN, document.text[:cut]), (VALIDATION, document.text[cut:])):
-                if text:
-                    yield Item(part, record, (text,), split)
+            cut = max(self.characters - before["characters"], 0)
+            inside = 0 < cut < len(document.text)
+            yield Item(part, record, texts, TRAIN if cut else VALIDATION, cut if inside else 0)
 
     def split_of(self, item: Item) -> int:
         """Return the index of the item's split, after its text was cleaned."""

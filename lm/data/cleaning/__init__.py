@@ -12,6 +12,10 @@
 its arguments, its docstring says what it does and whose rule it is. What compares documents comes last, as
 it is asked in their order.
 
+Of a pair of texts both are cleaned by what brings text into shape, masks it or looks for an evaluation's
+(`step.Step.TARGETS`), and the rules of quality ask the source alone: they are for documents, and a short
+target would fail them.
+
 Any text is taken, in time linear in its length but for a logarithm, and what comes out is valid text.
 """
 
@@ -41,7 +45,7 @@ from lm.data.cleaning.overlap import Overlap
 from lm.data.cleaning.pages import Html
 from lm.data.cleaning.step import Step
 
-FORMAT = 3  # of the steps' results: one more for every change of what they do
+FORMAT = 4  # of the steps' results: one more for every change of what they do
 STEPS: dict[str, type[Step]] = {
     "html": Html,
     "mojibake": Mojibake,
@@ -71,6 +75,7 @@ class Cleaned(NamedTuple):
     changed: tuple[str, ...] = ()  # the steps that changed it
     sizes: tuple[int, ...] = ()  # characters before the first step and after each that ran
     signatures: tuple[Any, ...] = ()  # for each step that compares documents
+    second: str = ""  # of a pair, the target
 
 
 class Cleaner:
@@ -84,28 +89,32 @@ class Cleaner:
         parts = json.dumps([FORMAT, unicodedata.unidata_version, self.names, depends_on])
         self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
-    def clean(self, text: str) -> Cleaned:
+    def clean(self, text: str, second: str = "") -> Cleaned:
         """Return what the steps make of a text; those that compare documents are left to `Duplicates`.
 
         Lone surrogates, which no text has, become U+FFFD first. A document that a step leaves empty is
-        dropped by it; one that was empty passes.
+        dropped by it; one that was empty passes. `second` is the target of a pair, without which that is
+        dropped too.
         """
-        text = documents.whole(text).text
-        sizes = [len(text)]
+        text, second = documents.whole(text).text, documents.whole(second).text
+        sizes = [len(text) + len(second)]
         changed: list[str] = []
         if not text:
             return Cleaned("")
         for name, step in self._within:
-            before = text
-            text, reason = step(before)
+            before = text, second
+            text, reason = step(text)
             reason = reason or ("" if text else "empty")
-            sizes.append(0 if reason else len(text))
+            if second and step.TARGETS and not reason:
+                second, reason = step(second)
+                reason = reason or ("" if second else "empty")
+            sizes.append(0 if reason else len(text) + len(second))
             if reason:
                 return Cleaned("", name, reason, tuple(changed), tuple(sizes))
-            if text != before:
+            if (text, second) != before:
                 changed.append(name)
         signatures = tuple(step.signature(text) for _, step in self._across)
-        return Cleaned(text, "", "", tuple(changed), tuple(sizes), signatures)
+        return Cleaned(text, "", "", tuple(changed), tuple(sizes), signatures, second)
 
     def duplicates(self) -> "Duplicates":
         """Return a new memory of documents for the steps that compare them."""

@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lm.config import ConfigError
 from lm.data.cleaning.step import Step
@@ -85,6 +86,8 @@ class Mask(Step):
     with a plus, or written as in North America, with an area code from 0, as in France, or mobile in China;
     others stay, as they look like any number.
     """
+
+    TARGETS: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = tuple(_KINDS)  # email, ip, card, phone
 

@@ -30,6 +30,8 @@ class Unicode(Step):
     the full-width punctuation of Chinese and Japanese; it is not the default.
     """
 
+    TARGETS: ClassVar[bool] = True
+
     form: str = "NFC"  # NFC, NFD, NFKC or NFKD
 
     def __post_init__(self):
@@ -50,6 +52,7 @@ class Mojibake(Step):
     stay as they are, so that Chinese, Japanese and Korean pass unchanged.
     """
 
+    TARGETS: ClassVar[bool] = True
     LIBRARIES: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     def __call__(self, text: str) -> tuple[str, str]:
@@ -73,6 +76,8 @@ class Mojibake(Step):
 @dataclass(frozen=True)
 class Control(Step):
     """Take out control and invisible characters; newline and tab stay, and every line end is a newline."""
+
+    TARGETS: ClassVar[bool] = True
 
     def __call__(self, text: str) -> tuple[str, str]:
         if _has_controls(text):
@@ -105,6 +110,8 @@ class Whitespace(Step):
 
     Blanks before a line's text stay: code and verse mean them. So does a newline at the end.
     """
+
+    TARGETS: ClassVar[bool] = True
 
     blank_lines: int = 1  # that stay where there are more in a row
 

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,13 +14,15 @@ from lm.data.cleaning.step import Step, check_least
 
 @dataclass(frozen=True)
 class Overlap(Step):
-    """Drop a document that shares `ngram` words in a row with a text of the files `path`.
+    """Drop a document, or a pair, that shares `ngram` words in a row with a text of the files `path`.
 
     As in GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C), which compares words in lower case without
     punctuation, 13 in a row. What differs here: the whole document is dropped, not 200 characters around; a
     character of a script without spaces is a word; a text with fewer words finds nothing. Files are read as
     those of data.path are, each named field for itself. The index takes 8 bytes a word of them.
     """
+
+    TARGETS: ClassVar[bool] = True
 
     path: tuple[str, ...] = ()  # the evaluation's files and globs: text, JSON lines or tables
     ngram: int = 13  # words in a row

@@ -36,6 +36,7 @@ class Html(Step):
     as its text gives HTML, so that this step alone may change its own result.
     """
 
+    TARGETS: ClassVar[bool] = True
     LIBRARIES: ClassVar[tuple[str, ...]] = ("resiliparse",)
 
     main_content: bool = True  # leave out navigation, headers, footers and advertisements

@@ -17,6 +17,7 @@ class Step:
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ()  # packages of the extra `data` that it needs
+    TARGETS: ClassVar[bool] = False  # whether of a pair the target is given to it as well
 
     def __call__(self, text: str) -> tuple[str, str]:
         raise NotImplementedError
