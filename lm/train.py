@@ -210,7 +210,7 @@ def read_ahead(
     unchecked = {
         file: record for member in made.corpus.members for file, record in member.unchecked.items()
     }
-    digests = shards.Check(unchecked if first < last else {})
+    digests = shards.Check(unchecked if first < last else {}, made_again=corpus.made_again())
     return digests, place_ahead(made, first, last, digests)
 
 

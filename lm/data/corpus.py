@@ -229,6 +229,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
 
 
+def made_again() -> tuple[Path, ...]:
+    """Return the folders of what is made again where it is gone."""
+    return cache_folder() / "corpora", cache_folder() / "plans"
+
+
 def prepare_in(
     folder: Path, cfg: Config, *, tokenizer: Tokenizer | None = None, workers: int = 0
 ) -> list[Path]:

@@ -28,7 +28,7 @@ from lm.data import shards
 
 FORMAT = 1  # raise it when the same documents are packed otherwise
 _WINDOW = 1 << 20  # documents packed at a time
-_FOLDER, _ABOUT = "rows", "about.json"
+_FOLDER, _ABOUT = "rows", shards.PLAN
 _FILES = {"first": np.int64, "begins": np.int64, "lengths": np.int32}
 
 

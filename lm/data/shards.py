@@ -22,6 +22,7 @@ from lm.manifests import hash_file, write_whole
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
+PLAN = "about.json"  # the manifest of a plan of rows
 ORIGIN = np.dtype([("part", "<u4"), ("record", "<i8")])
 _DIGESTED = (
     64 << 20
@@ -29,16 +30,18 @@ _DIGESTED = (
 
 
 class Damaged(ConfigError):
-    """A file of a prepared corpus that cannot be used."""
+    """A file of a prepared corpus that cannot be used; `cached`, one that the next start makes again."""
 
-    def __init__(self, file: Path, why: str):
+    def __init__(self, file: Path, why: str, cached: bool = False):
         super().__init__(
-            f"data.path: {file} is damaged ({why}); restore it, or prepare the corpus again elsewhere"
+            f"data.path: {file} of the cache is damaged ({why}); start again, which makes it anew"
+            if cached
+            else f"data.path: {file} is damaged ({why}); restore it, or prepare the corpus again elsewhere"
         )
-        self.file, self.why = file, why
+        self.file, self.why, self.cached = file, why, cached
 
     def __reduce__(self):
-        return Damaged, (self.file, self.why)
+        return Damaged, (self.file, self.why, self.cached)
 
 
 class Tokens(Sequence[Any]):
@@ -148,10 +151,16 @@ def check_files(
 
 
 class Check:
-    """Compares digests in a thread, while training goes on: those that opening a large corpus left out."""
+    """Compares digests in a thread, while training goes on: those that opening a large corpus left out.
 
-    def __init__(self, unchecked: Mapping[Path, dict[str, Any]]):
+    What is damaged below a folder of `made_again` loses its manifest, so that the next start makes it again.
+    """
+
+    def __init__(
+        self, unchecked: Mapping[Path, dict[str, Any]], *, made_again: Sequence[Path] = ()
+    ):
         self._unchecked, self._damaged = dict(unchecked), list[Damaged]()
+        self._made_again = made_again
         self._thread = threading.Thread(target=self._compare, name="digests", daemon=True)
         self._thread.start()
 
@@ -169,7 +178,22 @@ class Check:
     def _compare(self) -> None:
         for file, record in self._unchecked.items():
             try:
-                if recorded(file) != record:
-                    self._damaged.append(Damaged(file, "its SHA-256 is another"))
+                if recorded(file) == record:
+                    continue
+                why = "its SHA-256 is another"
             except OSError as error:
-                self._damaged.append(Damaged(file, error.strerror or str(error)))
+                why = error.strerror or str(error)
+            cached = any(map(file.is_relative_to, self._made_again)) and _give_up(file)
+            self._damaged.append(Damaged(file, why, cached))
+
+
+def _give_up(file: Path) -> bool:
+    """Move the manifest of what `file` is a part of aside; return whether there is none now."""
+    try:
+        for folder in (file.parent, file.parent.parent):
+            for manifest in (folder / MANIFEST, folder / PLAN):
+                if manifest.exists():
+                    manifest.replace(manifest.with_name(f"{manifest.name}.damaged"))
+    except OSError:  # a cache that is only read
+        return False
+    return True

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from lm.config import ConfigError
 from lm.data import corpus, prepare, shards
 from lm.data.settings import Config
 from tools import inspect_data
@@ -54,3 +55,43 @@ def test_they_are_shown_and_a_folder_without_them_still_opens(folder, capsys):
     capsys.readouterr()
     assert inspect_data.main([str(folder), "--shards"]) == 2
     assert "--shards: the corpus was prepared before they" in capsys.readouterr().err
+
+
+def damage(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def found_meanwhile(text):
+    shards.Check(text.unchecked, made_again=corpus.made_again()).finish(lambda: False)
+
+
+@pytest.mark.parametrize("name", ["train-00000.tokens", "validation.origins"])
+def test_a_large_corpus_of_the_cache_that_is_damaged_is_made_again(
+    tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(shards, "_DIGESTED", 0)
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text, " * 100)
+    cfg = Config(path=(str(tmp_path / "a.txt"),), tokenizer="byte")
+    text = corpus.build(cfg)
+    found_meanwhile(text)
+    (entry,) = (tmp_path / "cache/corpora").iterdir()
+    damage(entry / name)
+    with pytest.raises(ConfigError, match=rf"{name} of the cache is damaged .*start again"):
+        found_meanwhile(corpus.build(cfg))
+    assert corpus.build(cfg).fingerprint == text.fingerprint
+    assert "damaged cache entry" in capsys.readouterr().err
+    found_meanwhile(corpus.build(cfg))
+
+
+def test_a_large_corpus_of_the_users_that_is_damaged_stays(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(shards, "_DIGESTED", 0)
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    damage(folder / "train.starts")
+    names = sorted(folder.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"train\.starts is damaged .*restore it"):
+            found_meanwhile(corpus.load(folder))
+    assert sorted(folder.rglob("*")) == names
