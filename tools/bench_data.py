@@ -132,7 +132,10 @@ def _make(folder: Path, num_tokens: int, length: int) -> None:
     }
     shards.write_manifest(folder, body)
     made = load(folder)
-    plans = {split.name: split.plan("best_fit", length) for split in (made.train, made.validation)}
+    plans = {
+        split.name: packing.windows("best_fit", split.starts, split.num_inputs, length)
+        for split in (made.train, made.validation)
+    }
     packing.save(folder, "best_fit", length, plans, fingerprint="synthetic")
 
 

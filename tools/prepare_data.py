@@ -8,6 +8,7 @@ Killed at any point, the same command goes on and gives the same bytes. A run re
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from lm import command, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
-from lm.data import cleaning, corpus, packing, prepare, settings, sources
+from lm.data import cleaning, corpus, plans, settings, sources
 
 SCHEMA: config_lib.Schema = {
     "data": lambda section: settings.Config,
@@ -124,12 +125,10 @@ def _plan(folder: Path, cfg: Any) -> None:
     """Keep the plan of the task's rows with the corpus, where it has one."""
     text = corpus.load(folder)
     task = tasks.build(cfg, tasks.Setting(tasks.kinds(cfg)[0], text.tokenizer, text.labels))
-    for split in (text.train, text.validation):
-        task.num_rows(split)
-    for name, capacity in text.train.plans:
-        both = {split.name: split.plans[name, capacity] for split in (text.train, text.validation)}
-        with prepare.locked(folder):
-            packing.save(folder, name, capacity, both, fingerprint=text.fingerprint)
+    splits = (text.train, text.validation)
+    kept = plans.Kept(folder, fingerprint=text.fingerprint, splits=splits, unchecked={})
+    for split in splits:
+        task.num_rows(dataclasses.replace(split, kept=kept.keep))
 
 
 if __name__ == "__main__":

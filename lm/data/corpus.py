@@ -74,7 +74,9 @@ def build(cfg: Config, *, tokenizer: Tokenizer | None = None) -> Corpus:
         cache_folder() / "plans" / corpus.fingerprint,
         (corpus.train, corpus.validation),
     )
-    kept = plans.Kept(folder, fingerprint=corpus.fingerprint, splits=splits)
+    kept = plans.Kept(
+        folder, fingerprint=corpus.fingerprint, splits=splits, unchecked=corpus.unchecked
+    )
     train, validation = (dataclasses.replace(split, kept=kept) for split in splits)
     return dataclasses.replace(corpus, train=train, validation=validation)
 

@@ -15,9 +15,11 @@ What differs from the paper: packing runs over windows of 2**20 documents, so th
 memory; a row stands at the place of its first piece, so that a part of a corpus is like the whole.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,26 +52,33 @@ class Plan(NamedTuple):
 
 
 def make(name: str, starts: np.ndarray, num_inputs: int, capacity: int) -> Plan:
-    """Return the plan `name` ("best_fit" or "pad") of the documents that begin at `starts` [documents].
+    """Return the plan of all `windows`, in memory."""
+    parts = list(_joined(windows(name, starts, num_inputs, capacity)))
+    return Plan(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    `num_inputs` is where the last one ends, and `capacity` the tokens of a row.
+
+def windows(name: str, starts: np.ndarray, num_inputs: int, capacity: int) -> Iterator[Plan]:
+    """Yield the plan `name` ("best_fit" or "pad") of the documents that begin at `starts` [documents].
+
+    Of each window of documents it is a plan of its own. `num_inputs` is where the last one ends, and
+    `capacity` the tokens of a row.
     """
-    ends = np.append(starts[1:], num_inputs)
-    parts = []
     for low in range(0, len(starts), _WINDOW):
-        window = slice(low, low + _WINDOW)
-        begins, lengths = _cut(starts[window], ends[window], capacity)
+        high = low + _WINDOW
+        end = starts[high] if high < len(starts) else num_inputs
+        ends = np.append(starts[low + 1 : high], end)
+        begins, lengths = _cut(starts[low:high], ends, capacity)
         rows = _best_fit(lengths, capacity) if name == "best_fit" else np.arange(len(lengths))
-        parts.append(_table(rows, begins, lengths))
-    if not parts:
-        return Plan(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
-    shifts = np.cumsum([0, *(len(part.begins) for part in parts)])
-    first = [part.first[:-1] + shift for part, shift in zip(parts, shifts[:-1], strict=True)]
-    return Plan(
-        np.append(np.concatenate(first), shifts[-1]),
-        np.concatenate([part.begins for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
-    )
+        yield _table(rows, begins, lengths)
+
+
+def _joined(parts: Iterable[Plan]) -> Iterator[Plan]:
+    """Yield what is to stand one after the other in the arrays of one plan."""
+    pieces = 0
+    for part in parts:
+        yield part._replace(first=part.first[:-1] + pieces)
+        pieces += len(part.begins)
+    yield Plan(np.full(1, pieces, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
 
 
 def _cut(starts: np.ndarray, ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,11 +141,12 @@ def _table(rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> Plan:
 
 
 def save(
-    folder: Path, name: str, capacity: int, plans: dict[str, Plan], *, fingerprint: str
+    folder: Path, name: str, capacity: int, plans: Mapping[str, Iterable[Plan]], *, fingerprint: str
 ) -> None:
     """Keep the plan of each split in a prepared corpus that is locked, whole or not at all.
 
-    `fingerprint` is of the corpus: a plan of another one is never taken.
+    It is given by its windows, which are written as they come. `fingerprint` is of the corpus: a plan of
+    another one is never taken.
     """
     place = folder / _FOLDER / f"{name}-{capacity}"
     place.parent.mkdir(exist_ok=True)
@@ -146,10 +156,14 @@ def save(
     unfinished.mkdir()
     try:
         files = {}
-        for split, plan in plans.items():
-            for part, dtype in _FILES.items():
-                file = unfinished / f"{split}.{part}"
-                file.write_bytes(np.ascontiguousarray(getattr(plan, part), dtype).tobytes())
+        for split, parts in plans.items():
+            places = {part: unfinished / f"{split}.{part}" for part in _FILES}
+            with contextlib.ExitStack() as stack:
+                opened = {p: stack.enter_context(file.open("wb")) for p, file in places.items()}
+                for plan in _joined(parts):
+                    for part, dtype in _FILES.items():
+                        opened[part].write(getattr(plan, part).astype(dtype).tobytes())
+            for file in places.values():
                 files[file.name] = shards.recorded(file)
                 manifests.sync(file)
         about = unfinished / _ABOUT
@@ -183,24 +197,34 @@ def load(
     found: dict[tuple[str, int], dict[str, Plan]] = {}
     unchecked: dict[Path, dict[str, Any]] = {}
     for place in sorted((folder / _FOLDER).glob("[!.]*")):
-        if (files := _files(place, fingerprint)) is None:
-            continue
-        unchecked |= shards.check_files(place, files, thorough=thorough)
         name, _, capacity = place.name.rpartition("-")
-        found[name, int(capacity)] = _plans(place)
+        if read := _read(place, fingerprint, thorough):
+            found[name, int(capacity)] = read[0]
+            unchecked |= read[1]
     return found, unchecked
 
 
-def read(folder: Path, name: str, capacity: int, *, fingerprint: str) -> dict[str, Plan] | None:
-    """Return the plan that `save` kept of each split, None where there is none.
+def read(
+    folder: Path, name: str, capacity: int, *, fingerprint: str
+) -> tuple[dict[str, Plan], dict[Path, dict[str, Any]]] | None:
+    """Return the plan that `save` kept of each split, and unchecked files; None where there is none.
 
-    Raises Damaged for one that is not whole, of which every byte is checked.
+    Raises what `load` raises.
     """
     place = folder / _FOLDER / f"{name}-{capacity}"
-    if not place.exists() or (files := _files(place, fingerprint)) is None:
+    return _read(place, fingerprint, False) if place.exists() else None
+
+
+def _read(
+    place: Path, fingerprint: str, thorough: bool
+) -> tuple[dict[str, Plan], dict[Path, dict[str, Any]]] | None:
+    if (files := _files(place, fingerprint)) is None:
         return None
-    shards.check_files(place, files, thorough=True)
-    return _plans(place)
+    unchecked = shards.check_files(place, files, thorough=thorough)
+    return {
+        split: Plan(*(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items()))
+        for split in shards.SPLITS
+    }, unchecked
 
 
 def _files(place: Path, fingerprint: str) -> dict[str, dict[str, Any]] | None:
@@ -211,10 +235,3 @@ def _files(place: Path, fingerprint: str) -> dict[str, dict[str, Any]] | None:
         return dict(about["files"]) if same else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise shards.Damaged(place / _ABOUT, str(error)) from None
-
-
-def _plans(place: Path) -> dict[str, Plan]:
-    return {
-        split: Plan(*(shards.view(place / f"{split}.{p}", dtype) for p, dtype in _FILES.items()))
-        for split in shards.SPLITS
-    }

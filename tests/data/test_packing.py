@@ -1,5 +1,6 @@
 """Rows of a plan hold each place of the stream once, as a plain best-fit decreasing puts them together."""
 
+import tracemalloc
 import types
 
 import numpy as np
@@ -101,3 +102,35 @@ def test_rows_ask_for_every_token_once_after_the_one_before_it(name, sizes, leng
         places = np.concatenate([begin + np.arange(size) for begin, size in pieces])
         np.testing.assert_array_equal(batch["inputs"][row][scored[row]], split.tokens[places])
         np.testing.assert_array_equal(batch["targets"][row][scored[row]], split.tokens[places + 1])
+
+
+def test_a_plan_is_kept_window_by_window(tmp_path, monkeypatch):
+    """The same files as of the plan in memory, of which only windows ever are there."""
+    monkeypatch.setattr(packing, "_WINDOW", 2000)
+    starts = np.arange(0, 17 * 200_000, 17)
+    splits = {"train": (starts, 17 * 200_000), "validation": (starts[:0], 0)}
+    tracemalloc.start()
+    lazy = {split: packing.windows("pad", *of, 8) for split, of in splits.items()}
+    packing.save(tmp_path, "pad", 8, lazy, fingerprint="a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept, _ = packing.read(tmp_path, "pad", 8, fingerprint="a")
+    size = 0
+    for split, of in splits.items():
+        for found, expected in zip(kept[split], packing.make("pad", *of, 8), strict=True):
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == expected.dtype
+            size += expected.nbytes
+    assert peak < 2 << 20 < 8 << 20 < size
+
+
+def test_so_is_a_best_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_WINDOW", 7)
+    starts = np.cumsum(np.random.default_rng(0).integers(1, 30, 100))
+    lazy = {name: packing.windows("best_fit", starts, 2000, 24) for name in ("train", "validation")}
+    packing.save(tmp_path, "best_fit", 24, lazy, fingerprint="a")
+    expected = packing.make("best_fit", starts, 2000, 24)
+    for plan in packing.read(tmp_path, "best_fit", 24, fingerprint="a")[0].values():
+        assert [plan.pieces(row) for row in range(plan.num_rows)] == [
+            expected.pieces(row) for row in range(expected.num_rows)
+        ]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from lm.data import corpus, packing, plans
+from lm.data import corpus, packing, plans, shards
 from lm.data.settings import Config
 from lm.data.shards import SPLITS
 
@@ -24,13 +24,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def made(monkeypatch):
     """The plans that were made, in order."""
-    make, found = packing.make, []
+    windows, found = packing.windows, []
 
     def counted(name, starts, num_inputs, capacity):
         found.append((name, capacity, num_inputs))
-        return make(name, starts, num_inputs, capacity)
+        yield from windows(name, starts, num_inputs, capacity)
 
-    monkeypatch.setattr(packing, "make", counted)
+    monkeypatch.setattr(packing, "windows", counted)
     return found
 
 
@@ -79,8 +79,9 @@ def test_so_does_one_of_a_corpus_prepared_for_other_rows(tmp_path, cache, text, 
 
 def test_starts_at_once_make_it_once(cache, text, made, monkeypatch):
     corpus.build(text)
-    make = packing.make
-    monkeypatch.setattr(packing, "make", lambda *args: time.sleep(0.1) or make(*args))
+    save = packing.save
+    slowly = lambda *args, **options: time.sleep(0.1) or save(*args, **options)  # noqa: E731
+    monkeypatch.setattr(packing, "save", slowly)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: started(text), range(4)))
     assert len(made) == 2 and all(each == found[0] for each in found)
@@ -133,3 +134,21 @@ def test_a_full_disk_while_it_is_kept_stops_nothing(cache, text, made, monkeypat
     monkeypatch.setattr(plans.packing, "save", full)
     assert started(text)[0] and len(made) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_large_one_is_compared_beside_the_training_and_then_made_again(
+    cache, text, made, monkeypatch
+):
+    monkeypatch.setattr(shards, "_DIGESTED", 0)
+    first = started(text)
+    (place,) = cache.glob("plans/*/rows/best_fit-32")
+    file = place / "train.lengths"
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
+    built = corpus.build(text)
+    built.train.plan(*PLAN)
+    assert file in built.unchecked and len(made) == 2
+    with pytest.raises(shards.Damaged, match=r"train\.lengths of the cache is damaged"):
+        shards.Check(built.unchecked, made_again=corpus.made_again()).finish(lambda: False)
+    assert started(text) == first and len(made) == 4

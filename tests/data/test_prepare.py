@@ -263,7 +263,8 @@ def test_a_damaged_plan_is_refused_and_a_whole_one_left_alone(tmp_path, text, sm
     corpus.prepare_in(folder, text)
     built = corpus.load(folder)
     plans = {split.name: split.plan("best_fit", 32) for split in (built.train, built.validation)}
-    keep = functools.partial(packing.save, folder, "best_fit", 32, plans)
+    windows = {split: [plan] for split, plan in plans.items()}
+    keep = functools.partial(packing.save, folder, "best_fit", 32, windows)
     keep(fingerprint=built.fingerprint)
     file = folder / "rows/best_fit-32/train.begins"
     before = file.stat().st_ino

@@ -54,7 +54,10 @@ def arm(module, name, when, number):
 def run(source, folder, workers):
     corpus.prepare_in(folder, Config(path=(source,), vocab_size=320), workers=workers)
     built = corpus.load(folder)
-    plans = {s.name: s.plan("best_fit", 32) for s in (built.train, built.validation)}
+    plans = {
+        s.name: packing.windows("best_fit", s.starts, s.num_inputs, 32)
+        for s in (built.train, built.validation)
+    }
     packing.save(folder, "best_fit", 32, plans, fingerprint=built.fingerprint)
 
 if __name__ == "__main__":
