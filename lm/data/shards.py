@@ -90,14 +90,13 @@ def recorded(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": hash_file(file)}
 
 
-def sum_of(file: Path, size: int) -> Any:
-    """Return the SHA-256, to be gone on with, of the first `size` bytes of a file."""
-    digest = hashlib.sha256()
+def go_on(digest: Any, file: Path, begin: int, end: int) -> None:
+    """Update a digest with the bytes of a file from `begin` up to `end`."""
     with file.open("rb") as handle:
-        while size > 0 and (data := handle.read(min(size, 1 << 20))):
+        handle.seek(begin)
+        while begin < end and (data := handle.read(min(end - begin, 1 << 20))):
             digest.update(data)
-            size -= len(data)
-    return digest
+            begin += len(data)
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:

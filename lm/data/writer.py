@@ -1,9 +1,10 @@
 """Write the shards of a corpus, and the journal that lets a killed preparation go on."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +17,8 @@ from lm.data.shards import ORIGIN, SPLITS
 
 JOURNAL = "journal.jsonl"
 LOCK = ".lock"
+# Of the journal. A line of 1, which has no number, names the files of the lines before it again.
+_FORMAT = 2
 # Lists of the documents, with the bytes of each entry.
 _WIDTHS = {
     f"{split}.{kind}": width
@@ -71,7 +74,7 @@ class Writer:
     """Append encoded texts to a folder; what `key` is prepared there already is kept."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any], dtype: np.dtype, end_of_text: int):
-        self.folder, self.key, self.dtype = folder, dict(key), dtype
+        self.folder, self.key, self.dtype = folder, {**key, "format": _FORMAT}, dtype
         self.progress, self._shard = Progress(), 0
         self.shards: dict[str, dict[str, int]] = {}  # documents and tokens of each that is finished
         self._counted = (_zeros(), _zeros())  # documents and tokens in them all
@@ -119,17 +122,20 @@ class Writer:
         for handle in (*self._open.values(), *self._lists.values()):
             handle.flush()
             manifests.sync(Path(handle.name))
+        new = {}
         for split, handle in self._open.items():
             size, digest = handle.tell(), self._hashes[split].hexdigest()
-            self.progress.files[Path(handle.name).name] = {"size": size, "sha256": digest}
+            new[Path(handle.name).name] = {"size": size, "sha256": digest}
             handle.close()
+        self.progress.files |= new
         self._count(f"{split}-{self._shard:05d}.tokens" for split in self._open)
         self._open.clear()
         self._hashes.clear()
         self.progress.lists = {name: digest.hexdigest() for name, digest in self._sums.items()}
         self._shard += 1
         self._bytes_before = sum(self.progress.bytes.values())
-        self._journal.write(json.dumps({"shard": self._shard, **asdict(self.progress)}) + "\n")
+        line = {"shard": self._shard, **asdict(self.progress), "files": new}
+        self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         manifests.sync(self.folder / JOURNAL)
 
@@ -166,49 +172,51 @@ class Writer:
 
     def _resume(self) -> None:
         """Take over the shards that an earlier preparation of the same finished, up to a damaged one."""
-        lines = []
-        journal = self.folder / JOURNAL
-        if journal.exists():
-            for line in journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break  # cut off by the kill
-        if not lines or lines[0] != self.key:
-            lines = [self.key]
-        kept = lines[:1]
-        for line in lines[1:]:
-            new = {name for name in line["files"] if name not in self.progress.files}
-            if any(not self._matches(name, line["files"][name]) for name in new):
-                break
-            if not self._take_lists(line):
-                break
-            for name in sorted(new):
-                data = (self.folder / name).read_bytes()
-                split, number = name.removesuffix(".tokens").split("-")
-                self._digests[split].update(data[0 if int(number) else len(self._begin) :])
-            kept.append(line)
-            self._shard = line["shard"]
-            self.progress = Progress(**{k: v for k, v in line.items() if k != "shard"})
-            self.progress.following = tuple(line["following"])
-            self._count(new)
+        journal, unfinished = self.folder / JOURNAL, self.folder / f".{JOURNAL}"
+        lines = _lines(journal)
+        first = next(lines, None)
+        same = isinstance(first, dict) and {"format": _FORMAT, **first} == self.key
+        with unfinished.open("w", encoding="utf-8") as kept:
+            kept.write(json.dumps(self.key) + "\n")
+            for line in lines if same else ():
+                line["files"] = {
+                    n: r for n, r in line["files"].items() if n not in self.progress.files
+                }
+                if not self._take(line):
+                    break
+                kept.write(json.dumps(line) + "\n")
         self._bytes_before = sum(self.progress.bytes.values())
         for file in self.folder.glob("*.tokens"):
             if file.name not in self.progress.files:
                 file.unlink()
-        unfinished = self.folder / f".{JOURNAL}"
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(journal)
+
+    def _take(self, line: dict[str, Any]) -> bool:
+        """Return whether what a line of the journal says is still there, and go on behind it."""
+        new, files = line["files"], self.progress.files
+        if not all(self._matches(name, new[name]) for name in new) or not self._take_lists(line):
+            return False
+        for name in sorted(new):
+            data = (self.folder / name).read_bytes()
+            split, number = name.removesuffix(".tokens").split("-")
+            self._digests[split].update(data[0 if int(number) else len(self._begin) :])
+        self._shard = line["shard"]
+        self.progress = Progress(**{k: v for k, v in line.items() if k != "shard"})
+        self.progress.files = files | new
+        self.progress.following = tuple(line["following"])
+        self._count(new)
+        return True
 
     def _take_lists(self, line: dict[str, Any]) -> bool:
         """Return whether the lists still begin with what `line` says, and go on with their sums."""
         sums = {}
         for name, width in _WIDTHS.items():
             file, split = self.folder / name, name.split(".")[0]
-            size = line["documents"][split] * width
-            if not file.is_file() or file.stat().st_size < size:
+            begin, end = (of[split] * width for of in (self.progress.documents, line["documents"]))
+            if not file.is_file() or file.stat().st_size < end:
                 return False
-            sums[name] = shards.sum_of(file, size)
+            sums[name] = self._sums[name].copy()
+            shards.go_on(sums[name], file, begin, end)
         if {name: digest.hexdigest() for name, digest in sums.items()} != line["lists"]:
             return False
         self._sums = sums
@@ -226,11 +234,20 @@ class Writer:
         return handle
 
 
+def _lines(journal: Path) -> Iterator[Any]:
+    """Yield the lines of a journal, up to one that is damaged or was cut off by a kill."""
+    if journal.exists():
+        with journal.open("rb") as handle, contextlib.suppress(ValueError):
+            for line in handle:
+                yield json.loads(line)
+
+
 def begun_key(folder: Path) -> str | None:
     """Return the key of the corpus of which shards lie in `folder`; None where there are none."""
     try:
-        lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[0])["key"] if len(lines) > 1 else None
+        with (folder / JOURNAL).open("rb") as handle:
+            first, second = handle.readline(), handle.readline()
+        return json.loads(first)["key"] if second else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
