@@ -93,21 +93,16 @@ def _members(
     It is that of the first corpus that is prepared; where none is, one is trained on all training splits.
     """
     members: dict[str, Config] = {}
-    for name, _ in cfg.mixture:
+    paths = [name for name, _ in cfg.mixture]
+    for name, short in zip(paths, mixture.names(paths), strict=True):
         embedded = name in sources.EMBEDDED
-        member = dataclasses.replace(
+        members[short] = dataclasses.replace(
             cfg,
             mixture=(),
             mixture_stages=(),
             source=name if embedded else cfg.source,
             path=() if embedded else (name,),
         )
-        short = Path(name).name.partition(".")[0] or name
-        if short in members:
-            raise ConfigError(
-                f"data.mixture: two corpora are called {short}; rename a file or folder, or name one once"
-            )
-        members[short] = member
     prepared = [folder for member in members.values() if (folder := prepared_folder(member))]
     if tokenizer is None and prepared:
         tokenizer = tokenizers.load(prepared[0] / "tokenizer")

@@ -7,16 +7,56 @@ exactly; and which row of its corpus it is needs no memory either.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from lm.config import ConfigError
+from lm.data import files
 
 _MOST = 1 << 20  # sum of the integer weights: with fewer than 2**42 rows nothing overflows
+_PATTERN = re.compile(r"[*?\[]")
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """Return what the corpora at `paths`, or embedded ones, are called: the shortest that tells them apart.
+
+    It is a file's name up to its first dot, or a database's; where that has a pattern in it or is another's
+    too, the name of the folder, or of the collection; else the whole path. Raises ConfigError for a path that
+    is there twice.
+    """
+    found = [_names(path) for path in paths]
+    level = [0] * len(found)
+    while True:
+        chosen = [of[at] for of, at in zip(found, level, strict=True)]
+        again = [
+            number
+            for number, name in enumerate(chosen)
+            if not name or _PATTERN.search(name) or Counter(chosen)[name] > 1
+        ]
+        if not again:
+            return chosen
+        longer = [number for number in again if level[number] < 2]
+        if not longer:
+            raise ConfigError(
+                f"data.mixture: {files.printable(paths[again[0]])} is named twice; name it once"
+            )
+        for number in longer:
+            level[number] += 1
+
+
+def _names(path: str) -> tuple[str, str, str]:
+    path = files.printable(path)
+    last = PurePosixPath(path)
+    first, _, rest = last.name.partition(".")
+    second = rest if path.startswith("mongodb") and files.is_remote(path) else last.parent.name
+    return first or path, second, re.sub(r"[^\w.-]+", "_", path).strip("_.")
 
 
 @dataclass(frozen=True)

@@ -306,8 +306,37 @@ def test_a_missing_corpus_and_a_name_given_twice(tmp_path):
     with pytest.raises(ConfigError, match=r"b\.txt: no such file"):
         corpus.build(missing)
     twice = Config(mixture=((str(tmp_path / "a.txt"), 1.0), (str(tmp_path / "a.txt"), 1.0)))
-    with pytest.raises(ConfigError, match="two corpora are called a"):
+    with pytest.raises(ConfigError, match=r"data\.mixture: .*/a\.txt is named twice; name it once"):
         corpus.build(twice)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["text/a.jsonl.zst", "python_docs", "b/"], ["a", "python_docs", "b"]),
+        (["web/*.jsonl", "books/*.jsonl", "c.txt"], ["web", "books", "c"]),
+        (["web/part-*.jsonl"], ["web"]),
+        (["mongodb://h/library.books", "mongodb://me@h/library.news?tls=true"], ["books", "news"]),
+        (["mongodb://h/library.books", "mongodb://h/shop.books"], ["library", "shop"]),
+        (["a/x.txt", "b/x.txt", "y.txt"], ["a", "b", "y"]),
+        (["/data/a.txt", "/data/a.jsonl"], ["data_a.txt", "data_a.jsonl"]),
+        (["one/x/a.txt", "two/x/a.txt"], ["one_x_a.txt", "two_x_a.txt"]),
+        (["x/a.txt", "b/a.txt", "x.txt"], ["x_a.txt", "b", "x.txt"]),
+        (["s3://bucket/*.jsonl", "https://h/c.txt?signed=secret"], ["bucket", "c"]),
+        (["*.txt", "[ab].txt"], ["txt", "ab_.txt"]),
+    ],
+)
+def test_corpora_are_called_by_the_shortest_names_that_tell_them_apart(paths, names):
+    assert mixture.names(paths) == names
+
+
+def test_globs_of_two_folders_are_mixed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("web", "books"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(f"text of {name}")
+    paths = [(f"{tmp_path}/{name}/*.txt", 1.0) for name in ("web", "books")]
+    assert corpus.build(Config(mixture=tuple(paths), tokenizer="byte")).names == ("web", "books")
 
 
 def test_a_stage_without_a_weight_is_named():
