@@ -258,8 +258,9 @@ def prepare_in(
 
 def _prepare(folder: Path, cfg: Config, tokenizer: Tokenizer | None, workers: int) -> None:
     source, given = _inputs(cfg, tokenizer)
+    states = source.states()  # before what the key is of
     key = _key(cfg, source, given)
-    prepare.prepare(folder, cfg, source, key=key, tokenizer=given, workers=workers)
+    prepare.prepare(folder, cfg, source, key=key, states=states, tokenizer=given, workers=workers)
     _check(cfg, load(folder))
 
 
@@ -295,6 +296,7 @@ def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | 
 
 def _cached(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
     source, tokenizer = _inputs(cfg, tokenizer)
+    states = source.states()
     key = _key(cfg, source, tokenizer)
     folder = cache_folder() / "corpora" / key
     if (folder / shards.MANIFEST).exists():
@@ -303,7 +305,9 @@ def _cached(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
-        prepare.prepare(folder, cfg, source, key=key, tokenizer=tokenizer, repair=True)
+        prepare.prepare(
+            folder, cfg, source, key=key, states=states, tokenizer=tokenizer, repair=True
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot write the token cache in {cache_folder()} ({error.strerror or error}); "

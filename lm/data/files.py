@@ -88,19 +88,41 @@ def mark(path: str) -> bytes:
     if not is_remote(path):
         with explained(path), open(path, "rb") as handle:
             return hashlib.file_digest(handle, "blake2b").digest()
-    system, name = _connect(path)
-    with _asked(path):
-        info = system.info(name)
-    for names in (_MARKS, _TIMES):
-        known = {key: str(info[key]) for key in names if info.get(key)}
-        if known:
-            about = [printable(path), info.get("size"), sorted(known.items())]
-            return hashlib.blake2b(repr(about).encode()).digest()
+    size, known = _about(path)
+    if known:
+        return hashlib.blake2b(repr([printable(path), size, known]).encode()).digest()
     digest = hashlib.blake2b()
     with _raw(path) as handle:
         while data := handle.read(1 << 20):
             digest.update(data)
     return digest.digest()
+
+
+def states(paths: Sequence[str], *, anew: bool = False) -> Iterator[Any]:
+    """Yield of each file what changes with it and is known without reading it; with `anew`, asked for again.
+
+    That is its size, and its time or a remote one's checksum; None for one of this machine that is gone.
+    """
+    systems: list[Any] = []
+    for path in paths:
+        if is_remote(path):
+            system, _ = _connect(path)
+            if anew and system not in systems:
+                systems.append(system)
+                system.invalidate_cache()
+            yield _about(path)
+        else:
+            stat = os.stat(path) if os.path.exists(path) else None
+            yield stat and (stat.st_size, stat.st_mtime_ns)
+
+
+def _about(url: str) -> tuple[int | None, list[tuple[str, str]]]:
+    """Return the size of a remote file and its checksum, or else its times; neither where none is known."""
+    system, name = _connect(url)
+    with _asked(url):
+        info = system.info(name)
+    found = ({key: str(info[key]) for key in names if info.get(key)} for names in (_MARKS, _TIMES))
+    return info.get("size"), sorted(next(filter(None, found), {}).items())
 
 
 def _local_files(item: str) -> Iterator[str]:

@@ -109,10 +109,14 @@ def marks(places: Sequence[Place]) -> Iterator[bytes]:
     if not os.path.isdir(path):
         yield path.encode()
         return
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_file():
-            yield hashlib.blake2b(file.relative_to(path).as_posix().encode()).digest()
-            yield files.mark(str(file))
+    for file in local_files(places):
+        yield hashlib.blake2b(Path(file).relative_to(path).as_posix().encode()).digest()
+        yield files.mark(file)
+
+
+def local_files(places: Sequence[Place]) -> tuple[str, ...]:
+    """Return the files below a dataset's folder; none of one of the hub's."""
+    return tuple(str(file) for file in sorted(Path(places[0].path).rglob("*")) if file.is_file())
 
 
 def _is_saved(path: str) -> bool:

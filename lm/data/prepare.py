@@ -53,15 +53,17 @@ def prepare(
     source: sources.Source,
     *,
     key: str,
+    states: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     workers: int = 0,
     repair: bool = False,
 ) -> None:
     """Fill `folder` with the corpus of the frozen `data` section `cfg`, or finish it.
 
-    `key` stands for all that the result depends on. Of two processes at once the second waits, and finds the
-    work done. With `workers` 0 this process does all; with `repair` what is damaged is made again. Raises
-    ConfigError for what sources and tokenizers refuse, and where `folder` holds something else.
+    `key` stands for all that the result depends on, and `states` are the source's from before it was made:
+    where a part is another after it was read, that is an error. Of two at once the second waits, and
+    finds the work done. With `workers` 0 this process does all; with `repair` what is damaged is made again.
+    Raises ConfigError for what sources and tokenizers refuse, and where `folder` holds something else.
     """
     if not repair:
         _check_place(folder)
@@ -69,7 +71,6 @@ def prepare(
     with locked(folder):
         if _is_whole(folder, key, repair=repair):
             return
-        before = source.states()
         rule = splits.rule(cfg, source)
         tokenizer = _tokenizer(folder, cfg, source, tokenizer, key)
         writer = Writer(
@@ -90,12 +91,12 @@ def prepare(
                 if writer.shard_bytes >= SHARD:
                     writer.end_shard()
         writer.end_shard()
-        if changed := [
-            part for part, state in source.states().items() if before.get(part) != state
-        ]:
-            raise ConfigError(
-                f"data.path: {changed[0]} changed while it was read; empty {folder} and begin again"
-            )
+        now = source.states(anew=True)
+        for part in states | now:
+            if states.get(part) != now.get(part):
+                raise ConfigError(
+                    f"data.path: {part} changed while it was read; empty {folder} and begin again"
+                )
         _finish(folder, cfg, source, rule, tokenizer, writer, key)
 
 

@@ -6,7 +6,6 @@ resumed, and so that part and number say where a document came from.
 
 import functools
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,12 +84,17 @@ class Source:
             digest.update(mark)
         return digest.hexdigest()
 
-    def states(self) -> dict[str, Any]:
-        """Return what changes when a part does while it is read, of local files and of collections."""
+    def states(self, *, anew: bool = False) -> dict[str, Any]:
+        """Return what changes when a part does while it is read, of all but embedded text and the hub's.
+
+        Without `anew` a remote file's may be what was known of it when it was found.
+        """
         if self.name == "mongodb":
             return dict(zip(self.parts, mongodb.marks(self.places), strict=True))
-        stats = {part: os.stat(part) for part in self.parts if os.path.isfile(part)}
-        return {part: (stat.st_size, stat.st_mtime_ns) for part, stat in stats.items()}
+        parts, places = self.parts, self.places
+        if self.name in EMBEDDED or self.name == "huggingface":
+            parts = places = () if self.name in EMBEDDED else huggingface.local_files(self.places)
+        return dict(zip(parts, files.states(places, anew=anew), strict=True))
 
     def _marks(self) -> Iterator[bytes]:
         if self.name == "huggingface":
@@ -146,9 +150,9 @@ class Joined:
         """Whether each document has a second text."""
         return self.training.paired
 
-    def states(self) -> dict[str, Any]:
+    def states(self, *, anew: bool = False) -> dict[str, Any]:
         """See `Source.states`."""
-        return self.training.states() | self.validation.states()
+        return self.training.states(anew=anew) | self.validation.states(anew=anew)
 
     def fingerprint(self) -> str:
         """Return a hex digest of both."""

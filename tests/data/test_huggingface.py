@@ -1,11 +1,12 @@
 """Datasets are read from folders shard by shard; of the hub's the commit is asked for and handed on."""
 
 import json
+import os
 
 import pytest
 
 from lm.config import ConfigError
-from lm.data import corpus, huggingface, sources
+from lm.data import corpus, huggingface, prepare, sources
 from lm.data.settings import Config
 
 datasets = pytest.importorskip("datasets")
@@ -177,3 +178,24 @@ def test_a_saved_dataset_has_the_split_that_it_has(tmp_path, saved):
     datasets.DatasetDict({"test": saved}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ConfigError, match=r"KeyError .*train.*dataset_split='train'"):
         opened(tmp_path / "splits")
+
+
+@pytest.mark.parametrize("saved_to_disk", [False, True])
+def test_a_folder_that_changes_while_it_is_read_is_refused(
+    folder, saved, tmp_path, monkeypatch, saved_to_disk
+):
+    if saved_to_disk:
+        folder = tmp_path / "saved"
+        saved.select(range(100)).save_to_disk(folder)
+    file = next(file for file in sorted(folder.iterdir()) if file.suffix in (".jsonl", ".arrow"))
+    cfg = Config(source="huggingface", path=(str(folder),), tokenizer="byte")
+    corpus.prepare_in(tmp_path / "whole", cfg)
+    add = prepare.Writer.add
+
+    def changing(self, encoded):
+        add(self, encoded)
+        os.utime(file, (1, 1))
+
+    monkeypatch.setattr(prepare.Writer, "add", changing)
+    with pytest.raises(ConfigError, match=rf"{file.name} changed while it was read"):
+        corpus.prepare_in(tmp_path / "made", cfg)

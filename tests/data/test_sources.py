@@ -1,5 +1,6 @@
 """Every source yields the same documents every time, and says what is wrong with its input."""
 
+import functools
 import gzip
 import json
 
@@ -7,8 +8,9 @@ import pytest
 import zstandard
 
 from lm.config import ConfigError
+from lm.data import corpus, prepare, sources
 from lm.data import library as library_source
-from lm.data import sources
+from lm.data.settings import Config
 
 INNER = "And another one, also long enough to be counted here."
 LONG = f"A paragraph of the reference that is long enough to count.\n\n{INNER}"
@@ -224,3 +226,51 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint("a.txt", "one") == fingerprint("b.txt", "one")
     assert fingerprint("a.txt", "one") != fingerprint("a.txt", "two")
     assert fingerprint("a.jsonl", "{}", "text") != fingerprint("a.jsonl", "{}", "body")
+
+
+@pytest.fixture
+def memory():
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def test_a_remote_file_that_changes_while_it_is_read_is_refused(memory, tmp_path, monkeypatch):
+    memory.pipe("/a.txt", b"text of the first")
+    add = prepare.Writer.add
+
+    def changing(self, encoded):
+        add(self, encoded)
+        memory.pipe("/a.txt", b"text of another")
+
+    monkeypatch.setattr(prepare.Writer, "add", changing)
+    with pytest.raises(ConfigError, match=r"memory://a\.txt changed while it was read"):
+        corpus.prepare_in(tmp_path / "made", Config(path=("memory://a.txt",), tokenizer="byte"))
+    assert not (tmp_path / "made/manifest.json").exists()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_so_is_one_that_changes_behind_its_fingerprint(memory, tmp_path, monkeypatch, remote):
+    place, path = tmp_path / "a.txt", "memory://a.txt" if remote else str(tmp_path / "a.txt")
+    write = functools.partial(memory.pipe, "/a.txt") if remote else place.write_bytes
+    write(b"text of the first")
+    fingerprint = sources.Source.fingerprint
+
+    def changing(self):
+        found = fingerprint(self)
+        write(b"text of another")
+        return found
+
+    monkeypatch.setattr(sources.Source, "fingerprint", changing)
+    with pytest.raises(ConfigError, match=r"a\.txt changed while it was read"):
+        corpus.prepare_in(tmp_path / "made", Config(path=(path,), tokenizer="byte"))
+
+
+def test_what_is_known_of_a_remote_file_is_asked_for_anew(memory, monkeypatch):
+    memory.pipe("/a.txt", b"text")
+    source, asked = corpus._inputs(Config(path=("memory://a.txt",)), None)[0], []
+    monkeypatch.setattr(type(memory), "invalidate_cache", lambda self, path=None: asked.append(0))
+    first = source.states()
+    assert not asked and source.states(anew=True) == first and asked == [0]
