@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -177,7 +178,13 @@ def _tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer in `folder`: the given one, or one trained, once, on the training split."""
     place, mark = folder / "tokenizer", folder / "tokenizer" / ".key"
-    if mark.exists() and mark.read_text() == key:
+
+    def whole() -> str:
+        """Return what the mark says of the files that are there: a kill may have damaged one."""
+        files = sorted(file for file in place.iterdir() if file != mark)
+        return json.dumps([key, {file.name: manifests.hash_file(file) for file in files}])
+
+    if mark.exists() and mark.read_text(errors="replace") == whole():
         return tokenizers.load(place)
     if given is None:
         given = train(cfg, [source])
@@ -186,7 +193,7 @@ def _tokenizer(
     given.save(place)
     for file in place.iterdir():
         manifests.sync(file)
-    mark.write_text(key)
+    mark.write_text(whole())
     return tokenizers.load(place)
 
 

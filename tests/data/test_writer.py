@@ -30,6 +30,26 @@ def begun(tmp_path, monkeypatch):
     return tmp_path / "begun", cfg
 
 
+def test_a_tokenizer_that_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK", 2000)
+    (tmp_path / "a.txt").write_text("some text of the letters a, b and c. " * 200)
+    cfg = Config(path=(str(tmp_path / "a.txt"),), tokenizer="char")
+    corpus.prepare_in(tmp_path / "whole", cfg)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_finish", killed)
+        corpus.prepare_in(tmp_path / "begun", cfg)
+    file = tmp_path / "begun/tokenizer/tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(file.read_text().replace("abc", "acb"))
+    assert json.loads(file.read_text()) != content
+    corpus.prepare_in(tmp_path / "begun", cfg)
+    assert files(tmp_path / "begun") == files(tmp_path / "whole")
+
+
 def files(folder):
     return {f.name: f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != ".lock"}
 
