@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from lm.config import ConfigError
@@ -148,7 +148,7 @@ def _json_streams(file: str, name: str, reading: Reading) -> Iterator[_Line | Do
             yield from _json_lines(file, name, reading, begin)
             return
         except files.Damaged as error:
-            yield reading.broken("damaged file", str(error))
+            yield reading.broken("damaged file", f"{error} (lines read before it was known stay)")
             begin = files.next_stream(file, error.begin)
 
 
@@ -224,16 +224,19 @@ def table(file: str, start: int, reading: Reading, *, delimiter: str) -> Iterato
     name = files.printable(file)
     rows = _damage_told(_rows(file, name, delimiter, reading), reading)
     names, before, width = reading.fields.names, 0, sys.maxsize
+    if (first := next(rows, None)) is None:
+        message = f"data.path: {name} is empty; name a file that holds rows"
+        yield from [reading.broken("empty file", message)][start:]
+        return
     if all(field.isdecimal() and len(field) < 10 for field in names):
         columns = [int(field) for field in names]
+        rows = itertools.chain([first], rows)
+    elif isinstance(first, Document):  # without the line of names nothing can be read
+        yield from [first][start:]
+        return
     else:
-        first = next(rows, None)
-        if isinstance(first, Document):  # without the line of names nothing can be read
-            yield from [first][start:]
-            return
-        columns = _columns(name, names, first.cells if first else [])
-        width = len(first.cells) if first else 0
-        before = first.replaced if first else 0  # bytes of the line of names; the first row's count
+        columns, width = _columns(name, names, first.cells), len(first.cells)
+        before = first.replaced  # bytes of the line of names; the first row's count
     for number, row in enumerate(itertools.islice(rows, start, None), start + 1):
         if isinstance(row, Document):
             yield row
@@ -260,7 +263,7 @@ def _columns(name: str, wanted: Sequence[str], names: list[str]) -> list[int]:
     for field in wanted:
         if field not in names:
             raise ConfigError(
-                f"data.path: {name} has no column {field!r} (it has {', '.join(names) or 'none'}); name it "
+                f"data.path: {name} has no column {field!r} (it has {', '.join(names)}); name it "
                 "in data.source_field, data.target_field or data.label_field, or give column numbers"
             )
     return [names.index(field) for field in wanted]
@@ -281,16 +284,20 @@ class _TextLines:
         self.number = self.replaced = 0
         self._handle, self._name, self._reading = handle, name, reading
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | None]:
+        """Yield each line, None for one that is too long."""
         offset = 0
         for raw, size in _lines(self._handle, self._reading.max_bytes):
             self.number += 1
-            if size > len(raw):  # where its row ends is not known
-                raise files.Damaged(self._reading.too_long(f"{self._name}:{self.number}"))
             content, replaced = decode(raw, self._name, self._reading.on_invalid, offset)
             self.replaced += replaced
-            yield content if offset else content.removeprefix(_BYTE_ORDER_MARK)
+            line = content if offset else content.removeprefix(_BYTE_ORDER_MARK)
+            yield line if size == len(raw) else None
             offset += size
+
+    def too_long(self) -> str:
+        """Return what is said of the line that was taken last, and of a row that it is in."""
+        return self._reading.too_long(f"{self._name}:{self.number}")
 
 
 def _rows(file: str, name: str, delimiter: str, reading: Reading) -> Iterator[_Row | Document]:
@@ -298,7 +305,7 @@ def _rows(file: str, name: str, delimiter: str, reading: Reading) -> Iterator[_R
     with files.opened(file) as handle:
         lines = _TextLines(handle, name, reading)
         counted = 0
-        for cells in _tsv(lines) if delimiter == "\t" else _csv(lines, name, reading):
+        for cells in _tsv(lines, reading) if delimiter == "\t" else _csv(lines, name, reading):
             if isinstance(cells, Document):
                 yield cells
             else:
@@ -306,9 +313,11 @@ def _rows(file: str, name: str, delimiter: str, reading: Reading) -> Iterator[_R
                 counted = lines.replaced
 
 
-def _tsv(lines: Iterable[str]) -> Iterator[list[str]]:
+def _tsv(lines: _TextLines, reading: Reading) -> Iterator[list[str] | Document]:
     for line in lines:
-        if line.strip():
+        if line is None:
+            yield reading.broken("too long", lines.too_long())
+        elif line.strip():
             yield line.removesuffix("\n").removesuffix("\r").split("\t")
 
 
@@ -319,9 +328,9 @@ def _csv(lines: _TextLines, name: str, reading: Reading) -> Iterator[list[str] |
     def parts() -> Iterator[str]:
         nonlocal size
         for line in lines:
-            size += len(line)
-            if size > reading.max_bytes + 2:
-                raise files.Damaged(reading.too_long(f"{name}:{lines.number}"))
+            size += len(line or "")
+            if line is None or size > reading.max_bytes + 2:  # where its row ends is not known
+                raise files.Damaged(lines.too_long())
             # A lone carriage return ends a line as well, in files of old.
             yield from io.StringIO(line, newline="") if "\r" in line else (line,)
 

@@ -88,10 +88,11 @@ def read(place: Place, start: int, reading: Reading) -> Iterator[Document]:
             return
         except ValueError as error:  # Arrow's, and of `datasets` that of other columns
             message = " ".join(str(error).split())[:300]
-            yield reading.broken(
+            record = reading.broken(
                 "damaged file",
                 f"data.path: {where}, after row {number}: {type(error).__name__} ({message}); repair it",
             )
+            yield from [record] if number >= start else []
             return
         except Exception as error:  # of the network; they have no class in common
             raise _not_there(place.path, place.dataset, error) from error

@@ -41,7 +41,7 @@ class Config:
     validation_path: tuple[str, ...] = ()  # files to evaluate on; all of path is then trained on
     fold: str = ""  # i/k: the i-th of k parts of the documents is for validation, the others train
     batch_size: int = 32  # sequences an update, over all devices and hosts
-    epochs: int = 0  # passes over the text, after which it ends (exit code 4); 0 = without end
+    epochs: int = 0  # passes, the last batch filled up from the next, then exit code 4; 0 = endless
     order: str = "shuffle"  # shuffle, or stream: row b goes on where it stopped a step ago
     prefetch_threads: int = 2  # threads that make batches; 0 makes them in the loop
     prefetch_batches: int = 8  # batches made ahead

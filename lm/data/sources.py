@@ -77,6 +77,8 @@ class Source:
             settings += f"{reading.max_bytes} "
             if self.name == "jsonl" and any(files.packing(str(part)) for part in self.parts):
                 settings += "streams "  # what is read behind damage
+            if self.name == "tsv":
+                settings += "lines "  # what is read behind one that is too long
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
         if self.name in WITH_FIELDS:
             digest.update("\0".join(self.fields).encode())

@@ -81,6 +81,9 @@ def test_what_is_damaged_in_a_folder_is_refused_or_skipped(folder):
     huggingface._load.cache_clear()
     found = list(opened(folder, "skip"))
     assert [d.broken for d in found if d.broken] == ["damaged file"]
+    first = list(opened(folder, "skip").read(0))
+    for start in (0, 1, len(first) - 1, len(first), len(first) + 1):
+        assert list(opened(folder, "skip").read(0, start)) == first[start:]
     assert {f"train 1 {i}" for i in range(100)} <= set(texts(found))
 
 

@@ -155,6 +155,17 @@ def test_epochs_are_counted_in_batches_exactly(rows, batch_size, epochs):
     assert (steps - 1) * batch_size < epochs * rows <= steps * batch_size
 
 
+def test_the_last_batch_of_an_epoch_is_filled_up_from_the_next():
+    made = batches(make_split([100 * 4 - 1]), make_task(), batch_size=32)
+    assert made.num_rows == 100 and made.steps_in(1) == 4
+    rows, epochs = made.locate(np.arange(3 * 32, 4 * 32))[1:]
+    np.testing.assert_array_equal(epochs, [0] * 4 + [1] * 28)
+    np.testing.assert_array_equal(made.locate(np.arange(100, 128))[1], rows[4:])
+    np.testing.assert_array_equal(row_indices(made, [3]).ravel(), rows)
+    first = row_indices(made, range(3)).ravel().tolist()
+    assert sorted([*first, *rows[:4]]) == list(range(100))
+
+
 def test_streams_refuse_what_they_cannot_do():
     split = make_split([50])
     with pytest.raises(ConfigError, match=r"task\.context=2: data\.order=stream"):

@@ -178,6 +178,8 @@ def test_invalid_bytes_and_surrogates_in_jsonl(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', r"data\.field=text: .*a\.jsonl:1 "),
         ("a.jsonl", b"[1, 2]\n", r"data\.field=text: .*a\.jsonl:1 .*no object"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz is empty"),
+        ("a.csv", b"", r"a\.csv is empty"),
+        ("a.tsv.gz", gzip.compress(b"\n\n", mtime=0), r"a\.tsv\.gz is empty"),
     ],
 )
 def test_broken_input_is_an_error_of_one_line(tmp_path, name, content, message):

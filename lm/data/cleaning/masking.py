@@ -33,7 +33,9 @@ _IPV6 = _pattern(
     before=r"[\w:.]",
     after=r"\w|:[\w:]|\.\d",
 )
-_CARD = _pattern(r"(?=[2-6])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|3\d{3}([ -])\d{6}\2\d{5})")
+_CARD = _pattern(
+    r"(?=[2-6])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|3\d{3}([ -])\d{6}\2\d{4,5})"
+)
 _PHONE = _pattern(
     r"\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"  # international
     r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.-])[2-9]\d{2}[.-]\d{4}"  # North America
@@ -82,9 +84,10 @@ class Mask(Step):
     """Replace e-mail and public IP addresses, card and phone numbers by <EMAIL>, <IP>, <CARD> and <PHONE>.
 
     A card number has 13 to 19 digits, grouped as on cards or not at all, and its check digit. IP addresses
-    are masked where they can be reached from anywhere (of IPv6, 2000::/3). Phone numbers are international
-    with a plus, or written as in North America, with an area code from 0, as in France, or mobile in China;
-    others stay, as they look like any number.
+    are masked where they can be reached from anywhere (of IPv6, 2000::/3), but for four single digits as in
+    8.8.8.8, which are more often a version. Phone numbers are international with a plus, or written as in
+    North America, with an area code from 0, as in France, or mobile in China; others stay, as they look like
+    any number.
     """
 
     TARGETS: ClassVar[bool] = True

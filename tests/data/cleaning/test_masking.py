@@ -20,6 +20,7 @@ from lm.data import cleaning
         ("2606:4700:4700::1111: timeout, 2606:4700:: too", "<IP>: timeout, <IP> too"),
         ("card 4111 1111 1111 1111 and 378282246310005", "card <CARD> and <CARD>"),
         ("3782-822463-10005", "<CARD>"),
+        ("3056 930902 5904, 3852-000002-3237.", "<CARD>, <CARD>."),
         ("Call +49 (0)30 1234567 or +1-202-555-0123.", "Call <PHONE> or <PHONE>."),
         ("Call (801) 596-1887, 202-555-0123 or 1-202.555.0123", "Call <PHONE>, <PHONE> or <PHONE>"),
         ("Tel. 030 1234567, (020) 7946 0958, 010-8888-9999", "Tel. <PHONE>, <PHONE>, <PHONE>"),
