@@ -37,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
 # What says which text is read and how much of it, besides the names of its fields.
 _OF_THE_TEXT = ("source", "dataset_config", "dataset_split", "revision", "mixture", "mixture_stages",
                 "mixture_temperature", "validation_path", "clean", "fold")  # fmt: skip
-_FIELDS = ("field", "source_field", "target_field", "label_field")
 _OF_TRAINING = (
     "data.epochs", "data.prefetch_threads", "data.prefetch_batches", "eval.every_steps",
     "eval.timeout_seconds", "mesh.local_steps",
@@ -56,7 +55,7 @@ def _take_whole(config: Any, assignments: list[str]) -> list[str]:
     source = sources.resolve(
         given.get("data.source", settings.Config.source), path if path[0] else ()
     )
-    reset = _OF_THE_TEXT if source in sources.WITH_FIELDS else (*_OF_THE_TEXT, *_FIELDS)
+    reset = _OF_THE_TEXT if source in sources.WITH_FIELDS else (*_OF_THE_TEXT, *settings.FIELDS)
     for name in reset:
         config.data[name] = getattr(settings.Config, name)
     if "data.path" not in given:

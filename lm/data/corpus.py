@@ -29,7 +29,7 @@ from lm.data import (
     tokenizers,
 )
 from lm.data.mixture import Mixture
-from lm.data.settings import Config
+from lm.data.settings import FIELDS, Config
 from lm.data.shards import ORIGIN, SPLITS
 from lm.data.streams import Corpus, Split
 from lm.data.tokenizers import Tokenizer
@@ -94,14 +94,17 @@ def _members(
     """
     members: dict[str, Config] = {}
     paths = [name for name, _ in cfg.mixture]
-    for name, short in zip(paths, mixture.names(paths), strict=True):
-        embedded = name in sources.EMBEDDED
+    places = [(name, ()) if name in sources.EMBEDDED else (cfg.source, (name,)) for name in paths]
+    fields = [sources.resolve(*place) in sources.WITH_FIELDS for place in places]
+    none = {name: getattr(Config, name) for name in FIELDS}
+    for short, (source, path), some in zip(mixture.names(paths), places, fields, strict=True):
         members[short] = dataclasses.replace(
             cfg,
             mixture=(),
             mixture_stages=(),
-            source=name if embedded else cfg.source,
-            path=() if embedded else (name,),
+            source=source,
+            path=path,
+            **({} if some or not any(fields) else none),  # of records, where others have them
         )
     prepared = [folder for member in members.values() if (folder := prepared_folder(member))]
     if tokenizer is None and prepared:

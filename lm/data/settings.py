@@ -9,6 +9,7 @@ from lm.config import SET, ConfigError
 from lm.data import cleaning, mixture, shards, sources, splits, subwords, tokenizers
 
 MOST_TOKENS = 1 << 24  # of a vocabulary
+FIELDS = ("field", "source_field", "target_field", "label_field")  # what is read of a record
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class Config:
     def _check_fields(self, source: str) -> None:
         given = {
             name: getattr(self, name)
-            for name in ("field", "source_field", "target_field", "label_field")
-            if getattr(self, name) != ("text" if name == "field" else "")
+            for name in FIELDS
+            if getattr(self, name) != getattr(Config, name)
         }
         if given and source not in sources.WITH_FIELDS:
             name, value = next(iter(given.items()))

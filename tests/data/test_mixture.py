@@ -281,6 +281,10 @@ def test_records_of_a_mixture_have_fields_too(tmp_path, monkeypatch):
     made = corpus.build(Config(mixture=mixed, field="body", tokenizer="byte"))
     counts = [len(s.starts) for m in made.members for s in (m.train, m.validation)]
     assert sum(counts) == 600
+    with_text = corpus.build(
+        Config(mixture=(*mixed, ("python_docs", 1.0)), field="body", tokenizer="byte")
+    )
+    assert sum(len(s.starts) for m in with_text.members for s in (m.train, m.validation)) > 700
     texts = Config(mixture=((str(tmp_path / "a.txt"), 1.0),), field="body", tokenizer="byte")
     with pytest.raises(ConfigError, match=r"data\.field=body: used only for JSON lines"):
         corpus.build(texts)
