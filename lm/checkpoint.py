@@ -125,6 +125,7 @@ class Checkpointer:
         """
         self.settle()
         self._last = wait
+        more = {"identity": manifests.run_of(self.folder), **more}
         more = {"metrics": dict(metrics), **{name: value for name, value in more.items() if value}}
         alone = jax.process_count() == 1
         tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
@@ -145,10 +146,10 @@ class Checkpointer:
             raise OSError(problem)
         if verify:
             places = {name: leaf.sharding for name, leaf in flatten(state).items()}
-            found = distributed.from_all(stored.problem(self.folder, step, places))
+            found = distributed.from_all(self._gone() or stored.problem(self.folder, step, places))
             if problem := next(filter(None, found), ""):  # all raise, or none
                 aside = None
-                if jax.process_index() == 0:
+                if jax.process_index() == 0 and not self._gone():
                     aside = manifests.move_aside(self.folder / str(step))
                 raise OSError(f"checkpoint {step}: {problem}; moved to {aside}")
             if jax.process_index() == 0:

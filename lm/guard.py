@@ -226,7 +226,8 @@ class Guard:
         self.skipped |= dict.fromkeys(numbers, why)
         if jax.process_index() == 0:
             listed = {str(n): self.skipped[n] for n in sorted(self.skipped)}
-            manifests.write_sealed(self._workdir / FILE, listed)
+            run = manifests.run_of(self._saver.folder)
+            manifests.write_sealed(self._workdir / FILE, {"identity": run, **listed})
 
     def _kept(self) -> str:
         self._saver.settle()
@@ -267,7 +268,10 @@ def read(workdir: Path, folder: Path, first: int) -> dict[int, str]:
     if jax.process_index() == 0:
         found = dict((manifests.read(folder, first) or {}).get("skipped", {}))
         if (workdir / FILE).exists():
-            found |= receipt.read_json(workdir / FILE)
+            listed = receipt.read_json(workdir / FILE)
+            if manifests.is_foreign(listed, manifests.run_of(folder)):
+                raise ConfigError(f"{workdir / FILE}: another run's; restore this run's own file")
+            found |= {name: why for name, why in listed.items() if name != "identity"}
         if bad := next((name for name in found if not name.isdecimal()), ""):
             raise ConfigError(f"{workdir / FILE}: damaged ({bad!r} is no step); restore the file")
     found = json.loads(distributed.from_first(json.dumps(found)))

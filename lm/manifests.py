@@ -12,12 +12,13 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 MANIFEST = "manifest.json"
+IDENTITY = "identity.json"  # in the workdir: which run it is of, as are its checkpoints, here and elsewhere
 FORMAT = 3
 # Errors of reading that say nothing of the file: try again.
 PASSING = (
@@ -62,14 +63,21 @@ def _key(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def write(target: Path, manifest: dict[str, Any], known: Mapping = MappingProxyType({})) -> None:
+def write(
+    target: Path,
+    manifest: dict[str, Any],
+    known: Mapping = MappingProxyType({}),
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Make the checkpoint at `target` good: hash its files, then write the manifest, all of it synced.
 
     Raises OSError where it cannot be written, or is then not what was written.
 
     Args:
       known: what `hashing` gave; a file that changed since, or is not in it, is hashed now.
+      check: raises OSError where `target` is not the folder any more that it was; then it is left alone.
     """
+    check()
     for name in (MANIFEST, f"{MANIFEST}.partial"):  # of a try that failed
         (target / name).unlink(missing_ok=True)
     found = sorted(target.rglob("*"))
@@ -85,6 +93,7 @@ def write(target: Path, manifest: dict[str, Any], known: Mapping = MappingProxyT
     for path in (*found, target.parent, target.parent.parent):
         sync(path)
     manifest["digest"] = digest(manifest)
+    check()
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
     if bad := problem(target.parent, int(target.name)):
         raise OSError(bad)
@@ -181,6 +190,26 @@ def all_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in found if is_step(path.name))
 
 
+def run_of(folder: Path) -> str:
+    """Return which run the checkpoints in `folder` are to be of; "" where nothing says so."""
+    try:
+        found = json.loads((folder.parent / IDENTITY).read_bytes())
+        return str(found["identity"]) if found.pop("digest") == digest(found) else ""
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return ""
+
+
+def identify(workdir: Path, begins: str) -> None:
+    """Let a workdir say which run it is of: that of its newest checkpoint that says so, or what `begins`."""
+    folder = workdir / "checkpoints"
+    if run_of(folder):
+        return
+    found = ((read(folder, step) or {}).get("identity") for step in reversed(good_steps(folder)))
+    workdir.mkdir(parents=True, exist_ok=True)
+    move_aside(workdir / IDENTITY)
+    write_sealed(workdir / IDENTITY, {"identity": next(filter(None, found), begins)})
+
+
 def is_step(name: str) -> bool:
     """Return whether a folder's name is a step, as steps are written: no 030."""
     return name.isdecimal() and str(int(name)) == name
@@ -210,7 +239,14 @@ def problem(folder: Path, step: int) -> str:
     if manifest.get("format") not in READ:
         known = ", ".join(map(str, READ))
         return f"its format is {manifest.get('format')}, and this version reads {known}"
+    if is_foreign(manifest, run_of(folder)):
+        return "it is another run's"
     return files_problem(folder / str(step), manifest)
+
+
+def is_foreign(manifest: Mapping[str, Any], run: str) -> bool:
+    """Return whether a checkpoint is of another run than `run`; one of an older version does not say."""
+    return bool(run) and manifest.get("identity", run) != run
 
 
 def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:

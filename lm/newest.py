@@ -24,10 +24,13 @@ def good(
 
     Those of `without` are passed over.
 
-    Raises ConfigError where `other` cannot be read, and there is no checkpoint here to go on from.
+    Raises ConfigError where `other` cannot be read, and there is no checkpoint here to go on from, and
+    where it is another run's.
     """
     here = manifests.all_steps(folder)
     there, unread = other.seen() if other else ([], "")
+    if other:
+        other.check_own(there)
     for step in sorted({*here, *there} - without, reverse=True):
         if step in here:
             if not (problem := manifests.problem(folder, step)):

@@ -11,7 +11,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fsspec
@@ -116,8 +116,10 @@ class Remote:
         manifest = manifests.read(self._folder, step)
         if manifest is None:
             raise OSError("it is not good here any more")
-        there = f"{self._root}/{step}"
+        there, run = f"{self._root}/{step}", manifests.run_of(self._folder)
         found = self._manifest(step)
+        if manifests.is_foreign(manifest, run) or manifests.is_foreign(found or {}, run):
+            raise OSError(f"{self._folder / str(step)} or {there} is another run's")
         if found and found["arrays"] == manifest["arrays"] and self._is_whole(there, found):
             return
         if self._fs.exists(there):
@@ -192,6 +194,22 @@ class Remote:
         except OSError as error:
             return [], str(error)
 
+    def check_own(self, steps: Sequence[int]) -> None:
+        """Raise ConfigError where the newest copy that can be read is of another run than this folder."""
+        run = manifests.run_of(self._folder)
+        for step in reversed(steps):
+            try:
+                manifest = self._manifest(step)
+            except Exception:  # every file system raises its own, and `fetch` tells of it
+                continue
+            if manifest and manifests.is_foreign(manifest, run):
+                raise ConfigError(
+                    f"checkpoint.remote={self.url}: its checkpoint {step} is another run's; give this run a "
+                    "place of its own"
+                )
+            if manifest:
+                return
+
     def fetch(self, step: int, newest: bool = True) -> str:
         """Bring the checkpoint of `step` here, whole; return what is wrong with it, "" for nothing.
 
@@ -219,6 +237,8 @@ class Remote:
             manifest = self._manifest(step)
             if manifest is None:
                 return f"it has no whole {manifests.MANIFEST}"
+            if manifests.is_foreign(manifest, manifests.run_of(self._folder)):
+                return "it is another run's"
             shutil.rmtree(target, ignore_errors=True)
             for name in manifest["files"]:
                 path = target / name

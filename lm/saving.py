@@ -4,7 +4,9 @@ What fails leaves nothing that looks like a checkpoint, and frees the room that 
 """
 
 import contextlib
+import functools
 import itertools
+import os
 import shutil
 import sys
 import threading
@@ -45,6 +47,9 @@ class Writer:
         self._orbax = self._new()
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        self._made: os.stat_result | None = (
+            None  # the folder of the save in flight, in the first process
+        )
 
     def _new(self) -> ocp.AsyncCheckpointer:
         options = ocp.AsyncOptions(timeout_secs=FOREVER, barrier_sync_fn=self._meet)
@@ -61,9 +66,19 @@ class Writer:
 
     def _fail(self, target: Path, error: Exception) -> OSError:
         """Tell the other processes; return the error of the save."""
-        told = failed(target, error)
+        own = False
+        with contextlib.suppress(OSError):
+            self._check_own(target)
+            own = True
+        told = failed(target, error, freed=own)
         distributed.tell(f"{self._name}/failed", f"process {jax.process_index()}: {told}")
         return told
+
+    def _check_own(self, target: Path) -> None:
+        """Raise OSError where `target` is not the folder that this save made, in the run's own folder."""
+        same = self._made is not None and os.path.samestat(target.stat(), self._made)
+        if problem := self._gone() or ("" if same else f"{target} is another folder now"):
+            raise OSError(problem)
 
     def start(
         self, step: int, state: Any, more: Mapping[str, Any], good: Callable[[int], None]
@@ -93,6 +108,7 @@ class Writer:
     ) -> None:
         if problem := distributed.from_first(self._gone() or _make_room(target)):
             raise OSError(problem)
+        self._made = target.stat() if jax.process_index() == 0 else None
         arrays = flatten(state)
         try:
             # Of the devices' own bits, which no step has taken yet. One process makes them after the copy,
@@ -125,16 +141,17 @@ class Writer:
         good: Callable[[int], None],
     ) -> None:
         try:
+            if jax.process_index() > 0:
+                return self._orbax.wait_until_finished()
+            check = functools.partial(self._check_own, target)
             with manifests.hashing(target) as known:
                 self._orbax.wait_until_finished()
-            if jax.process_index() > 0:
-                return
             for name, described in manifest["arrays"].items():
                 described.append(fingerprint.shown(found[name]))
             try:
-                manifests.write(target, manifest, known)
+                manifests.write(target, manifest, known, check)
             except OSError:  # the arrays are there: what is left is tried again at once
-                manifests.write(target, manifest)
+                manifests.write(target, manifest, {}, check)
         except Exception as error:  # handed on by `join`
             self._error = self._fail(target, error)
             return
@@ -183,9 +200,9 @@ def _make_room(target: Path) -> str:
     return ""
 
 
-def failed(target: Path, error: Exception) -> OSError:
-    """Return the error of a save, in a line, and free the room that its part took."""
-    if jax.process_index() == 0:
+def failed(target: Path, error: Exception, *, freed: bool) -> OSError:
+    """Return the error of a save, in a line; its part is `freed`, the room that it took."""
+    if freed:
         with contextlib.suppress(OSError):  # what cannot be written may not be deleted either
             (target / manifests.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)

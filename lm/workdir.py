@@ -131,6 +131,14 @@ def completer(workdir: str | Path, loaded: checkpoint.Loaded) -> complete.Comple
     return complete.Completer(loaded.model, loaded.params, task, tokenizer, described["paired"])
 
 
+def identity(made: experiment.Experiment) -> str:
+    """Return what a run that begins with this config is known by; begun twice, it is the same run."""
+    flat = config_lib.flatten(made.config)
+    parts = (*FIXED, "optim.", "train.")
+    begins = {k: v for k, v in flat.items() if k.startswith(parts) and k not in FREE}
+    return manifests.digest({"config": begins, "data": made.corpus.fingerprint})
+
+
 def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     """Refuse to resume where the new config would silently make another run.
 

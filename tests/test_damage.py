@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lm import checkpoint, manifests, newest, stored
+from tools import checkpoint as tool
 
 # Files of a checkpoint, but for what differs from save to save in their names.
 KINDS = [
@@ -278,3 +279,35 @@ def test_a_folder_that_cannot_be_moved_is_said_and_passed_over(saved, run, monke
             np.testing.assert_array_equal, saver.restore_latest(abstract(), said.append), state(2)
         )
     assert len(said) == 1 and "it stays where it is: [Errno 30] Read-only" in said[0]
+
+
+def test_a_whole_checkpoint_of_another_run_is_found(tmp_path, capsys):
+    """Its files are what its manifest says; a workdir says of which run it is, and so does a manifest."""
+    for name in ("one", "two"):
+        manifests.identify(tmp_path / name, f"begins as {name}")
+        with checkpoint.Checkpointer(tmp_path / name, checkpoint.Config(keep=2)) as saver:
+            for step in (1, 2):
+                saver.save(step, state(step + 10 * (name == "two")), {}, wait=True)
+    own = tmp_path / "one" / "checkpoints"
+    shutil.rmtree(own / "2")
+    shutil.copytree(tmp_path / "two" / "checkpoints" / "2", own / "2")
+    assert manifests.problem(own, 2) == "it is another run's"
+    assert tool.main(["verify", str(tmp_path / "one")]) == 1
+    assert "it is another run's" in capsys.readouterr().out
+    said: list = []
+    with checkpoint.Checkpointer(tmp_path / "one", checkpoint.Config()) as saver:
+        restored = saver.restore_latest(abstract(), said.append)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(1))
+    assert said == [f"checkpoint 2 is not used: it is another run's; moved to {own / '2.aside0'}"]
+
+
+def test_a_damaged_identity_is_that_of_the_checkpoints_again(tmp_path):
+    manifests.identify(tmp_path, "begins so")
+    with checkpoint.Checkpointer(tmp_path, checkpoint.Config()) as saver:
+        saver.save(1, state(1), {}, wait=True)
+    path = tmp_path / manifests.IDENTITY
+    for damaged in (path.read_text().replace("begins", "Begins"), "", "[]", '{"identity": 3}'):
+        path.write_text(damaged)
+        assert manifests.problem(tmp_path / "checkpoints", 1) == ""
+        manifests.identify(tmp_path, "begins otherwise")
+        assert manifests.run_of(tmp_path / "checkpoints") == "begins so"

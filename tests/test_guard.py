@@ -1,6 +1,7 @@
 """A bad step changes nothing, is skipped or undone; a run that is killed on the way is the same one."""
 
 import os
+import shutil
 import signal
 
 import jax
@@ -35,6 +36,13 @@ def killed_at(number, config, workdir):
         patch.setattr(train, "place_ahead", ahead)
         with pytest.raises(Killed):
             train.run(config, workdir)
+
+
+def listed(workdir):
+    """Return the steps that a run left out, and why."""
+    found = receipt.read_json(workdir / "skipped.json")
+    assert found.pop("identity") == receipt.read_json(workdir / "identity.json")["identity"]
+    return found
 
 
 def losses(workdir):
@@ -74,8 +82,7 @@ def test_a_bad_step_keeps_its_number_without_an_update(tiny, tmp_path, poison, m
     for step, known in ((2, None), (4, [BAD]), (6, [BAD])):
         manifest = manifests.read(tmp_path / "bad" / "checkpoints", step)
         assert manifest.get("skipped") == (known and {str(BAD): "the loss is not finite"})
-    listed = receipt.read_json(tmp_path / "bad" / "skipped.json")
-    assert listed == {str(BAD): "the loss is not finite"}
+    assert listed(tmp_path / "bad") == {str(BAD): "the loss is not finite"}
     said = capsys.readouterr().out
     assert (
         f"step {BAD + 1} is skipped" in said
@@ -190,7 +197,7 @@ def test_parameters_that_an_update_has_broken_are_rolled_back(tiny, tmp_path, mo
     for every in (2, 0):  # found when it is saved, and by the next step
         workdir = tmp_path / f"{every}"
         train.run(tiny(train__on_bad_step="rollback", checkpoint__every_steps=every), workdir)
-        assert list(receipt.read_json(workdir / "skipped.json")) == [str(BAD)]
+        assert list(listed(workdir)) == [str(BAD)]
         assert set(losses(workdir)) == {1, 2, 3, 5, 6}
 
 
@@ -295,11 +302,21 @@ def test_a_damaged_list_is_named(tiny, tmp_path):
             train.run(tiny(), tmp_path)
 
 
+def test_a_list_of_another_run_is_not_obeyed(tiny, tmp_path, poison):
+    poison(BAD)
+    skipping = {"train__on_bad_step": "skip", "train__num_steps": 5}
+    train.run(tiny(**skipping), tmp_path / "one")
+    train.run(tiny(**skipping, seed=1), tmp_path / "two")
+    shutil.copy(tmp_path / "one" / "skipped.json", tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"skipped\.json: another run's; restore"):
+        train.run(tiny(**skipping, seed=1), tmp_path / "two")
+
+
 def test_one_digit_of_the_list_is_not_another_step(tiny, tmp_path, poison):
     poison(BAD)
     train.run(tiny(train__on_bad_step="skip", train__num_steps=5), tmp_path)
     path = tmp_path / "skipped.json"
-    assert receipt.read_json(path).keys() == {str(BAD)}
+    assert listed(tmp_path).keys() == {str(BAD)}
     path.write_text(path.read_text().replace(f'"{BAD}"', f'"{BAD ^ 4}"'))
     with pytest.raises(ConfigError, match=r"skipped\.json: damaged \(not what was written"):
         train.run(tiny(train__on_bad_step="skip"), tmp_path)

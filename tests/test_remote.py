@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import fsspec
 import jax
@@ -358,6 +359,26 @@ def test_a_run_with_a_past_of_its_own_does_not_take_the_place_of_another(tiny, t
     url = str(tmp_path / "there")
     train.run(tiny(checkpoint__remote=url), tmp_path / "long")
     train.run(tiny(optim__peak_lr=0.05, train__num_steps=2), tmp_path / "own")
+    before = {path: path.read_bytes() for path in (tmp_path / "own").glob("*.json*")}
+    copies = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"holds a run with another optim\.peak_lr; give"):
+        with pytest.raises(ConfigError, match=r"another run.s; give this run a place"):
             train.run(tiny(checkpoint__remote=url, optim__peak_lr=0.05), tmp_path / "own")
+    assert {path: path.read_bytes() for path in (tmp_path / "own").glob("*.json*")} == before
+    train.run(tiny(optim__peak_lr=0.05, train__num_steps=2), tmp_path / "own")
+    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == copies
+
+
+def test_a_copy_of_another_run_is_not_replaced(tiny, tmp_path, monkeypatch):
+    """Nor where the place could not be looked at when the run began."""
+    url = str(tmp_path / "there")
+    train.run(tiny(checkpoint__remote=url), tmp_path / "one")
+    copies = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    monkeypatch.setattr(remote, "WAIT", 0.01)
+    said: list = []
+    train.run(tiny(seed=1), tmp_path / "two")
+    other = remote.Remote(url, tmp_path / "two" / "checkpoints", said.append)
+    other.copy(6)
+    other.close()
+    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == copies
+    assert said and all("is another run's" in line for line in said if "not copied" in line)

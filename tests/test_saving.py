@@ -125,11 +125,11 @@ def test_the_last_save_is_tried_where_it_is_and_then_an_error(saver, said, monke
 def test_the_last_save_is_read_back(saver, said, monkeypatch):
     original, broken = manifests.write, []
 
-    def hashes_damage(target, manifest, known):
+    def hashes_damage(target, manifest, known, check):
         """Damage before the hashes, as of memory: files are what the manifest says, arrays are not."""
         if not broken:
             broken.append(other_arrays(target, manifest["step"]))
-        original(target, manifest, known)
+        original(target, manifest, known, check)
 
     monkeypatch.setattr(manifests, "write", hashes_damage)
     saver.save(1, state(1), {}, wait=True, verify=True)
@@ -263,8 +263,39 @@ def test_the_clock_decides_nothing(saver):
 def test_a_failure_is_a_line_that_names_step_and_cause(tmp_path):
     target = tmp_path / "7"
     target.mkdir()
-    assert str(saving.failed(target, ValueError("first\nsecond"))) == "checkpoint 7: first"
+    told = saving.failed(target, ValueError("first\nsecond"), freed=False)
+    assert str(told) == "checkpoint 7: first" and target.exists()
+    saving.failed(target, ValueError(), freed=True)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("when", ["hash_file", "write"])
+def test_a_save_touches_no_folder_but_its_own(tmp_path, said, monkeypatch, when):
+    """The workdir is moved while a checkpoint is written, and another run has one of the same step there."""
+    folder, gone, moved = tmp_path / "w" / "checkpoints", [""], []
+    original = getattr(manifests, when)
+
+    def moves(*args, **options):
+        if not moved and threading.current_thread() is not threading.main_thread():
+            moved.append((tmp_path / "w").rename(tmp_path / "elsewhere"))
+            with checkpoint.Checkpointer(tmp_path / "w", checkpoint.Config(), said.append) as other:
+                other.save(1, state(2), {}, wait=True)
+            gone[0] = "it was moved"
+            if when == "write":
+                raise OSError("of the folder that was there")
+        return original(*args, **options)
+
+    with checkpoint.Checkpointer(
+        tmp_path / "w", checkpoint.Config(), said.append, lambda: gone[0]
+    ) as saver:
+        monkeypatch.setattr(manifests, when, moves)
+        saver.save(1, state(1), {})
+        saver.settle()
+        saver._unsaved = None
+    assert moved and said
+    assert not manifests.problem(folder, 1)
+    with checkpoint.Checkpointer(tmp_path / "w", checkpoint.Config(), said.append) as other:
+        assert other.restore_latest(abstract())["params"]["a"][0, 0] == 2
 
 
 def test_how_long_a_save_may_take_is_not_for_orbax_to_say(saver):
