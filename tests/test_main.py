@@ -179,6 +179,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(
     *tries, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ") and "No space left" in error
     assert len(tries) == 3 and all(line.startswith("warning: ") for line in tries)
+    assert "is kept" not in error, "there is none yet"
 
 
 def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):
