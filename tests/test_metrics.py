@@ -179,6 +179,19 @@ def test_a_damaged_event_file_is_moved_aside_whole(tmp_path, capsys, place):
     assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_an_event_file_that_is_none_is_moved_aside(tmp_path, capsys):
+    folder = tmp_path / "tensorboard"
+    (folder / "events.out.tfevents.1.folder").mkdir(parents=True)
+    (folder / "events.out.tfevents.1.link").symlink_to(tmp_path / "nowhere")
+    open_quiet(tmp_path, resume_step=None).close()
+    said = capsys.readouterr().err
+    for name in ("folder", "link"):
+        assert os.path.lexists(aside := folder / f"events.out.damaged.1.{name}.aside0")
+        assert f"moved to {aside}" in said
+    (found,) = folder.glob("*tfevents*")
+    assert found.is_file()
+
+
 def test_rows_that_are_missing_or_changed_are_said(tmp_path, capsys):
     writers = open_quiet(tmp_path, resume_step=None)
     for step in (1, 2, 3):
