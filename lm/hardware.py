@@ -1,9 +1,12 @@
 """What the devices can do, and compiled programs kept between runs."""
 
+import contextlib
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +41,54 @@ _seen: dict[str, float] = {}  # most FLOP/s of a device in this process, by its 
 _multiply = jax.jit(jnp.matmul)
 
 
+class _Checked:
+    """Stands in for jax's file cache: an entry begins with the SHA-256 of the rest, which jax has none of.
+
+    A bit that flips in a compressed program may make another program of it, which computes something else.
+    """
+
+    def __init__(self, cache: Any, folder: str):
+        self._cache, self._path = cache, folder
+
+    def get(self, key: str) -> bytes | None:
+        entry = self._cache.get(key)
+        if entry is None or hashlib.sha256(entry[32:]).digest() == entry[:32]:
+            return entry and entry[32:]
+        path = Path(self._path, f"{key}-cache")
+        print(f"notice: {path}: damaged; compiling that program anew", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where it stays, no other takes its place
+            path.unlink()
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        self._cache.put(key, hashlib.sha256(value).digest() + value)
+
+
+def _check_programs() -> bool:
+    """Let jax's cache of programs be `_Checked`; return whether it can be in this version."""
+    try:
+        from jax._src import compilation_cache, lru_cache
+    except ImportError:
+        return False
+    files = getattr(lru_cache, "LRUCache", None)
+    if files is None or not hasattr(compilation_cache, "LRUCache"):
+        return False
+
+    def checked(path: str, **options: Any) -> _Checked:
+        return _Checked(files(path, **options), path)
+
+    compilation_cache.LRUCache = checked  # type: ignore[assignment,misc]
+    return True
+
+
 def use_compilation_cache(folder: Path) -> None:
     """Keep compiled programs between runs in `folder`, which only this user can read."""
     if jax.config.jax_compilation_cache_dir:
         return  # the user has chosen one
+    if not _check_programs():
+        why = f"jax {jax.__version__} has no place for their checksums"
+        print(f"notice: compiled programs are not kept: {why}", file=sys.stderr)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

@@ -83,7 +83,7 @@ def _train(
     assignments: list[str],
     said: list[str],
 ) -> int:
-    from lm import train
+    from lm import manifests, train
 
     print("\n".join(said), end="\n" if said else "")
     stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
@@ -105,7 +105,8 @@ def _train(
         print(f"stopped before the first step; nothing is lost; to start again: {again}")
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except OSError as error:
-        kept = "; the last good checkpoint is kept" if (workdir / "checkpoints").exists() else ""
+        good = manifests.good_steps(workdir / "checkpoints")
+        kept = "; the last good checkpoint is kept" if good else ""
         raise config_lib.ConfigError(f"workdir={workdir}: {error}{kept}") from error
     print(f"workdir: {workdir}")
     prompt = "The [MASK]" if config.get("task", {}).get("name") == "masked_lm" else "The"

@@ -25,6 +25,7 @@ PASSING = (
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN,
 )  # fmt: skip
 READ = (2, 3)  # formats that are read: 2 has no fingerprints
+LARGEST = 10**9  # bytes of a manifest: a larger one is damaged, and would fill the memory
 EARLY = 2**20  # bytes: smaller files are hashed in no time when all are there
 Known = dict[tuple[int, int, int], str]  # hashes by (inode, bytes, nanoseconds of the last change)
 
@@ -167,7 +168,8 @@ def read(folder: Path, step: int) -> dict[str, Any] | None:
     Raises OSError of what passes (`PASSING`), and so says nothing of the file.
     """
     try:
-        return parsed((folder / str(step) / MANIFEST).read_bytes(), step)
+        path = folder / str(step) / MANIFEST
+        return parsed(path.read_bytes(), step) if path.stat().st_size <= LARGEST else None
     except OSError as error:
         if error.errno in PASSING:
             raise

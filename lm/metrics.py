@@ -71,7 +71,7 @@ class Jsonl:
         if path.exists():
             _repair(path)
         self._count, self._hash = 0, hashlib.sha256()
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in _lines(path) if path.exists() else []:
             self._add(json.loads(line))
         self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
 
@@ -107,18 +107,24 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
     Raises ConfigError, naming the line, for any other line that is not a JSON object with a step.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.endswith(b"\n"):
             break
         try:
             values = json.loads(line)
             row = {key: math.nan if v is None else v for key, v in values.items()}
             rows.append({**row, "step": int(values["step"])})
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             raise ConfigError(
                 f"{path}:{number}: not a JSON object with a step; delete that line"
             ) from None
     return rows
+
+
+def _lines(path: str | Path) -> list[bytes]:
+    """Return the lines of a file, each with its newline: what is damaged may have other ends inside."""
+    with open(path, "rb") as file:
+        return file.readlines()
 
 
 def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def move_rows_aside(path: str | Path, *, after: int, scored: bool = True) -> Pat
         return None
     _repair(path)
     kept = [aside.is_kept(row["step"], row, after, scored) for row in read_rows(path)]
-    parts = list(zip(kept, path.read_bytes().splitlines(keepends=True), strict=True))
+    parts = list(zip(kept, _lines(path), strict=True))
     return aside.divide(path, parts, side=f"{path.stem}.*{path.suffix}")
 
 
@@ -157,7 +163,7 @@ def _lasting(row: Mapping[str, Any]) -> bytes:
 def rows_problem(path: str | Path, mark: Sequence[Any]) -> str:
     """Return what is wrong with the rows of a file when it had this `mark` (see `Jsonl`), "" for nothing."""
     count, expected = mark
-    lines = Path(path).read_bytes().splitlines()[:count] if Path(path).exists() else []
+    lines = _lines(path)[:count] if Path(path).exists() else []
     if len(lines) < count:
         return f"{path}: {len(lines)} rows are there of the {count} that were written"
     found = hashlib.sha256()

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import os
+import logging
 import shutil
 import sys
 import threading
@@ -37,11 +38,34 @@ def _taking_turns_often() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
+@functools.cache
+def _say_failures_once() -> None:
+    """Leave out the tracebacks of a save that fails in threads of Orbax's: `join` tells why, in a line."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value  # tensorstore's, whose writes end after Orbax has given up
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_a_save)
+
+
+def _is_not_of_a_save(record: logging.LogRecord) -> bool:
+    """Return whether what is logged is more than an error that a thread of Orbax's hands on besides."""
+    in_thread = "orbax" in record.pathname and record.threadName != threading.main_thread().name
+    left = record.name == "asyncio" and "exception was never retrieved" in str(record.msg)
+    return not (record.exc_info and (in_thread or left))
+
+
 class Writer:
     """Writes checkpoints into `folder`, one at a time, as long as the folder is not `gone`."""
 
     def __init__(self, folder: Path, gone: Callable[[], str] = str):
         self.folder, self._gone = folder.absolute(), gone  # absolute, as Orbax wants it
+        _say_failures_once()
         self._number = 0  # of the save among all of this process, the same in all processes
         self._met = 0  # how often this process has waited for the others in it
         self._orbax = self._new()

@@ -64,6 +64,8 @@ def move_events_aside(folder: str | Path, *, after: int, scored: bool = True) ->
     for path in sorted(Path(folder).glob("*tfevents*")):
         parts = []
         try:
+            if not path.is_file():
+                raise Damaged
             for event, record in records(path.read_bytes()):
                 names = [value.tag for value in event.summary.value]
                 parts.append((aside.is_kept(event.step, names, after, scored), record))

@@ -173,7 +173,7 @@ def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.
     for notice in config_lib.notices(config, SCHEMA):
         print(f"notice: {notice}")
     if made.cfg["train"].compilation_cache:
-        hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+        hardware.use_compilation_cache(corpus.cache_folder() / "programs")
     return made
 
 

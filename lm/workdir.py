@@ -69,7 +69,8 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
 
     Yield a function that says what is wrong where the folder of this name is not the same any more.
 
-    Raises ConfigError where another run has it, or a process of this one does not see it.
+    Raises ConfigError where another run has it, a process of this one does not see it, or its checkpoints
+    are in no folder.
     """
     if jax.process_index() > 0:
         mark = distributed.from_first("")
@@ -80,6 +81,10 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
             )
         yield lambda: ""
         return
+    if os.path.lexists(folder := workdir / "checkpoints") and not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: not a folder, or a link to one that is not there; mount its disk, or move it away"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     # Not "w": another run's mark stays until this one has the lock.
     with (workdir / "lock").open("a+") as file:

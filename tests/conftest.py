@@ -62,7 +62,7 @@ def pytest_configure(config):
     chosen = "optimization_level" in os.environ["XLA_FLAGS"]
     if not chosen and not re.search("(?<!not )(optimized|measure)", config.option.markexpr):
         os.environ["XLA_FLAGS"] += f" {quickly.FLAGS}"
-    hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "xla")
+    hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "programs")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -190,7 +190,7 @@ def do(job: dict[str, Any]) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     # All programs are compiled once, and nothing is measured.
-    jax.config.update("jax_compilation_cache_dir", os.environ["LM_CACHE_DIR"] + "/xla")
+    hardware.use_compilation_cache(Path(os.environ["LM_CACHE_DIR"]) / "programs")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     hardware.PEAK_FLOPS["cpu"] = 1e12
     for trouble in job["troubles"]:

@@ -234,6 +234,16 @@ def test_all_damaged_is_none(saved, run):
     assert {path.name for path in saver.folder.iterdir()} == {"1.aside0", "2.aside0"}
 
 
+def test_a_manifest_larger_than_any_is_damaged_and_not_read(saved, run, monkeypatch):
+    os.truncate(run / "checkpoints" / "2" / "manifest.json", manifests.LARGEST + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+        assert manifests.read(run / "checkpoints", 2) is None
+    with checkpoint.Checkpointer(run, checkpoint.Config()) as saver:
+        assert saver.restore_latest(abstract(), [].append) is not None
+    assert {path.name for path in saver.folder.iterdir()} == {"1", "2.aside0"}
+
+
 def unmovable(folder):
     raise OSError(30, "Read-only file system")
 

@@ -290,7 +290,7 @@ def test_a_kill_while_the_cache_is_written(make, whole, tmp_path, point):
     run = make(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     if "program" not in point:
-        (tmp_path / "cache" / "xla").symlink_to(whole.cache / "xla")
+        (tmp_path / "cache" / "programs").symlink_to(whole.cache / "programs")
     assert run.end(CACHE[point]) == -signal.SIGKILL, run.said.read_text()
     assert run.end() == 0, run.said.read_text()
     assert_same(run, whole)

@@ -1,5 +1,6 @@
 """How the loop uses its devices: state donated, metrics read one step late, batches placed meanwhile."""
 
+import hashlib
 import os
 import stat
 import subprocess
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lm import experiment, hardware, log, placement, train
 
@@ -91,21 +95,68 @@ def test_programs_are_kept_where_only_the_user_reads(tiny, tmp_path):
             text=True,
         )
         assert run.returncode == 0, run.stderr
-        assert (tmp_path / "cache" / "xla").exists() == kept
-    folder = tmp_path / "cache" / "xla"
+        assert (tmp_path / "cache" / "programs").exists() == kept
+    folder = tmp_path / "cache" / "programs"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert any(folder.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys):
-    """A run trains without it, and the line says which variable names another."""
+@pytest.fixture
+def no_cache():
+    """No cache of compiled programs has been chosen; the tests' own is again afterwards."""
     before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+
+
+def flipped(entry):
+    """Flip one bit in the middle."""
+    at = len(entry) * 2 // 3
+    return entry[:at] + bytes([entry[at] ^ 8]) + entry[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damaged", [flipped, lambda entry: entry[:-100], lambda entry: entry[:9], lambda entry: b""]
+)
+def test_a_damaged_program_is_compiled_anew_and_replaced(no_cache, tmp_path, capsys, damaged):
+    """jax's entries have no checksum: one flipped bit may be another program."""
+    hardware.use_compilation_cache(tmp_path / "programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    x = jnp.arange(64.0).reshape(8, 8) / 99
+
+    def computed():
+        return np.asarray(jax.jit(lambda x: jnp.tanh(x @ x) + jnp.cumsum(x, 0))(x))
+
+    expected = computed()
+    (path,) = tmp_path.glob("programs/jit__lambda*-cache")
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole))
+    for words in (f"notice: {path}: damaged", ""):
+        np.testing.assert_array_equal(computed(), expected)
+        said = capsys.readouterr().err
+        assert said.startswith(words) if words else not said
+        assert hashlib.sha256(path.read_bytes()[32:]).digest() == path.read_bytes()[:32]
+
+
+def test_a_jax_that_has_no_place_for_checksums_keeps_nothing(
+    no_cache, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delattr("jax._src.compilation_cache.LRUCache")
+    hardware.use_compilation_cache(tmp_path / "programs")
+    assert jax.config.jax_compilation_cache_dir is None
+    said = capsys.readouterr().err
+    assert said.startswith("notice: compiled programs are not kept: jax ")
+    assert said.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said(no_cache, tmp_path, capsys):
+    """A run trains without it, and the line says which variable names another."""
     (tmp_path / "file").touch()
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        hardware.use_compilation_cache(tmp_path / "file" / "xla")
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    hardware.use_compilation_cache(tmp_path / "file" / "programs")
+    assert jax.config.jax_compilation_cache_dir is None
     said = capsys.readouterr().err
     assert "programs are not kept" in said and "set LM_CACHE_DIR" in said and said.count("\n") == 1

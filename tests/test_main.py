@@ -179,6 +179,25 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(
     *tries, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ") and "No space left" in error
     assert len(tries) == 3 and all(line.startswith("warning: ") for line in tries)
+    assert "is kept" not in error, "there is none yet"
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nowhere"])
+def test_checkpoints_that_are_no_folder_are_an_error_before_anything_is_written(
+    experiment, capsys, tmp_path, kind
+):
+    """A disk that is not mounted: the run would begin anew, and fail at its first save."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
+    if kind == "a file":
+        (workdir / "checkpoints").touch()
+    else:
+        (workdir / "checkpoints").symlink_to(tmp_path / "nowhere")
+    assert experiment() == 2
+    error = one_line(capsys)
+    assert str(workdir / "checkpoints") in error and "mount its disk" in error
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "metrics.jsonl"]
 
 
 def test_divergence_has_its_own_exit_code(experiment, capsys, monkeypatch):

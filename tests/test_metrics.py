@@ -69,6 +69,19 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
             metrics.read_rows(path)
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    """One bit turns the minus of a number into a carriage return; JSON takes one between its words."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "lr": 4.9e\r05}\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:1: not a JSON object"):
+        metrics.move_rows_aside(path, after=1)
+    path.write_bytes(b'{"step": 1,\r"lr": 4.9e-05}\n{"step": 2}\n')
+    mark = metrics.Jsonl(path).mark
+    assert mark[0] == 2 and not metrics.rows_problem(path, mark)
+    assert metrics.move_rows_aside(path, after=1)
+    assert [row["step"] for row in metrics.read_rows(path)] == [1]
+
+
 def test_rows_of_later_steps_move_aside_byte_for_byte(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {s},  "loss": 1e-0{s}}}\n' for s in (0, 1, 2, 2, 3)]
@@ -164,6 +177,19 @@ def test_a_damaged_event_file_is_moved_aside_whole(tmp_path, capsys, place):
     (aside,) = (tmp_path / "tensorboard").glob("*.damaged.*")
     assert f"{path.parent}" in (said := capsys.readouterr().err) and f"moved to {aside}" in said
     assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_an_event_file_that_is_none_is_moved_aside(tmp_path, capsys):
+    folder = tmp_path / "tensorboard"
+    (folder / "events.out.tfevents.1.folder").mkdir(parents=True)
+    (folder / "events.out.tfevents.1.link").symlink_to(tmp_path / "nowhere")
+    open_quiet(tmp_path, resume_step=None).close()
+    said = capsys.readouterr().err
+    for name in ("folder", "link"):
+        assert os.path.lexists(aside := folder / f"events.out.damaged.1.{name}.aside0")
+        assert f"moved to {aside}" in said
+    (found,) = folder.glob("*tfevents*")
+    assert found.is_file()
 
 
 def test_rows_that_are_missing_or_changed_are_said(tmp_path, capsys):
@@ -349,7 +375,9 @@ def test_weights_and_biases_is_one_run_a_workdir(tmp_path, monkeypatch):
     assert calls[-1][0] == "finish"
 
 
-@pytest.mark.parametrize("line", ['{"train/loss": 3}', '{"step": null}', '{"step": "a"}', "[1]"])
+@pytest.mark.parametrize(
+    "line", ['{"train/loss": 3}', '{"step": null}', '{"step": "a"}', '{"step": 1e999}', "[1]"]
+)
 def test_a_row_without_a_step_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n' + line + "\n")

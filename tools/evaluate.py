@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
         if key in _OF_TRAINING:
             raise config_lib.ConfigError(f"{key}: used only in training; leave it out")
     other = {"data.path", "data.source"} & set(given)
-    hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    hardware.use_compilation_cache(corpus.cache_folder() / "programs")
     config, model, params = checkpoint.load(args.workdir, step=args.step)
     if other:
         assignments = _take_whole(config, assignments)

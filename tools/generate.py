@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     from lm import workdir as workdirs
     from lm.data import corpus
 
-    hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    hardware.use_compilation_cache(corpus.cache_folder() / "programs")
     loaded = checkpoint.load(args.workdir, step=args.step)
     completer = workdirs.completer(args.workdir, loaded)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]

@@ -93,7 +93,7 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     startup.set_threads(config.train.exact_reduction)
     sizes = {axis: config.mesh[axis] for axis in sharding.ORDER}
     flags.set_flags(startup.platform(), sizes, config.mesh.xla_flags)
-    hardware.use_compilation_cache(corpus.cache_folder() / "xla")
+    hardware.use_compilation_cache(corpus.cache_folder() / "programs")
     made = experiment.build(config)
     data = receipt.read_json(workdir / "data.json")
     if data.get("fingerprint") != made.corpus.fingerprint:
