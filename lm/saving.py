@@ -6,8 +6,8 @@ What fails leaves nothing that looks like a checkpoint, and frees the room that 
 import contextlib
 import functools
 import itertools
-import os
 import logging
+import os
 import shutil
 import sys
 import threading
