@@ -168,7 +168,7 @@ def test_a_process_that_is_asked_to_stop_again_and_again_ends_as_if_asked_once(s
 def test_a_run_whose_terminal_is_closed_is_saved_or_goes_on(small, tmp_path, ignored):
     """SIGHUP stops it, unless it is to outlive the terminal; then what it says goes nowhere."""
     ours, theirs = pty.openpty()
-    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored
+    before = HANGING_UP.format("SIG_IGN" if ignored else "SIG_DFL")
     steps = 3000 if ignored else 1_000_000
     running = process(
         small, tmp_path / "run", *ONE, f"--config.train.num_steps={steps}", before=before,
@@ -204,6 +204,8 @@ def test_a_log_on_a_full_disk_ends_no_run(small, tmp_path):
     assert manifests.good_steps(tmp_path / "run" / "checkpoints")[-1] == 60
 
 
+# Whatever the tests themselves were started by: `nohup` hands on that it is ignored.
+HANGING_UP = "import signal; signal.signal(signal.SIGHUP, signal.{})\n"
 WAITS = """
 import time
 from lm.data import corpus
@@ -225,7 +227,8 @@ corpus.build = build
     ],
 )
 def test_a_process_that_is_stopped_before_training_says_so(small, tmp_path, number, code):
-    running = process(small, tmp_path / "run", *ONE, before=WAITS)
+    before = HANGING_UP.format("SIG_DFL") + WAITS
+    running = process(small, tmp_path / "run", *ONE, before=before)
     wait_for(running, "at it")
     running.send_signal(number)
     said = running.communicate(timeout=120)[0]
