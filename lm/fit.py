@@ -16,10 +16,10 @@ OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by
     r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
 )
 
-OF_AXES = {  # fields that say how an axis of the mesh is used
-    "model.microbatches": "stage",
-    "model.stage_repeats": "stage",
-    "model.context_parallel": "context",
+OF_AXES = {  # fields that say how an axis of the mesh is used, and what says nothing of it
+    "model.microbatches": ("stage", "0"),
+    "model.stage_repeats": ("stage", "1"),
+    "model.context_parallel": ("context", ""),
 }
 OF_FILES = ("data.on_invalid", "data.on_broken", "data.max_document_bytes")
 
@@ -36,8 +36,8 @@ def check_given(config: Mapping[str, Any], assignments: Sequence[str]) -> None:
     path, source = data.get("path"), data.get("source", Text.source)
     for assignment in assignments:
         key, _, value = assignment.partition("=")
-        axis = OF_AXES.get(key, "")
-        if axis and mesh.get(axis, 1) == 1:
+        axis, nothing = OF_AXES.get(key, ("", ""))
+        if axis and value != nothing and mesh.get(axis, 1) == 1:
             raise ConfigError(
                 f"{assignment}: used only with mesh.{axis} of 2 or more; leave it out, or set that"
             )
