@@ -121,6 +121,16 @@ def parity():
 
 
 @pytest.fixture
+def memory():
+    """fsspec's file system in memory, empty before and after."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+@pytest.fixture(scope="session")
 def tiny(text_file):
     """Return a function from overrides to the config of a run that takes seconds."""
 

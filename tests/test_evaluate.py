@@ -189,19 +189,12 @@ def test_a_wrong_value_is_an_error_that_names_the_field(field):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, text_file):
+def trained(tmp_path_factory, tiny):
     """Return the workdir of a run of 3 rows a batch, in 3 parts: no rows for 8 devices."""
     workdir = tmp_path_factory.mktemp("trained")
-    config = ConfigDict({
-        "data": {"path": (str(text_file),), "tokenizer": "byte", "batch_size": 3},
-        "task": {"length": 16},
-        "model": {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
-        "mesh": {"data": 1, "context": 8},
-        "train": {"num_steps": 1, "accumulate_steps": 3, "sample_tokens": 0},
-        "eval": {"max_tokens": 512},
-        "optim": {"warmup": 0},
-    })  # fmt: skip
-    train.run(config, workdir)
+    rows = {"data__batch_size": 3, "train__accumulate_steps": 3}
+    mesh = ConfigDict({"data": 1, "context": 8})
+    train.run(tiny(**rows, mesh=mesh, train__num_steps=1, optim__warmup=0), workdir)
     return workdir
 
 

@@ -232,21 +232,10 @@ def test_a_workdir_of_another_config_is_refused(tiny, tmp_path_factory, finished
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
+def finished(tmp_path_factory, tiny):
     """The workdir of a run of `tiny` that has ended; nobody writes to it."""
-    from ml_collections import ConfigDict
-
     workdir = tmp_path_factory.mktemp("finished")
-    config = ConfigDict({
-        "data": {"path": (str(text_file),), "tokenizer": "byte", "batch_size": 8},
-        "task": {"length": 16},
-        "model": {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
-        "optim": {"name": "adamw", "peak_lr": 1e-2, "warmup": 2},
-        "train": {"num_steps": 2, "log_every_steps": 1, "sample_tokens": 0},
-        "eval": {"every_steps": 3, "max_tokens": 512},
-        "seed": 0,
-    })  # fmt: skip
-    train.run(config, workdir)
+    train.run(tiny(train__num_steps=2), workdir)
     return workdir
 
 

@@ -54,15 +54,6 @@ def texts(source):
 
 
 @pytest.fixture
-def memory():
-    fsspec = pytest.importorskip("fsspec")
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
-
-
-@pytest.fixture
 def server(tmp_path):
     pytest.importorskip("aiohttp")
 

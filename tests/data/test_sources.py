@@ -230,15 +230,6 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint("a.jsonl", "{}", "text") != fingerprint("a.jsonl", "{}", "body")
 
 
-@pytest.fixture
-def memory():
-    fsspec = pytest.importorskip("fsspec")
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
-
-
 def test_a_remote_file_that_changes_while_it_is_read_is_refused(memory, tmp_path, monkeypatch):
     memory.pipe("/a.txt", b"text of the first")
     add = prepare.Writer.add
