@@ -140,7 +140,10 @@ def tiny(text_file):
             "task": {"length": 16},
             "model": {"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2},
             "optim": {"name": "adamw", "peak_lr": 1e-2, "warmup": 2},
-            "train": {"num_steps": 6, "log_every_steps": 1, "sample_tokens": 0},
+            "train": {
+                "num_steps": 6, "log_every_steps": 1, "sample_tokens": 0,
+                "fingerprint_every_steps": 0, "recordings": 0,  # whose programs take as long as the run's own
+            },
             "eval": {"every_steps": 3, "max_tokens": 512},
             "checkpoint": {"every_steps": 2, "keep": 3},
             "seed": 0,

@@ -19,6 +19,7 @@ SMALL = {
     "train.num_steps": "1",
     "train.accumulate_steps": "1",
     "train.sample_tokens": "0",
+    "train.fingerprint_every_steps": "0",
     "eval.max_tokens": "256",
     "eval.batch_size": "8",
     "optim.warmup": "0",

@@ -332,7 +332,7 @@ def test_a_stop_that_is_asked_for_outlives_a_rollback(tiny, tmp_path, poison, mo
         return write(*args, **options)
 
     monkeypatch.setattr(recorder, "write", slow)
-    config = tiny(train__on_bad_step="rollback")
+    config = tiny(train__on_bad_step="rollback", train__recordings=1)
     with pytest.raises(Interrupted, match="is saved"):
         train.run(config, tmp_path / "run")
     assert capfd.readouterr().err.count("stopping after this step") == 1
@@ -349,7 +349,7 @@ def test_a_recording_that_fails_is_said_and_the_run_goes_on(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(recorder, "_gradient_norms", fails)
-    train.run(tiny(train__on_bad_step="skip"), tmp_path / "run")
+    train.run(tiny(train__on_bad_step="skip", train__recordings=1), tmp_path / "run")
     assert "could not be recorded: RESOURCE_EXHAUSTED" in capsys.readouterr().err
     assert skips(tmp_path / "run")[6] == 1
 

@@ -138,7 +138,7 @@ def test_a_fault_changes_nothing_and_is_named(
     options = {name: ConfigDict(v) if isinstance(v, dict) else v for name, v in options.items()}
     config = tiny(
         **options, train__on_bad_step=mode, checkpoint__every_steps=1, checkpoint__keep=9,
-        eval__every_steps=0,
+        eval__every_steps=0, train__recordings=2,
     )  # fmt: skip
     if mode == "stop":
         with pytest.raises(Diverged, match=f"step {BAD + 1}: the (loss|gradient) is not finite"):
@@ -194,7 +194,7 @@ def recorded(tiny, tmp_path, monkeypatch, **options):
     """Return the recording of a bad batch, as the replay has it."""
     bad_weights(monkeypatch)
     with pytest.raises(Diverged):
-        train.run(tiny(**options), tmp_path / "run")
+        train.run(tiny(train__recordings=1, **options), tmp_path / "run")
     return recorded_lib.Recorded(tmp_path / "run" / "recorder" / str(BAD), "float32")
 
 
@@ -238,7 +238,7 @@ def test_a_spike_is_taken_again_by_what_it_was_a_spike_of(
     spike(monkeypatch, 7)
     config = tiny(
         train__num_steps=10, train__spike_zscore=3.0, train__spike_steps=5, optim__peak_lr=2e-2,
-        train__spike_metric=metric, **options,
+        train__spike_metric=metric, train__recordings=1, **options,
     )  # fmt: skip
     with pytest.raises(Diverged, match=f"its {metric} of"):
         train.run(config, tmp_path)
@@ -260,7 +260,7 @@ def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marke
     with monkeypatch.context() as patch:
         bad_embedding(patch)
         with pytest.raises(Diverged):
-            train.run(tiny(), tmp_path)
+            train.run(tiny(train__recordings=1), tmp_path)
     assert replay.main([str(tmp_path / "recorder" / "3")]) == 1
     assert "not reproduced" in capsys.readouterr().out
     assert replay.main([str(tmp_path)]) == 2
@@ -286,7 +286,7 @@ def test_only_so_many_are_recorded_and_a_full_disk_is_no_end(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(recorder.anatomy, "norms", full)
-    train.run(tiny(train__on_bad_step="skip"), tmp_path / "full")
+    train.run(tiny(train__on_bad_step="skip", train__recordings=2), tmp_path / "full")
     assert "step 2 could not be recorded: No space left" in capsys.readouterr().err
     assert not list((tmp_path / "full" / "recorder").iterdir())
     assert_same_run(tmp_path / "one", tmp_path / "full", 6)

@@ -511,7 +511,12 @@ def test_stages_are_one_device(name):
 @pytest.mark.parametrize("name", each(TRIED))
 def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     """From text to a checkpoint and back, through the task that suits the family."""
-    config = tiny(task__length=16, train__num_steps=2, train__sample_tokens=4)
+    config = tiny(
+        task__length=16,
+        train__num_steps=2,
+        train__sample_tokens=4,
+        train__fingerprint_every_steps=2,
+    )
     family = family_of(name)
     config.task = ConfigDict(INSTEAD["task"][family])
     config.model = ConfigDict({"name": family, **TINY[family], **VARIANTS.get(name, {})})

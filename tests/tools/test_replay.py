@@ -67,6 +67,7 @@ def begin_marked(patch, *path, at=...):
 
 
 GPT = {"name": "gpt", "num_layers": 3, "model_dim": 16, "num_heads": 2}
+RECORDED = {"eval__every_steps": 0, "train__recordings": 1}
 RECURRENT = {"name": "rnn", "num_layers": 2, "model_dim": 16}
 T5 = {"name": "t5", "num_layers": 2, "model_dim": 16, "num_heads": 2, "head_dim": 8}
 SPANS = ConfigDict({"name": "span_corruption", "source_length": 32})
@@ -105,7 +106,7 @@ def test_a_fault_in_one_layer_of_several_is_named(
     else:
         bad_layer(monkeypatch, recurrent.Layer, lambda layer: layer.name == "layer_1")
     with pytest.raises(Diverged, match="not finite"):
-        train.run(tiny(model=ConfigDict(model), eval__every_steps=0, **options), tmp_path)
+        train.run(tiny(model=ConfigDict(model), **RECORDED, **options), tmp_path)
     capsys.readouterr()
     assert replay.main([str(tmp_path / "recorder" / str(BAD))]) == 0
     said = capsys.readouterr().out
@@ -123,7 +124,7 @@ def test_a_gradient_that_goes_bad_in_one_layer_of_several_is_named(
     bad_layer(monkeypatch, norm.Norm, is_marked, bad_slope)
     begin_marked(monkeypatch, "layers", "block_1", "mlp_norm")
     with pytest.raises(Diverged, match="the gradient is not finite"):
-        train.run(tiny(model=ConfigDict(GPT), eval__every_steps=0), tmp_path)
+        train.run(tiny(model=ConfigDict(GPT), **RECORDED), tmp_path)
     capsys.readouterr()
     assert replay.main([str(tmp_path / "recorder" / str(BAD))]) == 0
     said = capsys.readouterr().out
