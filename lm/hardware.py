@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ PEAK_FLOPS = {
 }
 
 _seen: dict[str, float] = {}  # most FLOP/s of a device in this process, by its kind
+_timed_at = -math.inf  # when products were last timed, by time.monotonic
 _multiply = jax.jit(jnp.matmul)
 
 
@@ -157,10 +159,16 @@ def utilisation(flops: float, *, surely: float) -> float:
     return share if data_sheet_flops() is not None else min(share, 1.0)
 
 
-def measure_again(seconds: float = 0.01) -> None:
-    """Time a few products more on a CPU, which others may have used before; while it is idle."""
-    if jax.default_backend() == "cpu" and data_sheet_flops() is None:
+def measure_again(seconds: float = 0.01, every: float = 10.0) -> None:
+    """Time a few products more on a CPU, which others may have used before; while it is idle.
+
+    Not within `every` seconds of the last time: a run that often pauses would wait for it each time.
+    """
+    global _timed_at
+    late = time.monotonic() >= _timed_at + every
+    if late and jax.default_backend() == "cpu" and data_sheet_flops() is None:
         peak_flops(_measured((512,), seconds=seconds))
+        _timed_at = time.monotonic()
 
 
 def _measured(sizes: Sequence[int] = (512, 1024, 2048), *, seconds: float = 0.2) -> float:

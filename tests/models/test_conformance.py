@@ -514,7 +514,6 @@ def test_a_run_is_saved_loaded_and_scored_the_same(name, tiny, tmp_path):
     config = tiny(
         task__length=16,
         train__num_steps=2,
-        train__sample_tokens=4,
         train__fingerprint_every_steps=2,
     )
     family = family_of(name)
