@@ -178,6 +178,20 @@ def test_two_processes_train_as_one(experiment, whole):
         assert a == pytest.approx(b, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_each_process_saves_its_part_alone(experiment, tmp_path):
+    """Of parameters that are split over two processes each writes one half, and nothing twice."""
+    flags = "--config.mesh.data=1 --config.mesh.fsdp=4 --config.train.num_steps=6"
+    job, code = run(experiment, tmp_path / "run", 2, flags)
+    assert code == 0, job.said(0)
+    written = {}
+    for process in (0, 1):
+        files = job.workdir.glob(f"checkpoints/6/state/ocdbt.process_{process}/d/*")
+        written[process] = sum(path.stat().st_size for path in files)
+    whole = sum(array.nbytes for array in parameters(job.workdir, 6).values())
+    assert all(0.4 * whole < size < 0.6 * whole for size in written.values()), (written, whole)
+
+
 @pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
@@ -428,3 +442,38 @@ def test_a_save_that_one_process_cannot_write_holds_nobody_up(text_file, tmp_pat
     assert manifests.good_steps(tmp_path / "run/checkpoints")[1] in range(16, 25), "soon"
     assert_same(tmp_path / "run", whole)
     assert manifests.good_steps(tmp_path / "run/checkpoints")[-1] == 60
+
+
+AWAY = """
+
+import os, time
+import orbax.checkpoint as ocp
+
+original, calls = ocp.AsyncCheckpointer.save, []
+
+
+def save(self, *args, **options):
+    calls.append(None)
+    while os.environ.get("JAX_PROCESS_ID") == "1" and len(calls) == 2:
+        time.sleep(1)
+    return original(self, *args, **options)
+
+
+ocp.AsyncCheckpointer.save = save
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_stays_away_from_a_save_ends_all_in_time(experiment, tmp_path, whole):
+    """The one before is whole, and the job that is started again comes to the same numbers."""
+    path = tmp_path / "away.py"
+    path.write_text(Path(experiment).read_text() + AWAY)
+    flags = "--config.checkpoint.timeout_seconds=8"
+    with Job(path, tmp_path / "run", 2, flags) as job:
+        assert job.wait(90) == exits.HUNG, job.said(0)
+        assert "checkpoint.timeout_seconds" in job.said(0) + job.said(1)
+        assert "Thread 0x" in job.said(0) + job.said(1)
+    assert manifests.good_steps(tmp_path / "run/checkpoints") == [15]
+    job, code = run(experiment, tmp_path / "run", 2)
+    assert code == 0, job.said(0)
+    assert_same(tmp_path / "run", whole)
