@@ -25,17 +25,27 @@ RECIPES = {
     "context": {"data": 2, "context": 4},
     "mixed": {"fsdp": 2, "tensor": 2, "context": 2},
 }
-STAGED = {"fsdp": {"stage": 2, "fsdp": 2}, "expert": {"stage": 2, "expert": 2}}
+LAYERS = {"num_layers": 2, "scan": True}
+MOVES = {  # sizes, and fields of a model that has what they split
+    **{name: (sizes, {}) for name, sizes in RECIPES.items()},
+    "dcn": ({"dcn": 2, "fsdp": 4}, {}),
+    "expert": ({"data": 2, "expert": 4}, {"num_experts": 4, "capacity_factor": 1.25}),
+    "dropless": ({"data": 2, "expert": 4}, {"num_experts": 4, "capacity_factor": 0.0}),
+    "stage": ({"stage": 2, "data": 4}, LAYERS),
+    "stage and fsdp": ({"stage": 2, "fsdp": 2}, LAYERS),
+    "stage and expert": ({"stage": 2, "expert": 2}, {"num_experts": 2, **LAYERS}),
+}
 ROWS, LENGTH, VOCAB = 16, 64, 99
 VERSION = ".".join(jax.__version__.split(".")[:2])
 
 
 @functools.cache
-def lowered(recipe, staged=False, **fields):
+def lowered(recipe, **fields):
     """Return (mesh, abstract state, lowered step, lowered gradients alone) of a small gpt."""
-    sizes = {"data": 1, **(STAGED if staged else RECIPES)[recipe]}
+    sizes, needed = MOVES[recipe]
+    sizes = {"data": 1, **sizes}
     mesh = sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
-    fields = {"num_layers": 1, "model_dim": 64, "num_heads": 8, "mlp_dim": 512, **fields}
+    fields = {"num_layers": 1, "model_dim": 64, "num_heads": 8, "mlp_dim": 512, **needed, **fields}
     cfg = gpt.Config(qk_norm=False, **fields)
     model = models.build(models.resolve(cfg, vocab_size=VOCAB, max_length=LENGTH, packed=True))
     tx = optax.adam(1e-3)
@@ -131,7 +141,7 @@ def groups_of(line, size):
     return devices.reshape(-1, math.prod(int(sizes[axis]) for axis in last)).tolist()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MOVES)
 def test_a_step_moves_what_is_on_record(recipe):
     """An all-gather too many fails here. Versions of XLA join and repeat collectives differently."""
     record, found = json.loads(RECORD.read_text()), collectives(recipe)
@@ -140,17 +150,16 @@ def test_a_step_moves_what_is_on_record(recipe):
         RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     if recipe not in record.get(VERSION, {}):
         missing = pytest.fail if "CI" in os.environ else pytest.skip
-        missing(f"jax {VERSION} has no record of mesh {RECIPES[recipe]}: {RENEW}")
+        missing(f"jax {VERSION} has no record of mesh {MOVES[recipe]}: {RENEW}")
     assert found == record[VERSION][recipe], (
-        f"a step of mesh {RECIPES[recipe]} moves other arrays than on record; if it should: {RENEW}"
+        f"a step of mesh {MOVES[recipe]} moves other arrays than on record; if it should: {RENEW}"
     )
 
 
-@pytest.mark.parametrize("recipe", STAGED)
+@pytest.mark.parametrize("recipe", ["stage and fsdp", "stage and expert"])
 def test_stages_go_together_with_the_other_axes(recipe):
     """A rule of a gradient is traced outside of what its function is mapped over."""
-    fields = {"num_experts": 2} if recipe == "expert" else {}
-    mesh, *_, gradients = lowered(recipe, staged=True, num_layers=2, scan=True, **fields)
+    mesh, *_, gradients = lowered(recipe)
     assert mesh.size == 4 and "sdy.manual_computation" in gradients.as_text()
 
 
