@@ -121,7 +121,8 @@ def _check_names(folder: Folder, architecture: Any, cfg: Any, parts: list[Part])
         names = [architectures.current_name(architecture, name, bare=b) for b in (bare, False)]
         renamed[name] = names[0] if names[0] in known else names[1]
     found = {theirs: folder.entries[name].shape for name, theirs in renamed.items()}
-    shapes = {**wanted, **{name: shape for name, shape in spare.items() if name in found}}
+    shapes = {name: constant.shape for name, constant in constants.items()} | wanted | spare
+    shapes |= {name: wanted[original] for name, original in copies.items()}
     times = collections.Counter(renamed.values())
     problems = {
         "there twice, by an older name too": [name for name in times if times[name] > 1],
@@ -186,10 +187,9 @@ def _check_rest(folder: Folder, architecture: Any, cfg: Any, renamed: Mapping[st
             )
     for name in [name for name in constants if name in theirs]:
         ((_, array),) = folder.read([theirs[name]])
-        expected = constants[name]()
-        if array.shape != expected.shape or not np.allclose(
-            array.astype(np.float32), expected, rtol=1e-2
-        ):
+        smallest = 2**-24 if array.dtype == np.float16 else 1e-8  # what float16 tells from 0
+        expected = constants[name].make()
+        if not np.allclose(array.astype(np.float32), expected, rtol=1e-2, atol=smallest):
             raise ConfigError(f"{folder.where}: {name} is not what config.json makes it; remove it")
 
 
@@ -232,9 +232,9 @@ def _keep(
     kept = {}
     for name, array in folder.read([name for name, theirs in renamed.items() if theirs in wanted]):
         theirs = renamed[name]
-        made = constants[theirs]().astype(array.dtype) if theirs in constants else None
+        made = constants[theirs].make().astype(array.dtype) if theirs in constants else None
         if made is None or made.tobytes() != array.tobytes():  # another library rounds otherwise
-            kept[theirs] = array[: unused.get(theirs, len(array))]
+            kept[theirs] = array[: unused[theirs]] if theirs in unused else array
     if kept:
         safetensors_file.write(target / UNUSED, kept, order=list(kept), metadata=None)
     return left_out

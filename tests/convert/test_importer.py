@@ -283,6 +283,37 @@ def test_a_tensor_that_is_there_by_an_older_name_too_is_refused(parity, folders,
         importer.to_run(folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("kind", "tensor", "shape", "words"),
+    [
+        ("gpt2", "lm_head.weight", (-1,), r"lm_head\.weight \[\d+\] and not \["),
+        ("gpt2", "transformer.h.0.attn.bias", (1,), r"attn\.bias \[1\] and not \[1, 1, "),
+        ("gpt2", "transformer.h.0.attn.masked_bias", (1,), r"masked_bias \[1\] and not \[\]"),
+        ("bert", "bert.embeddings.position_ids", (1,), r"position_ids \[1\] and not \[1, "),
+        ("roberta", "roberta.embeddings.position_ids", (1,), r"_ids \[1\] and not \[1, "),
+        (
+            "llama",
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            (1,),
+            r"_freq \[1\] and not \[4\]",
+        ),
+    ],
+)
+def test_copies_and_constants_of_another_shape_are_refused_before_any_is_made(
+    kind, tensor, shape, words, parity, folders, tmp_path, monkeypatch
+):
+    """A config of a few bytes can ask for a mask of many gigabytes."""
+    fixture = parity(kind)
+    value = np.ones(1, np.float32)
+    if tensor == "lm_head.weight":
+        value = fixture.weight["transformer.wte.weight"]
+    weights = {**fixture.weight, tensor: value.reshape(shape)}
+    folder = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    monkeypatch.setattr(importer, "_check_rest", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises(ConfigError, match=words):
+        importer.to_run(folder, tmp_path / "run")
+
+
 def test_no_folder_is_one_line(tmp_path, capsys):
     assert convert.main(["--from", str(tmp_path / "no"), "--to", str(tmp_path / "run")]) == 2
     assert "no such folder" in capsys.readouterr().err

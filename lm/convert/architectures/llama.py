@@ -1,12 +1,9 @@
 """Llama, all versions: `LlamaForCausalLM` of transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from lm.convert import mapping
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import gpt
 
@@ -208,14 +205,12 @@ def copies(cfg: gpt.Config) -> dict[str, str]:
     return {"lm_head.weight": f"{PREFIX}embed_tokens.weight"} if cfg.tied else {}
 
 
-def constants(cfg: gpt.Config) -> dict[str, Callable[[], np.ndarray]]:
+def constants(cfg: gpt.Config) -> dict[str, Constant]:
     """Return the rotary frequencies that old files hold, one a layer."""
     rotary = cfg.rotary
     assert rotary is not None
-
-    def frequencies() -> np.ndarray:
-        return rotary.frequencies(cfg.sizes["head_dim"])
-
+    width = cfg.sizes["head_dim"]
+    frequencies = Constant((width // 2,), lambda: rotary.frequencies(width))
     names = [f"{PREFIX}layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(cfg.num_layers)]
     return dict.fromkeys(names, frequencies)
 
