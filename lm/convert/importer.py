@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lm import checkpoint, experiment, manifests, models
+from lm import checkpoint, experiment, manifests, models, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.convert import architectures, safetensors_file
@@ -54,6 +54,7 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
             f"tokenizer {tokenizer_path or source}: it has {tokenizer.vocab_size} ids, and the model of "
             f"{settings.where} has {cfg.vocab_size}; give the tokenizer that belongs to it (--tokenizer)"
         )
+    _check_task(settings, architecture, cfg, tokenizer)
     with placed(workdir, "--to") as unfinished:
         params = _read_parameters(folder, parts, renamed)
         _check_rest(folder, architecture, cfg, renamed)
@@ -152,6 +153,20 @@ def _listed(names: list[str]) -> str:
     """Return the first few names, and how many more there are."""
     shown_names = ", ".join(shown(name).strip("'") for name in names[:4])
     return shown_names + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_task(settings: Settings, architecture: Any, cfg: Any, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer without the special tokens that the model's task has for it."""
+    section = architecture.task(cfg)
+    frozen: Any = config_lib.freeze(tasks.config_class(section["name"]), section, where="task")
+    kind = tasks.kind_for(tasks.kinds(frozen), models.family(architecture.FAMILY).Model.accepts)
+    task = experiment.build_task({"task": frozen, "model": cfg}, kind, tokenizer, ())
+    if task.vocab_size > cfg.vocab_size:
+        raise ConfigError(
+            f"{settings.where}: task.name={frozen.name!r} needs {task.vocab_size} ids with its special "
+            f"tokens, of which the tokenizer lacks some, and the model has {cfg.vocab_size}; give a "
+            "tokenizer that has them (--tokenizer)"
+        )
 
 
 def _read_parameters(

@@ -302,7 +302,7 @@ def test_a_model_of_ours_goes_out_and_comes_in_the_same(architecture, model, tin
 
 
 def test_roberta_s_options_go_out_with_the_positions_that_they_had(tiny, tmp_path):
-    """RoBERTa of transformers counts only tokens that are not its padding; any token of ours may have its id."""
+    """RoBERTa of transformers counts tokens that are not its padding; any token of ours may have its id."""
     model = {"name": "bert", "num_layers": 1, "model_dim": 16, "num_heads": 2, "num_types": 1}
     run = saved(tmp_path, tiny(model=model, task={"name": "masked_lm", "length": 16}))
     exporter.from_run(run, tmp_path / "out", step=0)

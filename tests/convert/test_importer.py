@@ -314,6 +314,18 @@ def test_copies_and_constants_of_another_shape_are_refused_before_any_is_made(
         importer.to_run(folder, tmp_path / "run")
 
 
+def test_an_encoder_s_tokenizer_has_the_tokens_of_its_task(parity, folders, tmp_path):
+    fixture = parity("roberta")
+    words = fixture.config["vocab_size"]
+    folder = folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)
+    (folder / "tokenizer.json").write_text(folders.tokenizer_json(words))
+    with pytest.raises(ConfigError, match=rf"needs {words + 3} ids .* the model has {words}; give"):
+        importer.to_run(folder, tmp_path / "run")
+    named = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "w3"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    importer.to_run(folder, tmp_path / "run")
+
+
 def test_no_folder_is_one_line(tmp_path, capsys):
     assert convert.main(["--from", str(tmp_path / "no"), "--to", str(tmp_path / "run")]) == 2
     assert "no such folder" in capsys.readouterr().err
