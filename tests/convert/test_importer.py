@@ -237,6 +237,7 @@ BAD = {
     "both ways": (config(is_causal=False), "is_causal=False, expected True"),
     "partial rope": (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5, expected 1.0"),
     "factor below 1": (config(rope_parameters={**ROPE, "factor": 0.5}), "model.rope_factor=0.5"),
+    "amplitude without a factor": (config(rope_parameters={**ROPE, "factor": 1.0, "attention_factor": 0.5}), "attention_factor=0.5, expected 1.0"),
     "infinite epsilon": (config(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a number"),
     "missing tensor": (spoil("missing"), "missing: model.layers.1.mlp.up_proj.weight"),
     "extra tensor": (spoil("extra"), "not known: model.layers.2.mlp.up_proj.weight"),

@@ -62,6 +62,8 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
         raise rope.wrong("factor", "a number of 1 or more")
     found["rope_factor"] = rope.number("factor", length / original)
     if found["rope_factor"] == 1:  # nothing is scaled
+        if scaling == "yarn":
+            rope.only(attention_factor=1.0)
         return found | {"rope_scaling": "none"}
     if scaling == "linear":
         return found
