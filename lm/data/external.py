@@ -33,6 +33,7 @@ SAVED = {
 }
 OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
+_SPACES = (SPACE, "Ġ")  # what a piece begins with that holds its space
 _CHUNK = 1 << 16  # characters; a longer text is cut at the next place where that changes no id
 _BATCH = 1 << 21  # characters
 # Normalisers that leave a text's bytes as they are; nearly all text is in form C already.
@@ -106,6 +107,7 @@ class HuggingFace(Tokenizer):
         self.fingerprint = f"huggingface-{digest(content)}-{self.end_of_text}"
         decoder = tokenizer_json.types(settings.get("decoder"))
         self._set_sizes("ByteLevel" in decoder, set(added))
+        self._added = added
         self._word_pieces = "WordPiece" in decoder
         if getattr(self._library.model, "dropout", None):
             self._library.model.dropout = None  # it would encode a text otherwise each time
@@ -217,6 +219,15 @@ class HuggingFace(Tokenizer):
             return self.decode([index])
         token = self._tokens.get(index, "")
         return token[2:] if token.startswith("##") else f" {token}"
+
+    def beside(self, mark: int, before: str, after: str) -> tuple[str, str]:
+        if token := self._added.get(mark):
+            before = before.rstrip() if token.lstrip else before
+            return before, after.lstrip() if token.rstrip else after
+        pieces = [self._tokens[i] for i in self.encode("a a").tolist()]
+        if any(len(piece) > 1 and piece[0] in _SPACES for piece in pieces):
+            before = before.removesuffix(" ")
+        return before, after
 
     def role_tokens(self) -> dict[str, str]:
         """Return the tokens of `ROLES` that there are."""
