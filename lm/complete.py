@@ -104,13 +104,16 @@ class Completer:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens that the model reads of a prompt, [MASK] as what the task has for it."""
-        parts = [self.tokenizer.encode(part).tolist() for part in prompt.split(MASK)]
         read = getattr(self.task, "text_length", None)  # of one to classify, cut as in training
         if self.kind == "causal":
             end = self.tokenizer.end_of_text
             tokens = self.tokenizer.encode(prompt).tolist()[:read]
             return [end, *tokens, *([end] if self.paired else [])]
-        marks = self._marks(len(parts) - 1)
+        texts = prompt.split(MASK)
+        marks = self._marks(len(texts) - 1)
+        for n, mark in enumerate(marks):
+            texts[n : n + 2] = self.tokenizer.beside(mark, texts[n], texts[n + 1])
+        parts = [self.tokenizer.encode(text).tolist() for text in texts]
         tokens = list(parts[0])
         for mark, part in zip(marks, parts[1:], strict=True):
             tokens += [mark, *part]

@@ -33,9 +33,20 @@ def with_vectors(
     A row's word is its token's text without spaces around it; a token that begins a word comes first.
 
     Raises:
-      ConfigError: a file that is missing or damaged, vectors of another width, or no word in common.
+      ConfigError: no embedding, a file that is missing or damaged, vectors of another width, or no word
+        in common.
     """
     source, tokenizer = made.cfg["train"].vectors, made.corpus.tokenizer
+    tables = [
+        path
+        for path, _ in jax.tree.leaves_with_path(params)
+        if re.search(experiment.EMBEDDING, sharding.path_name(path))
+    ]
+    if not tables:
+        raise ConfigError(
+            f"train.vectors={source}: model.name={made.cfg['model'].name!r} has no embedding to start from "
+            "them; leave it out"
+        )
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     order = sorted(range(len(texts)), key=lambda i: (not texts[i].startswith(" "), i))
     ids: dict[str, int] = {}
@@ -45,7 +56,7 @@ def with_vectors(
     rows, found = vectors.read(source, ids, field="train.vectors")
 
     def replace(path, leaf):
-        if not re.search(experiment.EMBEDDING, sharding.path_name(path)):
+        if path not in tables:
             return leaf
         if leaf.shape[1] != found.shape[1]:
             raise ConfigError(

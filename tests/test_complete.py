@@ -8,13 +8,14 @@ import types
 
 import numpy as np
 import pytest
+import tokenizers as huggingface
 from ml_collections import ConfigDict
 
 from lm import checkpoint, generate, train
 from lm import workdir as workdirs
 from lm.complete import Completer, Sampling
 from lm.config import ConfigError
-from lm.data import llama2c
+from lm.data import external, llama2c, tokenizers
 from tools import evaluate as evaluate_tool
 from tools import generate as generate_tool
 
@@ -131,6 +132,45 @@ def test_an_encoder_decoder_answers_with_what_it_was_trained_on(tiny, tmp_path, 
         )
         == 0
     )
+
+
+def masked(tokenizer, gap):
+    """Return what completes with a tokenizer, and no model."""
+    task = types.SimpleNamespace(KINDS=("masked",), gaps=[gap], cls=gap + 1, sep=gap + 2, names={})
+    return Completer(types.SimpleNamespace(accepts={"masked"}), None, task, tokenizer, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sentencepiece", 320), ("byte_bpe", 280), ("byte", 0), ("char", 0)]
+)
+def test_the_space_before_a_mask_is_the_masked_piece_s(name, size):
+    """In training a mask stands for a piece with its space; a lone space before it was never read."""
+    text = "return the end of the list. a cat sat on the mat. " * 40
+    tokenizer = tokenizers.train(name, [text], vocab_size=size, model="bpe")
+    mask = tokenizer.vocab_size
+    row = masked(tokenizer, mask).encode("return the [MASK] of the list.")
+    before = "return the " if name in ("byte", "char") else "return the"
+    parts = [tokenizer.encode(part).tolist() for part in (before, " of the list.")]
+    assert row == [mask + 1, *parts[0], mask, *parts[1], mask + 2]
+
+
+@pytest.mark.parametrize(("left", "right"), [(True, False), (False, True), (False, False)])
+def test_a_mask_of_others_takes_the_spaces_that_its_tokenizer_says(left, right, tmp_path):
+    """As the library itself, where it finds the token in a text."""
+    library = huggingface.Tokenizer(huggingface.models.BPE())
+    library.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = huggingface.decoders.ByteLevel()
+    alphabet = huggingface.pre_tokenizers.ByteLevel.alphabet()
+    trainer = huggingface.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["return the end of the list"] * 9, trainer)
+    library.add_special_tokens([huggingface.AddedToken("[MASK]", lstrip=left, rstrip=right)])
+    (tmp_path / "tokenizer.json").write_text(library.to_str())
+    tokenizer = external.open_tokenizer(tmp_path)
+    prompt = "return the [MASK] of the list"
+    row = masked(tokenizer, tokenizer.specials["mask"]).encode(prompt)
+    assert row[1:-1] == library.encode(prompt).ids
 
 
 def test_gaps_in_a_prompt_are_sentinels(tiny, tmp_path):

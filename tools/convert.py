@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from lm import command, startup
+from lm.config import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,14 @@ def _run(args: argparse.Namespace) -> int:
     startup.prepare()
     from lm.convert import exporter, importer
 
-    if (Path(args.source) / "checkpoints").is_dir():
+    is_run = (Path(args.source) / "checkpoints").is_dir()
+    if is_run and args.tokenizer:
+        raise ConfigError(
+            f"--tokenizer {args.tokenizer}: the run {args.source} has a tokenizer; leave it out"
+        )
+    if not is_run and args.step != "last":
+        raise ConfigError(f"--step {args.step}: --from {args.source} is no run; leave it out")
+    if is_run:
         made = exporter.from_run(args.source, args.target, args.step)
         following = f"from_pretrained({args.target!r}) of transformers' class"
     else:

@@ -64,7 +64,8 @@ def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, A
     """Return the architecture that a model is, and its config.json.
 
     It is one if what is written is read as the same config, but for what training alone needs. Of several it
-    is `first`, the one that the model was read as, or else the one that claims it.
+    is `first`, the one that the model was read as, or else the first by name: a model of RoBERTa's options is
+    a BERT, as a RoBERTa of theirs counts positions anew where a text holds its pad_token_id.
     """
     found: dict[str, dict[str, Any]] = {}
     reasons = []
@@ -90,10 +91,9 @@ def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, A
             continue
         shown_fields = [f"model.{key}={getattr(cfg, key)!r}" for key in differing]
         reasons.append(f"{name} has no {', '.join(shown_fields)}")
-    for name, settings in found.items():
-        claimed = len(found) == 1 or architectures.architecture(name).claims(cfg)
-        if name == first or (first not in found and claimed):
-            return name, settings
+    if found:
+        name = first if first in found else min(found)
+        return name, found[name]
     known = "; ".join(reasons) or f"known are {', '.join(architectures.names())}"
     raise ConfigError(
         f"model.name={family!r}: no Hugging Face architecture that is known here is this model: {known}"
@@ -160,7 +160,7 @@ def _write_as_before(
 
     def stored_as(dtype: str, tensor: str) -> np.ndarray:
         if tensor in constants and tensor not in unused:
-            return constants[tensor]().astype(DTYPES[dtype])
+            return constants[tensor].make().astype(DTYPES[dtype])
         tensor = copies.get(tensor, tensor)
         if tensor not in arrays:
             if tensor in unused:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lm import checkpoint, experiment, manifests, models
+from lm import checkpoint, experiment, manifests, models, tasks
 from lm import config as config_lib
 from lm.config import ConfigError
 from lm.convert import architectures, safetensors_file
@@ -54,6 +54,7 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
             f"tokenizer {tokenizer_path or source}: it has {tokenizer.vocab_size} ids, and the model of "
             f"{settings.where} has {cfg.vocab_size}; give the tokenizer that belongs to it (--tokenizer)"
         )
+    _check_task(settings, architecture, cfg, tokenizer)
     with placed(workdir, "--to") as unfinished:
         params = _read_parameters(folder, parts, renamed)
         _check_rest(folder, architecture, cfg, renamed)
@@ -121,7 +122,8 @@ def _check_names(folder: Folder, architecture: Any, cfg: Any, parts: list[Part])
         names = [architectures.current_name(architecture, name, bare=b) for b in (bare, False)]
         renamed[name] = names[0] if names[0] in known else names[1]
     found = {theirs: folder.entries[name].shape for name, theirs in renamed.items()}
-    shapes = {**wanted, **{name: shape for name, shape in spare.items() if name in found}}
+    shapes = {name: constant.shape for name, constant in constants.items()} | wanted | spare
+    shapes |= {name: wanted[original] for name, original in copies.items()}
     times = collections.Counter(renamed.values())
     problems = {
         "there twice, by an older name too": [name for name in times if times[name] > 1],
@@ -151,6 +153,20 @@ def _listed(names: list[str]) -> str:
     """Return the first few names, and how many more there are."""
     shown_names = ", ".join(shown(name).strip("'") for name in names[:4])
     return shown_names + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_task(settings: Settings, architecture: Any, cfg: Any, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer without the special tokens that the model's task has for it."""
+    section = architecture.task(cfg)
+    frozen: Any = config_lib.freeze(tasks.config_class(section["name"]), section, where="task")
+    kind = tasks.kind_for(tasks.kinds(frozen), models.family(architecture.FAMILY).Model.accepts)
+    task = experiment.build_task({"task": frozen, "model": cfg}, kind, tokenizer, ())
+    if task.vocab_size > cfg.vocab_size:
+        raise ConfigError(
+            f"{settings.where}: task.name={frozen.name!r} needs {task.vocab_size} ids with its special "
+            f"tokens, of which the tokenizer lacks some, and the model has {cfg.vocab_size}; give a "
+            "tokenizer that has them (--tokenizer)"
+        )
 
 
 def _read_parameters(
@@ -186,10 +202,9 @@ def _check_rest(folder: Folder, architecture: Any, cfg: Any, renamed: Mapping[st
             )
     for name in [name for name in constants if name in theirs]:
         ((_, array),) = folder.read([theirs[name]])
-        expected = constants[name]()
-        if array.shape != expected.shape or not np.allclose(
-            array.astype(np.float32), expected, rtol=1e-2
-        ):
+        smallest = 2**-24 if array.dtype == np.float16 else 1e-8  # what float16 tells from 0
+        expected = constants[name].make()
+        if not np.allclose(array.astype(np.float32), expected, rtol=1e-2, atol=smallest):
             raise ConfigError(f"{folder.where}: {name} is not what config.json makes it; remove it")
 
 
@@ -232,9 +247,9 @@ def _keep(
     kept = {}
     for name, array in folder.read([name for name, theirs in renamed.items() if theirs in wanted]):
         theirs = renamed[name]
-        made = constants[theirs]().astype(array.dtype) if theirs in constants else None
+        made = constants[theirs].make().astype(array.dtype) if theirs in constants else None
         if made is None or made.tobytes() != array.tobytes():  # another library rounds otherwise
-            kept[theirs] = array[: unused.get(theirs, len(array))]
+            kept[theirs] = array[: unused[theirs]] if theirs in unused else array
     if kept:
         safetensors_file.write(target / UNUSED, kept, order=list(kept), metadata=None)
     return left_out

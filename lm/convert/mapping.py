@@ -29,6 +29,13 @@ class Part(NamedTuple):
     unused: int = 0
 
 
+class Constant(NamedTuple):
+    """A tensor that the config alone decides: its shape, known before anything is made, and its maker."""
+
+    shape: Shape
+    make: Callable[[], np.ndarray]
+
+
 def reshaped(ours: str, name: str, shape: Shape, our_shape: Shape | None = None) -> Part:
     """Return the part that is one tensor, in another shape of as many numbers."""
     wanted = our_shape or shape

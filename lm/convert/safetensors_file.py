@@ -119,6 +119,10 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise _refused(path, f"tensor {shown(name)} has the shape {shown(shape)}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _refused(path, f"tensor {shown(name)} has the data_offsets {shown(offsets)}")
+    if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize >= 1 << 63:
+        raise _refused(
+            path, f"tensor {shown(name)} has the shape {shown(shape)}, too large for any"
+        )
     begin, end = offsets
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != wanted:

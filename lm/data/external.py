@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import tokenizers as huggingface
-from tokenizers import pre_tokenizers
 
 from lm import manifests
 from lm.config import ConfigError
-from lm.data import llama2c, tokenizers
+from lm.data import llama2c, tokenizer_json, tokenizers
 from lm.data.tokenizers import UNKNOWN, Tokenizer, checked, digest
 
 MAX_BYTES = 256 << 20  # of a tokenizer's file; the largest published are about 35 MB
@@ -34,9 +33,9 @@ SAVED = {
 }
 OURS = "lm_tokenizer"  # folder of a tokenizer of ours beside weights of others
 SPACE = "\u2581"
+_SPACES = (SPACE, "Ġ")  # what a piece begins with that holds its space
 _CHUNK = 1 << 16  # characters; a longer text is cut at the next place where that changes no id
 _BATCH = 1 << 21  # characters
-_NO_UTF8 = set("ÀÁõö÷øùúûüýþÿ")  # what stands for the bytes that UTF-8 has not
 # Normalisers that leave a text's bytes as they are; nearly all text is in form C already.
 _KEEP_BYTES = {"Sequence", "Prepend", "Replace", "NFC"}
 
@@ -49,6 +48,7 @@ _CUTS = (
 )
 _NO_IDS = np.zeros(0, np.int32)
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+CONFIGS = ("config.json", "generation_config.json")
 # Where no file beside the tokenizer's names them.
 USUAL = {
     "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"),
@@ -63,8 +63,8 @@ USUAL = {
 class HuggingFace(Tokenizer):
     """Any `tokenizer.json`, given as its bytes.
 
-    `roles` names, for each of `ROLES`, tokens or ids of which the first in the vocabulary has the role. T5's
-    <extra_id_0> is sentinel_0, and so on.
+    `roles` names, for each of `ROLES`, tokens or ids of which the first in the vocabulary has the role; of
+    "eos" every id of a special token ends a text. T5's <extra_id_0> is sentinel_0, and so on.
     """
 
     name = "huggingface"
@@ -97,6 +97,7 @@ class HuggingFace(Tokenizer):
             first = self._library.encode("a", add_special_tokens=False).ids
         if begins and begins[0] in flagged - {self.specials.get("cls")}:
             ends.insert(0, begins[0])
+        ends += [i for i in roles.get("eos", ()) if type(i) is int and i in flagged]
         if not ends:
             raise ConfigError("it names no token for the end of a text (eos_token)")
         self.end_of_text, self.stop_tokens = ends[0], tuple(sorted(set(ends)))
@@ -104,13 +105,18 @@ class HuggingFace(Tokenizer):
         self._unknown = {self.specials.get("unk", self.end_of_text)} - set(ends)
         self._special = flagged - self._unknown
         self.fingerprint = f"huggingface-{digest(content)}-{self.end_of_text}"
-        decoder = _types(settings.get("decoder"))
+        decoder = tokenizer_json.types(settings.get("decoder"))
         self._set_sizes("ByteLevel" in decoder, set(added))
+        self._added = added
         self._word_pieces = "WordPiece" in decoder
         if getattr(self._library.model, "dropout", None):
             self._library.model.dropout = None  # it would encode a text otherwise each time
-        whole = _holds_bytes("ByteLevel" in decoder, settings.get("model"), vocabulary)
-        self.counts_bytes = whole and _types(settings.get("normalizer")) <= _KEEP_BYTES
+        whole = tokenizer_json.holds_bytes(
+            "ByteLevel" in decoder, settings.get("model"), vocabulary
+        )
+        self.counts_bytes = (
+            whole and tokenizer_json.types(settings.get("normalizer")) <= _KEEP_BYTES
+        )
         # What stands for a special token that the model itself found in a text.
         self._plain = {
             i: [j for c in self._tokens[i] for j in self._id_of(c)] for i in self._special
@@ -214,6 +220,15 @@ class HuggingFace(Tokenizer):
         token = self._tokens.get(index, "")
         return token[2:] if token.startswith("##") else f" {token}"
 
+    def beside(self, mark: int, before: str, after: str) -> tuple[str, str]:
+        if token := self._added.get(mark):
+            before = before.rstrip() if token.lstrip else before
+            return before, after.lstrip() if token.rstrip else after
+        pieces = [self._tokens[i] for i in self.encode("a a").tolist()]
+        if any(len(piece) > 1 and piece[0] in _SPACES for piece in pieces):
+            before = before.removesuffix(" ")
+        return before, after
+
     def role_tokens(self) -> dict[str, str]:
         """Return the tokens of `ROLES` that there are."""
         return {r: self._tokens[self.specials[r]] for r in ROLES if r in self.specials}
@@ -223,7 +238,10 @@ class HuggingFace(Tokenizer):
         manifests.write_whole(Path(folder) / SAVED[self.name], self.content)
 
     def _settings(self) -> dict[str, Any]:
-        return {"roles": {role: [index] for role, index in self.specials.items()}}
+        roles = {role: [index] for role, index in self.specials.items()}
+        if "eos" in roles:
+            roles["eos"] += sorted({*self.stop_tokens} - {self.end_of_text, *roles["eos"]})
+        return {"roles": roles}
 
 
 @contextlib.contextmanager
@@ -264,31 +282,6 @@ def _first_known(
     return found
 
 
-def _holds_bytes(byte_level: bool, model: Any, vocabulary: Mapping[str, int]) -> bool:
-    """Return whether there is a token for every byte that UTF-8 has.
-
-    Raises ConfigError where the others, for want of an unknown token too, would vanish from a text.
-    """
-    if not byte_level:
-        names = (f"<0x{byte:02X}>" for byte in range(256))
-        return bool(model.get("byte_fallback")) and all(name in vocabulary for name in names)
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - _NO_UTF8 - vocabulary.keys()
-    if missing and model.get("type") == "BPE" and model.get("unk_token") is None:
-        raise ConfigError(
-            f"it has no token for {len(missing)} bytes and none for what is unknown: text would be lost; "
-            "train it with the whole alphabet of bytes"
-        )
-    return not missing
-
-
-def _types(part: Any) -> set[str]:
-    """Return the types of a part of a `tokenizer.json`, and of those in it."""
-    if not isinstance(part, dict):
-        return set()
-    inside = (inner for value in part.values() if isinstance(value, list) for inner in value)
-    return {part.get("type", ""), *(name for inner in inside for name in _types(inner))}
-
-
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in a file or folder, whichever kind it is.
 
@@ -308,7 +301,10 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             return llama2c.Llama2C(read_bounded(file))
         if file.name == "vocab.json":
             return HuggingFace(_byte_pair_encoding(file.parent), roles)
-        return HuggingFace(read_bounded(file), roles)
+        content = read_bounded(file)
+        with _refusing():
+            found = tokenizer_json.around(json.loads(content).get("post_processor"), roles["bos"])
+        return HuggingFace(content, {**roles, **{r: [*roles[r], found[r]] for r in found}})
     except ConfigError as error:
         raise ConfigError(f"tokenizer {file}: {error}; give another file") from None
 
@@ -346,7 +342,7 @@ def _find(path: Path) -> Path:
 def read_roles(folder: Path) -> dict[str, list[str | int]]:
     """Return which tokens have a role, by the files of a Hugging Face folder and by what is usual."""
     roles: dict[str, list[str | int]] = {role: [] for role in ROLES}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", *CONFIGS):
         settings = read_object(folder / name) if (folder / name).is_file() else {}
         for role in ROLES:
             for key in (f"{role}_token", f"{role}_token_id"):

@@ -117,6 +117,9 @@ class SentencePiece(Tokenizer):
         piece = SPACE if character == " " else character
         return character == SPACE or self._processor.piece_to_id(piece) == self._unknown
 
+    def beside(self, mark: int, before: str, after: str) -> tuple[str, str]:
+        return before.removesuffix(" "), after  # a piece begins with its space
+
     def decode(self, ids: Iterable[int]) -> str:
         known: list[list[int]] = [[]]
         for i in map(int, ids):

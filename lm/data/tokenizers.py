@@ -63,6 +63,10 @@ class Tokenizer:
         """Return the text of `ids` as it is read behind the text `before`, which has some."""
         return self.decode(ids)
 
+    def beside(self, mark: int, before: str, after: str) -> tuple[str, str]:
+        """Return the texts around a task's token `mark`, without spaces that belong to what it stands for."""
+        return before, after
+
     def save(self, folder: str | Path) -> None:
         """Write what `load` needs into `folder`, which is made where missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def read(path: str | Path, ids: Mapping[str, int], *, field: str) -> tuple[np.nd
             )
         index = ids.get(word)
         if index is not None and index not in found:
-            found[index] = vector
+            found[index] = vector.copy()  # a view would keep its whole block of the file
     if not sizes:
         raise ConfigError(f"{field}={path}: no vectors in it; give word2vec's or GloVe's")
     vectors = np.array([*found.values()], np.float32).reshape(len(found), sizes.pop())

@@ -180,8 +180,8 @@ class Recurrent(nn.Module):
             masks = {"fresh_L1B": fresh_L1B, "valid_L1B": valid_L1B, "train": train}
             begins = [None, None] if begin is None else [_to_loop(state) for state in begin[n]]
             x_LDB = dropout(x_LDB)
-            h_LHB, others = self._forward(x_LDB, n, memory, fresh, begin=begins[0], **masks)
-            ways = [_from_loop(h_LHB, others)]
+            h_LHB, last, others = self._forward(x_LDB, n, memory, fresh, begin=begins[0], **masks)
+            ways = [_from_loop(h_LHB, others, None if begin is None else last[0])]
             if self.bidirectional:
                 masks["fresh_L1B"] = _ends(segments_BL).T[:, None] & valid_L1B
                 back_LHB, others = self._backward(x_LDB, n, begin=begins[1], **masks)
@@ -206,7 +206,7 @@ class Recurrent(nn.Module):
         if memory and self.is_mutable_collection(memory) and not self.is_initializing():
             for variable, value in zip(kept, last, strict=True):
                 variable.value = sharding.constrain(value.T, "act_batch", "act_hidden")
-        return h_LHB, others
+        return h_LHB, last, others
 
     def _backward(self, x_LDB, n: int, *, begin, train: bool, **masks):
         """Run the row from right to left: padding comes first, and leaves the state at zero."""
@@ -271,5 +271,8 @@ def _to_loop(state: State) -> State:
     return tuple(s_BLH.transpose(1, 2, 0) for s_BLH in state)
 
 
-def _from_loop(h_LHB: jax.Array, others: State) -> State:
+def _from_loop(h_LHB: jax.Array, others: State, last_HB: jax.Array | None = None) -> State:
+    """Return [B, L, H] of each state; with `last_HB` the last position's h is the loop's, not rounded."""
+    if last_HB is not None and last_HB.dtype != h_LHB.dtype:
+        h_LHB = h_LHB.astype(last_HB.dtype).at[-1].set(last_HB)
     return tuple(s_LHB.transpose(2, 0, 1).astype(wide(h_LHB.dtype)) for s_LHB in (h_LHB, *others))

@@ -237,6 +237,7 @@ BAD = {
     "both ways": (config(is_causal=False), "is_causal=False, expected True"),
     "partial rope": (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5, expected 1.0"),
     "factor below 1": (config(rope_parameters={**ROPE, "factor": 0.5}), "model.rope_factor=0.5"),
+    "amplitude without a factor": (config(rope_parameters={**ROPE, "factor": 1.0, "attention_factor": 0.5}), "attention_factor=0.5, expected 1.0"),
     "infinite epsilon": (config(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a number"),
     "missing tensor": (spoil("missing"), "missing: model.layers.1.mlp.up_proj.weight"),
     "extra tensor": (spoil("extra"), "not known: model.layers.2.mlp.up_proj.weight"),
@@ -281,6 +282,49 @@ def test_a_tensor_that_is_there_by_an_older_name_too_is_refused(parity, folders,
     folder = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
     with pytest.raises(ConfigError, match=f"there twice, by an older name too: {name}; get"):
         importer.to_run(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "shape", "words"),
+    [
+        ("gpt2", "lm_head.weight", (-1,), r"lm_head\.weight \[\d+\] and not \["),
+        ("gpt2", "transformer.h.0.attn.bias", (1,), r"attn\.bias \[1\] and not \[1, 1, "),
+        ("gpt2", "transformer.h.0.attn.masked_bias", (1,), r"masked_bias \[1\] and not \[\]"),
+        ("bert", "bert.embeddings.position_ids", (1,), r"position_ids \[1\] and not \[1, "),
+        ("roberta", "roberta.embeddings.position_ids", (1,), r"_ids \[1\] and not \[1, "),
+        (
+            "llama",
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            (1,),
+            r"_freq \[1\] and not \[4\]",
+        ),
+    ],
+)
+def test_copies_and_constants_of_another_shape_are_refused_before_any_is_made(
+    kind, tensor, shape, words, parity, folders, tmp_path, monkeypatch
+):
+    """A config of a few bytes can ask for a mask of many gigabytes."""
+    fixture = parity(kind)
+    value = np.ones(1, np.float32)
+    if tensor == "lm_head.weight":
+        value = fixture.weight["transformer.wte.weight"]
+    weights = {**fixture.weight, tensor: value.reshape(shape)}
+    folder = folders.write_folder(tmp_path / "theirs", fixture.config, weights)
+    monkeypatch.setattr(importer, "_check_rest", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises(ConfigError, match=words):
+        importer.to_run(folder, tmp_path / "run")
+
+
+def test_an_encoder_s_tokenizer_has_the_tokens_of_its_task(parity, folders, tmp_path):
+    fixture = parity("roberta")
+    words = fixture.config["vocab_size"]
+    folder = folders.write_folder(tmp_path / "theirs", fixture.config, fixture.weight)
+    (folder / "tokenizer.json").write_text(folders.tokenizer_json(words))
+    with pytest.raises(ConfigError, match=rf"needs {words + 3} ids .* the model has {words}; give"):
+        importer.to_run(folder, tmp_path / "run")
+    named = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "w3"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    importer.to_run(folder, tmp_path / "run")
 
 
 def test_no_folder_is_one_line(tmp_path, capsys):

@@ -278,6 +278,56 @@ def test_roles_are_read_from_the_files_beside_it(tmp_path):
         assert opened(library, folder, **{name: content}).end_of_text == 0
 
 
+FRAMES = {
+    "roberta": processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
+    "bert": processors.BertProcessing(("</s>", 2), ("<s>", 1)),
+    "template": processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    ),
+}
+FRAMES["several"] = processors.Sequence([processors.ByteLevel(), FRAMES["template"]])
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_the_tokens_around_a_text_are_those_of_a_class_and_between_two(kind, tmp_path):
+    """Where no other file names them, as beside roberta-base."""
+    library = prefixed()
+    library.post_processor = FRAMES[kind]
+    ids = (
+        {"eos_token_id": 2}
+        if kind in ("template", "several")
+        else {"bos_token_id": 1, "eos_token_id": 2}
+    )
+    tokenizer = opened(library, tmp_path, config=ids)
+    assert (tokenizer.specials["cls"], tokenizer.specials["sep"]) == (1, 2)
+    assert (tokenizer.end_of_text, tokenizer.stop_tokens) == (2, (2,))
+
+
+def test_what_begins_every_text_is_no_token_of_a_class(tmp_path):
+    library = prefixed()
+    library.post_processor = FRAMES["template"]
+    tokenizer = opened(library, tmp_path, tokenizer_config={"bos_token": "<s>"})
+    assert not {"cls", "sep"} & set(tokenizer.specials)
+    assert tokenizer.stop_tokens == (1, 2)
+
+
+def test_all_ids_of_an_end_stop_a_text(tmp_path):
+    """As Llama 3's: the end of a text, of a message and of a turn."""
+    library = prefixed()
+    ends = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+    library.add_special_tokens(ends)
+    first, second, third = map(library.token_to_id, ends)
+    tokenizer = opened(
+        library, tmp_path / "in", tokenizer_config={"eos_token": ends[2]},
+        config={"eos_token_id": [first, 5]}, generation_config={"eos_token_id": [first, second, 10**6]},
+    )  # fmt: skip
+    assert tokenizer.specials["eos"] == third and tokenizer.end_of_text == 1
+    assert tokenizer.stop_tokens == (1, first, second, third)  # 5 is text
+    tokenizer.save(tmp_path / "out")
+    again = tokenizers.load(tmp_path / "out")
+    assert again.stop_tokens == tokenizer.stop_tokens and again.specials == tokenizer.specials
+
+
 def test_a_special_token_that_the_model_itself_finds_becomes_its_characters(tmp_path):
     tokenizer = opened(unigram(), tmp_path)
     assert tokenizer.end_of_text == 1

@@ -2,12 +2,13 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint, train
+from lm import checkpoint, experiment, initial, sharding, train
 from lm.config import ConfigError
 from lm.data import vectors
 
@@ -41,6 +42,18 @@ def test_every_format_gives_the_words_that_are_wanted(tmp_path, content, suffix)
     ids, found = read(tmp_path, packed, {"größe": 7, "cat": 2, "dog": 1}, f"vectors{suffix}")
     assert ids.tolist() == [2, 7]
     np.testing.assert_array_equal(found, np.array([WORDS["cat"], WORDS["größe"]], np.float32))
+
+
+def test_a_word_that_is_kept_keeps_no_block_of_the_file(tmp_path):
+    """Of 16 MB of vectors 16 are wanted, of 16 blocks that are read."""
+    rows = (f"w{i} ".encode() + np.full(256, i, "<f4").tobytes() for i in range(1 << 14))
+    (tmp_path / "large.bin").write_bytes(b"16384 256\n" + b"".join(rows))
+    wanted = {f"w{1024 * i + 500}": i for i in range(16)}
+    tracemalloc.start()
+    ids, _ = vectors.read(tmp_path / "large.bin", wanted, field="train.vectors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(ids) == 16 and peak < 8 << 20
 
 
 def test_the_first_of_two_counts(tmp_path):
@@ -103,6 +116,43 @@ def test_vectors_that_do_not_fit_are_refused(tiny, tmp_path, letters, size, word
     vectors_of(tmp_path / "letters.txt", letters, size)
     with pytest.raises(ConfigError, match=words):
         train.run(tiny(train__vectors=str(tmp_path / "letters.txt")), tmp_path / "run")
+
+
+FAMILIES = {
+    "rnn": ({"embed_dim": 8, "model_dim": 16, "num_layers": 1}, "causal_lm"),
+    "linear_rnn": ({"model_dim": 8, "num_layers": 1, "num_heads": 2}, "causal_lm"),
+    "bert": ({"model_dim": 8, "num_layers": 1, "num_heads": 2}, "masked_lm"),
+    "seq2seq": ({"model_dim": 8, "num_layers": 1}, "span_corruption"),
+    "t5": ({"model_dim": 8, "num_layers": 1, "num_heads": 2}, "span_corruption"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_with_an_embedding_starts_from_them(tiny, tmp_path, name):
+    rows = vectors_of(tmp_path / "letters.txt", "aeiou", 8)
+    (model, task) = FAMILIES[name]
+    config = tiny(
+        model={"name": name, **model},
+        task={"name": task},
+        train__vectors=str(tmp_path / "letters.txt"),
+    )
+    made = experiment.build(config)
+    with sharding.use(made.mesh):
+        params = initial.fresh_state(made, experiment.jitted(made)[0]).params
+    table = jax.device_get(params)["embed"]["embedding"]
+    for letter, row in rows.items():
+        np.testing.assert_allclose(table[ord(letter)], row, rtol=1e-6)
+    assert np.abs(table[ord("b")]).max() > 0
+
+
+def test_a_family_without_an_embedding_refuses_them(tiny, tmp_path):
+    """Also where a file of settings, and no flag, asks for them."""
+    vectors_of(tmp_path / "letters.txt", "aeiou", 8)
+    config = tiny(model={"name": "ngram"}, train__vectors=str(tmp_path / "letters.txt"))
+    with pytest.raises(
+        ConfigError, match=r"train\.vectors=.*model\.name='ngram' has no embedding.*leave"
+    ):
+        train.run(config, tmp_path / "run")
 
 
 def test_freezing_needs_vectors(tiny, tmp_path):

@@ -150,6 +150,33 @@ def test_every_form_decodes_as_the_full_pass(form):
 
 
 @pytest.mark.parametrize("feeding", [False, True], ids=["plain", "feeding"])
+def test_in_bfloat16_decoding_keeps_the_state_that_the_loop_has(feeding):
+    """A GRU that forgets little adds less at each token than bfloat16 tells apart."""
+    model, params = made(
+        cell="gru", attention="none", num_layers=1, bidirectional=False, dtype="bfloat16"
+    )
+    if feeding:
+        model, params = made(cell="gru", num_layers=1, input_feeding=True, dtype="bfloat16")
+    layer = params["decoder"]["recurrent"]["layer_0"]
+    layer = {**layer, "bias": layer["bias"].at[2].set(6.0)}  # of the update gate
+    params = {**params, "decoder": {**params["decoder"], "recurrent": {"layer_0": layer}}}
+    inputs = [2, 5, 7, 10] * 16
+    decode = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
+    _, whole = decode({"params": params}, rows(([3, 9, 4, 1], inputs), length=64))
+    _, new = decode({"params": params}, rows(([3, 9, 4, 1], inputs[:1]), length=1))
+    for token in inputs[1:]:
+        one = {"inputs": [[token]], "segments": [[1]], "positions": [[1]]}
+        one = jax.tree.map(jnp.asarray, one, is_leaf=lambda leaf: isinstance(leaf, list))
+        _, new = decode({"params": params, "cache": new["cache"]}, one)
+    (one_by_one,), (at_once,) = (
+        jax.tree.leaves(cache["cache"]["context"][0].states) for cache in (new, whole)
+    )
+    assert one_by_one.dtype == np.float32
+    np.testing.assert_allclose(one_by_one, at_once, atol=2e-4)
+    assert (at_once != at_once.astype(jnp.bfloat16)).any()
+
+
+@pytest.mark.parametrize("feeding", [False, True], ids=["plain", "feeding"])
 def test_dropout_is_of_training_alone_and_draws_anew_at_each_position(feeding):
     model, params = made(cell="lstm", attention="additive", input_feeding=feeding, dropout=0.5)
     batch = rows(([3, 9, 4, 1], [2] * 9))

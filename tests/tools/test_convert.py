@@ -65,6 +65,7 @@ def test_a_run_may_be_moved(stories, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--from", "nowhere", "--to", "x"], "--from nowhere: no such folder"),
+        (["--from", "tests", "--to", "x", "--step", "best"], "--step best: --from tests is no run"),
         (["--from", "tests", "--to", "x"], "neither a Hugging Face folder"),
     ],
 )
@@ -84,3 +85,14 @@ def test_a_run_of_no_known_architecture_is_one_line(tiny, tmp_path, capsys):
         "llama has no model.activation='relu2', model.qk_norm=True" in error and "\n" not in error
     )
     assert not (tmp_path / "out").exists()
+    flags = [
+        "--from",
+        str(tmp_path / "run"),
+        "--to",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "x.json",
+    ]
+    assert convert.main(flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--tokenizer x.json: the run" in error and "\n" not in error

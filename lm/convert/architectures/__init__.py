@@ -9,10 +9,9 @@
 - `read(settings) -> dict`: fields of the family's `Config`, from a `lm.convert.settings.Settings`;
 - `write(cfg) -> dict`: config.json's settings for a frozen `Config`. That `read` gives the same config
   again is checked by the caller, so nothing is refused there;
-- `claims(cfg) -> bool`, where another architecture can be the same model: whether it is this one;
 - `parts(cfg) -> list[Part]`: every parameter, each made of tensors of theirs (`lm.convert.mapping`);
 - `copies(cfg) -> dict`: tensors that some files have besides, by the name of the one that they equal;
-- `constants(cfg) -> dict`: tensors that some files have besides, by name -> () -> array;
+- `constants(cfg) -> dict`: tensors that some files have besides, by name -> `Constant`;
 - `spare(cfg) -> dict`: tensors that some files have besides and the model does not use, by name -> shape.
 
 `tests/convert` tries all of this on every file of the folder, against the fixtures of its name.

@@ -1,12 +1,11 @@
 """BERT: `BertForPreTraining` and `BertForMaskedLM` of transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lm.convert import mapping
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import bert
 
@@ -77,11 +76,6 @@ def write(cfg: bert.Config) -> dict[str, Any]:
         **write_encoder(cfg),
         "max_position_embeddings": cfg.max_length,
     }
-
-
-def claims(cfg: bert.Config) -> bool:
-    """Return whether a model that could be a RoBERTa is a BERT: it tells two kinds of segments apart."""
-    return cfg.num_types > 1
 
 
 def write_encoder(cfg: bert.Config) -> dict[str, Any]:
@@ -181,9 +175,10 @@ def copies(cfg: bert.Config) -> dict[str, str]:
     }
 
 
-def constants(cfg: bert.Config) -> dict[str, Callable[[], np.ndarray]]:
+def constants(cfg: bert.Config) -> dict[str, Constant]:
     """Return the positions that old files hold."""
-    return {f"{PREFIX}embeddings.position_ids": lambda: np.arange(cfg.max_length)[None]}
+    positions = Constant((1, cfg.max_length), lambda: np.arange(cfg.max_length)[None])
+    return {f"{PREFIX}embeddings.position_ids": positions}
 
 
 def spare(cfg: bert.Config) -> dict[str, mapping.Shape]:

@@ -1,12 +1,11 @@
 """GPT-2: `GPT2LMHeadModel` of transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lm.convert import mapping
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import gpt
 
@@ -130,13 +129,14 @@ def copies(cfg: gpt.Config) -> dict[str, str]:
     return {"lm_head.weight": f"{PREFIX}wte.weight"} if cfg.tied else {}
 
 
-def constants(cfg: gpt.Config) -> dict[str, Callable[[], np.ndarray]]:
-    """Return the causal masks that old files hold, one a layer."""
-
-    def mask() -> np.ndarray:
-        return np.tri(cfg.max_length, dtype=np.float32)[None, None]
-
-    return {f"{PREFIX}h.{n}.attn.bias": mask for n in range(cfg.num_layers)}
+def constants(cfg: gpt.Config) -> dict[str, Constant]:
+    """Return the causal masks that old files hold, one a layer, and what hidden scores were set to."""
+    length, theirs = cfg.max_length, [f"{PREFIX}h.{n}.attn" for n in range(cfg.num_layers)]
+    mask = Constant((1, 1, length, length), lambda: np.tri(length, dtype=np.float32)[None, None])
+    hidden = Constant((), lambda: np.array(-1e4, np.float32))
+    return {f"{name}.bias": mask for name in theirs} | {
+        f"{name}.masked_bias": hidden for name in theirs
+    }
 
 
 def spare(cfg: gpt.Config) -> dict[str, mapping.Shape]:

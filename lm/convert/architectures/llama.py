@@ -1,12 +1,9 @@
 """Llama, all versions: `LlamaForCausalLM` of transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from lm.convert import mapping
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import gpt
 
@@ -65,6 +62,8 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
         raise rope.wrong("factor", "a number of 1 or more")
     found["rope_factor"] = rope.number("factor", length / original)
     if found["rope_factor"] == 1:  # nothing is scaled
+        if scaling == "yarn":
+            rope.only(attention_factor=1.0)
         return found | {"rope_scaling": "none"}
     if scaling == "linear":
         return found
@@ -208,14 +207,12 @@ def copies(cfg: gpt.Config) -> dict[str, str]:
     return {"lm_head.weight": f"{PREFIX}embed_tokens.weight"} if cfg.tied else {}
 
 
-def constants(cfg: gpt.Config) -> dict[str, Callable[[], np.ndarray]]:
+def constants(cfg: gpt.Config) -> dict[str, Constant]:
     """Return the rotary frequencies that old files hold, one a layer."""
     rotary = cfg.rotary
     assert rotary is not None
-
-    def frequencies() -> np.ndarray:
-        return rotary.frequencies(cfg.sizes["head_dim"])
-
+    width = cfg.sizes["head_dim"]
+    frequencies = Constant((width // 2,), lambda: rotary.frequencies(width))
     names = [f"{PREFIX}layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(cfg.num_layers)]
     return dict.fromkeys(names, frequencies)
 

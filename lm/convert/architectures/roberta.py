@@ -3,14 +3,13 @@
 Position 0 has the row pad_token_id + 1 of its table; the rows before it are used by nothing.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lm.convert import mapping
 from lm.convert.architectures import bert as bert_architecture
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import bert
 
@@ -51,11 +50,6 @@ def write(cfg: bert.Config) -> dict[str, Any]:
     }
 
 
-def claims(cfg: bert.Config) -> bool:
-    """Return whether a model that could be a BERT is a RoBERTa: its segments are all of one kind."""
-    return cfg.num_types == 1
-
-
 def parts(cfg: bert.Config) -> list[Part]:
     """Return every parameter."""
     return bert_architecture.encoder_parts(cfg, PREFIX, HEAD, unused_positions=UNUSED)
@@ -69,9 +63,11 @@ def copies(cfg: bert.Config) -> dict[str, str]:
     }
 
 
-def constants(cfg: bert.Config) -> dict[str, Callable[[], np.ndarray]]:
+def constants(cfg: bert.Config) -> dict[str, Constant]:
     """Return the positions that old files hold."""
-    return {f"{PREFIX}embeddings.position_ids": lambda: np.arange(cfg.max_length + UNUSED)[None]}
+    rows = cfg.max_length + UNUSED
+    positions = Constant((1, rows), lambda: np.arange(rows)[None])
+    return {f"{PREFIX}embeddings.position_ids": positions}
 
 
 def spare(cfg: bert.Config) -> dict[str, mapping.Shape]:

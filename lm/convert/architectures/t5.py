@@ -1,12 +1,11 @@
 """T5, version 1.0 and 1.1: `T5ForConditionalGeneration` of transformers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lm.convert import mapping
-from lm.convert.mapping import Part
+from lm.convert.mapping import Constant, Part
 from lm.convert.settings import Settings
 from lm.models import t5
 
@@ -156,7 +155,7 @@ def copies(cfg: t5.Config) -> dict[str, str]:
     return dict.fromkeys([*names, *(["lm_head.weight"] if cfg.tied else [])], "shared.weight")
 
 
-def constants(cfg: t5.Config) -> dict[str, Callable[[], np.ndarray]]:
+def constants(cfg: t5.Config) -> dict[str, Constant]:
     """Return nothing: no file holds any."""
     return {}
 
