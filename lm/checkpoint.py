@@ -308,7 +308,7 @@ def find_step(workdir: str | Path, step: int | str = "last") -> int:
         step = steps[-1]
         if newer := [other for other in manifests.all_steps(folder) if other > step]:
             print(f"notice: {folder / str(newer[-1])} is not whole; using {step}", file=sys.stderr)
-    if not str(step).isdecimal() or int(step) not in steps:
+    if str(step) not in map(str, steps):
         raise ConfigError(f"step={step}: {folder} has {', '.join(map(str, steps))}, last and best")
     return int(step)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -162,14 +163,21 @@ def move_aside(path: Path, name: str = "") -> Path | None:
     return path.rename(aside)
 
 
+def content(path: Path) -> bytes:
+    """Return what is in one of a run's own files. Raises OSError where it is no plain file, or too large."""
+    about = path.stat()  # a pipe would be waited for, and a device may have no end
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+        raise OSError(f"{path}: no plain file of at most {LARGEST:,} bytes")
+    return path.read_bytes()
+
+
 def read(folder: Path, step: int) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint; None where there is none that makes sense.
 
     Raises OSError of what passes (`PASSING`), and so says nothing of the file.
     """
     try:
-        path = folder / str(step) / MANIFEST
-        return parsed(path.read_bytes(), step) if path.stat().st_size <= LARGEST else None
+        return parsed(content(folder / str(step) / MANIFEST), step)
     except OSError as error:
         if error.errno in PASSING:
             raise
@@ -195,7 +203,7 @@ def all_steps(folder: Path) -> list[int]:
 def run_of(folder: Path) -> str:
     """Return which run the checkpoints in `folder` are to be of; "" where nothing says so."""
     try:
-        found = json.loads((folder.parent / IDENTITY).read_bytes())
+        found = json.loads(content(folder.parent / IDENTITY))
         return str(found["identity"]) if found.pop("digest") == digest(found) else ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""

@@ -114,7 +114,7 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
             values = json.loads(line)
             row = {key: math.nan if v is None else v for key, v in values.items()}
             rows.append({**row, "step": int(values["step"])})
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise ConfigError(
                 f"{path}:{number}: not a JSON object with a step; delete that line"
             ) from None

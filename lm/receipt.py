@@ -91,7 +91,7 @@ def _all(workdir: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
     try:
-        found = dict(json.loads(path.read_text()))
+        found = dict(json.loads(manifests.content(path)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
     if found.pop("digest", sealed := manifests.digest(found)) != sealed:
@@ -101,13 +101,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_all(workdir: Path) -> list[dict[str, Any]]:
     """Return the receipts of a run, in the order of its starts. Raises ConfigError where one is damaged."""
-    return [read_json(path) for path in _all(workdir)]
+    return [_read(path) for path in _all(workdir)]
 
 
 def last(workdir: Path) -> dict[str, Any]:
     """Return the newest receipt of a run; {} where it has none. Raises ConfigError where it is damaged."""
     found = _all(workdir)
-    return read_json(found[-1]) if found else {}
+    return _read(found[-1]) if found else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found.get("config"), dict):
+        raise ConfigError(f"{path}: damaged (it has no config); restore the file")
+    return found
 
 
 def in_force(receipts: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -177,14 +177,22 @@ class Remote:
         return manifests.parsed(self._fs.cat_file(path), step) if self._fs.exists(path) else None
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a folder, ascending. Raises OSError where none can be seen."""
+        """Return the steps of which there is a folder, ascending.
+
+        Raises:
+          ConfigError: the place is no folder, and will never hold a copy.
+          OSError: none can be seen.
+        """
         try:
             self._fs.invalidate_cache()
             if not self._fs.exists(self._root):
                 return []
+            folder = self._fs.isdir(self._root)
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
         except Exception as error:  # every file system raises its own
             raise OSError(f"{self.url}: {error}") from error
+        if not folder:
+            raise ConfigError(f"checkpoint.remote={self.url}: it is no folder; give another place")
         return sorted(int(name) for name in names if manifests.is_step(name))
 
     def seen(self) -> tuple[list[int], str]:

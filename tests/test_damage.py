@@ -234,6 +234,19 @@ def test_all_damaged_is_none(saved, run):
     assert {path.name for path in saver.folder.iterdir()} == {"1.aside0", "2.aside0"}
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_manifest_that_is_no_plain_file_is_damaged_and_not_waited_for(saved, run, kind):
+    """A pipe that nobody writes into, and a device without an end."""
+    path = run / "checkpoints/2/manifest.json"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert manifests.read(run / "checkpoints", 2) is None
+    identity = run / "identity.json"
+    identity.unlink(missing_ok=True)
+    os.mkfifo(identity)
+    assert manifests.run_of(run / "checkpoints") == ""
+
+
 def test_a_manifest_larger_than_any_is_damaged_and_not_read(saved, run, monkeypatch):
     os.truncate(run / "checkpoints" / "2" / "manifest.json", manifests.LARGEST + 1)
     with monkeypatch.context() as patch:

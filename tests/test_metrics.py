@@ -63,7 +63,7 @@ def test_jsonl_goes_on_after_a_torn_line(tmp_path, torn):
 
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for line in ("hello", "3"):
+    for line in ("hello", "3", "[" * 100_000):
         path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a JSON object"):
             metrics.read_rows(path)

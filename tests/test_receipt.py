@@ -99,6 +99,10 @@ def test_killed_as_it_is_written_the_next_start_writes_it(tiny, tmp_path, monkey
     train.run(tiny(train__num_steps=3), tmp_path)
     assert (tmp_path / "receipts" / "0001.json").read_bytes() == before
     assert receipt.last(tmp_path)["first_step"] == 2
+    (tmp_path / "receipts" / "0002.json").write_text('{"config": 3}')
+    for read in (receipt.last, receipt.read_all):
+        with pytest.raises(ConfigError, match=r"0002\.json: damaged"):
+            read(tmp_path)
     shutil.rmtree(tmp_path / "receipts")
     manifests.write_whole(tmp_path / "environment.json", '{"dtype": "of an earlier version"}')
     assert receipt.environment(tmp_path) == {"dtype": "of an earlier version"}

@@ -267,6 +267,13 @@ def test_a_stop_waits_for_a_copy_no_longer_than_its_grace(tiny, tmp_path, monkey
     assert "is not copied" in (said := capfd.readouterr().err) and "grace_seconds" in said
 
 
+def test_a_place_that_is_no_folder_is_refused_at_the_start(tiny, tmp_path):
+    place = tmp_path / "file"
+    place.write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"checkpoint\.remote=\S+: it is no folder"):
+        train.run(tiny(checkpoint__remote=str(place)), tmp_path / "run")
+
+
 def test_an_address_of_nothing_is_a_line():
     with pytest.raises(ConfigError, match=r"checkpoint\.remote=nosuch://x"):
         remote.Remote("nosuch://x", None, print)

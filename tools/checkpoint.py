@@ -96,7 +96,7 @@ def _chosen(place: Place, step: str = "") -> int:
     """Return the step that was asked for, or else the last that is finished."""
     steps = manifests.all_steps(place.folder)
     if step:
-        if not step.isdecimal() or int(step) not in steps:
+        if step not in map(str, steps):
             raise ConfigError(f"step {step}: {place.folder} has {', '.join(map(str, steps))}")
         return int(step)
     if place.step is not None:
@@ -161,8 +161,9 @@ def _list(args: argparse.Namespace, place: Place) -> int:
 def _best_metric(folder: Path) -> str:
     """Return what a run's best checkpoint has the lowest of, as its config.json says, if there is one."""
     try:
-        return json.loads((folder.parent / "config.json").read_text())["checkpoint"]["best_metric"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(manifests.content(folder.parent / "config.json"))
+        return str(config["checkpoint"]["best_metric"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "eval/loss"
 
 

@@ -226,7 +226,7 @@ def compare(left: Path, right: Path) -> Iterator[str]:
         if not record.receipts:
             raise config_lib.ConfigError(f"{workdir}: no receipts there; give the folder of a run")
     causes, differ = rows.part(one, two)
-    starts = {receipt["first_step"] for record in (one, two) for receipt in record.receipts}
+    starts = {receipt.get("first_step") for record in (one, two) for receipt in record.receipts}
     steps = [step for step in causes if step == causes.start or step in starts]
     pairs = [(one.receipt(step), two.receipt(step)) for step in steps]
     found = [_why(*pair) for pair in pairs or [(one.receipts[-1], two.receipts[-1])]]

@@ -77,6 +77,13 @@ def test_list_is_a_line_a_checkpoint(run, capsys):
     assert "damaged: file" in third
 
 
+@pytest.mark.parametrize("config", ["[" * 100_000, '{"checkpoint": {"best_metric": ["a"]}}'])
+def test_list_needs_no_config_that_makes_sense(run, capsys, config):
+    (run / "config.json").write_text(config)
+    assert typed("list", run) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_inspect_counts_what_is_no_number(run, capsys):
     assert typed("inspect", run) == 0
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
@@ -141,6 +148,7 @@ def test_export_is_the_average_or_what_is_asked_for(run, tmp_path, part, names):
         (["list", "nowhere"], "nowhere: no checkpoints there"),
         (["inspect", "RUN", "--step", "7"], "step 7: "),
         (["pin", "RUN", "x"], "step x: "),
+        (["inspect", "RUN", "--step", "1" * 5000], "step 1"),
         (["prune", "RUN", "--keep", "0"], "--keep 1"),
         (["prune", "RUN", "--keep", "1", "--keep_best", "eval/los"], "eval/los"),
         (["export", "RUN", "--out", "model.bin"], "model.bin"),
