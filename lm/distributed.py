@@ -32,6 +32,7 @@ NOWHERE = "where the others are is not known; give --coordinator_address, HOST:P
 GIVE = (
     "give --coordinator_address, --num_processes and --process_id, or their environment variables"
 )
+IN_POD = "KUBERNETES_SERVICE_HOST"  # Kubernetes sets it
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False
 _asked = itertools.count()
@@ -68,11 +69,13 @@ def start(
             raise ConfigError(f"--num_processes={count}: {NOWHERE}")
         return False
     # jax's own end of a process that is not heard of comes after ours, which says who that is.
-    patience = int(max(START_SECONDS, timeout))
+    patience = int(min(max(START_SECONDS, timeout), 10**8))  # jax counts in 32 bits
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     alarm = threading.Timer(patience, _give_up, (patience,))  # jax's own is an abort from C++
     alarm.daemon, method = True, None if address else _method()
+    if address and IN_POD in os.environ and None not in (count, index):
+        method = "deactivate"  # all is known: jax would ask Kubernetes all the same
     alarm.start()
     inside = getattr(jax_distributed._jax, _SERVICE)
     setattr(jax_distributed._jax, _SERVICE, _Service)
@@ -126,14 +129,23 @@ def clustered() -> bool:
     """Return whether a cluster that jax knows has started this process as one of several."""
     from jax._src.clusters import ClusterEnv
 
-    # In a pod jax asks the cluster who it is, which only one of an indexed job can know.
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
-        return False
     if _method():
         return True
     for cluster in ClusterEnv._cluster_types:
-        if not cluster.opt_in_only_method and cluster.is_env_present():
-            return cluster.get_process_count() > 1
+        # In a pod jax asks the cluster who it is, which only one of an indexed job can know.
+        of_pods = cluster.__name__ == "K8sCluster" and IN_POD in os.environ
+        if cluster.opt_in_only_method or (of_pods and "JOB_COMPLETION_INDEX" not in os.environ):
+            continue
+        try:
+            if of_pods and importlib.util.find_spec("kubernetes") is None:
+                raise ModuleNotFoundError("in an indexed Job it takes the package kubernetes")
+            if cluster.is_env_present():
+                return cluster.get_process_count() > 1
+        except Exception as error:  # the package's own, as of a pod without rights
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ConfigError(
+                f"cannot find the other processes: {why}; {GIVE}, or --num_processes=1 to train alone"
+            ) from None
     return False
 
 
@@ -160,14 +172,15 @@ def local_devices(environment: Any) -> list[int] | None:
     cluster shows each task only its own GPUs, and where a host has one task.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if not visible or "JAX_LOCAL_DEVICE_IDS" in environment:
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    number = visible.count(",") + 1
+    number = visible.count(",") + 1 if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get(
         "OMPI_COMM_WORLD_LOCAL_SIZE", ""
     )
     alone = tasks.partition("(")[0] == "1"
-    return list(range(number)) if number == 1 or alone else None
+    shown = visible and (number == 1 or environment.get("SLURM_GPUS_PER_TASK") == str(number))
+    return list(range(number)) if number and (alone or shown) else None
 
 
 class _Service:

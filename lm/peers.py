@@ -232,9 +232,19 @@ class Peers(Alone):
 
     def _judge(self) -> None:
         """End this process when another one is lost."""
-        while not self._closed.wait(self._pause / 2):
+        while not self._waited(self._pause / 2):
             if lost := self._lost(self._timeout) or self._stuck():
                 self._end(lost)
+
+    def _waited(self, seconds: float) -> bool:
+        """Wait so long; return whether the end has come. Time in which this process was stopped is none."""
+        began = time.monotonic()
+        closed = self._closed.wait(seconds)
+        stopped = time.monotonic() - began - seconds
+        if stopped > self._pause:  # by SIGSTOP, as a cluster suspends a job: the others were it too
+            self._since, self._answered = self._since + stopped, self._answered + stopped
+            self._heard = {i: (then + stopped, said) for i, (then, said) in self._heard.items()}
+        return closed
 
     def _lost(self, seconds: float) -> str:
         """Return which processes have left, or were not heard of for `seconds`; "" for none."""

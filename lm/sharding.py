@@ -142,7 +142,8 @@ def _groups(devices: list[Any], count: int) -> list[list[Any]]:
     Raises:
       ConfigError: slices of TPUs, between which links are slow, would be in one group.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    of_tpus = devices[0].platform == "tpu"  # a GPU has the number of its host there
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_tpus else 1
     if count > 1 and count % slices:
         raise ConfigError(
             f"mesh.dcn={count}: the devices are in {slices} slices, and a group must be inside one; use a "

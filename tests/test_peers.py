@@ -7,6 +7,7 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -224,6 +225,26 @@ def test_a_cluster_of_one_is_no_cluster(monkeypatch, tasks, joins):
     assert not distributed.start(num_processes=1), "asked to be alone in any cluster"
 
 
+def test_time_in_which_a_process_was_stopped_is_no_silence(monkeypatch):
+    """Of a job that is suspended as a whole every process is stopped, and none is lost."""
+    now = [100.0]
+
+    def wait(seconds):
+        now[0] += seconds + 900
+        return False
+
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    one = object.__new__(peers.Peers)
+    one._closed = types.SimpleNamespace(wait=wait)
+    one._pause, one._index, one._left, one._coordinator = 1.0, 0, {}, "host:1"
+    one._since = one._answered = now[0]
+    one._heard = {number: (now[0], ["training", 3]) for number in range(2)}
+    assert not one._waited(0.5)
+    assert one._lost(10.0) == "" and now[0] - one._since < 1
+    now[0] += 20
+    assert "no answer from host:1, at process 0, for 20 s" in one._lost(10.0)
+
+
 def test_several_that_do_not_know_where_the_others_are():
     with pytest.raises(
         ConfigError, match=r"--num_processes=2: where .* give --coordinator_address"
@@ -247,20 +268,62 @@ def test_open_mpi_5_takes_mpi4py(monkeypatch):
     assert distributed.start() and joined[0]["cluster_detection_method"] == "mpi4py"
 
 
-def test_a_pod_that_is_no_part_of_an_indexed_job_is_alone(monkeypatch):
+def test_a_pod_that_is_no_part_of_an_indexed_job_is_alone_or_of_what_runs_in_it(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert not distributed.clustered()
+    for name, value in {**SLURM, "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.clustered()
+
+
+@pytest.mark.parametrize(
+    ("package", "why"),
+    [(None, "it takes the package kubernetes"), ("no rights\nto read pods", "no rights")],
+)
+def test_an_indexed_job_that_cannot_ask_who_it_is_is_refused(monkeypatch, package, why):
+    """Else each of its pods would train alone, into the same folder."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    find = importlib.util.find_spec
+
+    def spec(name):
+        return package and find("json") if name == "kubernetes" else find(name)
+
+    def fails(*_):
+        raise RuntimeError(package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+    monkeypatch.setattr("jax._src.clusters.k8s_cluster.K8sCluster.is_env_present", fails)
+    with pytest.raises(ConfigError, match=f"cannot find .*: .*{why}; give --coordinator_address"):
+        distributed.start()
+    assert not distributed.start(num_processes=1)
+
+
+def test_who_is_told_all_asks_no_cluster_of_pods(monkeypatch):
+    joined: list = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **how: joined.append(how))
+    monkeypatch.setattr(distributed, "_joined", False)
+    monkeypatch.setattr(distributed.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert distributed.start("host:1", 2, 1)
+    assert joined[0]["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize(
     ("visible", "tasks", "own"),
     [
         ("", "2", None),  # as jax decides
+        ("", "1(x2)", [0, 1, 2, 3, 4, 5, 6, 7]),  # all that the host has
+        ("0,1", "4(x2)", [0, 1]),  # the cluster shows each task two GPUs, and says so
         ("3", "4(x2)", [0]),  # the cluster shows each task one GPU
         ("0,1,2,3", "1(x2)", [0, 1, 2, 3]),  # a task has its host for itself
         ("0,1,2,3", "4(x2)", None),  # jax takes the one of the task's number
     ],
 )
-def test_which_gpus_are_a_task_s_own(visible, tasks, own):
+def test_which_gpus_are_a_task_s_own(monkeypatch, visible, tasks, own):
+    there = [Path(f"/dev/nvidia{number}") for number in range(8)]
+    monkeypatch.setattr(Path, "glob", lambda *_: there)
     environment = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    environment |= {"SLURM_GPUS_PER_TASK": "2"}
     assert distributed.local_devices(environment) == own

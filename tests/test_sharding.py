@@ -1,5 +1,6 @@
 """The mesh and the table."""
 
+import types
 from typing import NamedTuple
 
 import jax
@@ -137,3 +138,18 @@ def test_which_rows_a_process_reads(monkeypatch, rows_of, share):
 
 def test_one_process_reads_all_rows():
     assert placement.host_share(sharding.make_mesh(sharding.Config(data=4, tensor=2))) == (0, 1)
+
+
+@pytest.mark.parametrize(("platform", "whole"), [("gpu", True), ("tpu", False)])
+def test_a_group_may_be_of_several_hosts_but_not_of_several_slices(platform, whole):
+    """Of GPUs a slice is what XLA calls a host."""
+    devices = [
+        types.SimpleNamespace(platform=platform, slice_index=host, process_index=host)
+        for host in (3, 1, 0, 2)
+    ]
+    if whole:
+        groups = sharding._groups(devices, 2)
+        assert [[device.slice_index for device in group] for group in groups] == [[0, 1], [2, 3]]
+    else:
+        with pytest.raises(ConfigError, match=r"mesh\.dcn=2: the devices are in 4 slices"):
+            sharding._groups(devices, 2)

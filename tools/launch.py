@@ -117,14 +117,16 @@ def run(
         for number in tuple(told):  # what came before the last of them was there
             _send(children, number)
         readers = _collect(children, logs)
-        codes = _wait(children, grace)
+        ended = _wait(children, grace)
+        codes = [child.returncode for child in children]
         for reader in readers:
             reader.join(5)
     for index, code in enumerate(codes):
         if code < 0:
             name = signal.Signals(-code).name
             print(f"[{index}] ended by {name}", file=sys.stderr, flush=True)
-    return exits.worst(codes)
+    # What is ended here says nothing of why the job is over.
+    return exits.worst([code for index, code in enumerate(codes) if index not in ended])
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -198,9 +200,9 @@ def _forwarded(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(children: Sequence[subprocess.Popen], grace: float) -> list[int]:
-    """Wait for the end of all; a while after one has failed, end the others."""
-    end = float("inf")
+def _wait(children: Sequence[subprocess.Popen], grace: float) -> set[int]:
+    """Wait for the end of all; a while after one has failed, end the others. Return which those are."""
+    end, ended = float("inf"), set()
     while any(child.poll() is None for child in children):
         failed = any(
             child.poll() not in (None, exits.FINISHED, exits.RESUMABLE) for child in children
@@ -208,9 +210,10 @@ def _wait(children: Sequence[subprocess.Popen], grace: float) -> list[int]:
         if failed and end == float("inf"):
             end = time.monotonic() + grace
         if time.monotonic() > end:
+            ended |= {index for index, child in enumerate(children) if child.poll() is None}
             _end(children)
         time.sleep(0.05)
-    return [child.returncode for child in children]
+    return ended
 
 
 def _end(children: Sequence[subprocess.Popen], patience: float = 5.0) -> None:

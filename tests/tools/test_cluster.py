@@ -28,7 +28,9 @@ def test_slurm_and_ray_start_again_after_the_same_codes():
     assert again
     terms = [text.split("+") for text in again[1].strip("()").split(",")]
     assert {sum(map(int, term)) for term in terms} == {int(code) for code in codes}
-    assert len(codes) == 5
+    assert len(codes) == 7
+    final = re.search(r"values: \[(.*)\]", (CLUSTER / "jobset.yaml").read_text())
+    assert final and not set(final[1].split(", ")) & set(codes)
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "tpu.sh"])

@@ -17,8 +17,9 @@ import sys
 
 import ray
 
-# Stopped and saved; another process was lost; hung; stopped before training began; killed.
-AGAIN = (75, 76, 77, 128 + 15, 128 + 9)
+# Stopped and saved; another process was lost; hung; stopped before training began; aborted or killed, as what
+# loses its peer may be by its own libraries.
+AGAIN = (75, 76, 77, 128 + 15, 128 + 6, 128 + 11, 128 + 9)
 
 
 class Process:
@@ -28,7 +29,8 @@ class Process:
         """Return where the others find process 0."""
         with socket.socket() as free:
             free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            host = ray.util.get_node_ip_address()
+            return f"{f'[{host}]' if ':' in host else host}:{free.getsockname()[1]}"
 
     def run(self, index: int, count: int, address: str, flags: list[str]) -> int:
         """Run lm.main to its end; return its exit code."""
