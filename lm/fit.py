@@ -11,6 +11,7 @@ from lm import models, placement, sharding, tasks
 from lm.config import ConfigError
 from lm.data import corpus, sources
 from lm.data.settings import Config as Text
+from lm.nn import pipeline
 
 OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by counting
     r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
@@ -93,7 +94,7 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh, *, training: bool = True)
             "there is no such score; use eval/..., or set optim.ema_decay"
         )
     _check_local_steps(cfg)
-    _check_stages(cfg, sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length"))
+    _check_stages(cfg, mesh, training)
     shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)
     rows, parts = cfg["data"].batch_size, cfg["train"].accumulate_steps
     if training and parts > rows:
@@ -173,8 +174,9 @@ def _check_exact(cfg: Mapping[str, Any], mesh: Mesh) -> int:
     return shards
 
 
-def _check_stages(cfg: Mapping[str, Any], stages: int, parts: int) -> None:
-    """Refuse what does not go with layers in `stages`, of rows whose positions `parts` devices split."""
+def _check_stages(cfg: Mapping[str, Any], mesh: Mesh, training: bool) -> None:
+    """Refuse what does not go with layers in the stages of `mesh`."""
+    stages, parts = sharding.ways(mesh, "layers"), sharding.ways(mesh, "act_length")
     if stages == 1:
         return
     if cfg["data"].order == "stream" or not getattr(cfg["model"], "scan", False):
@@ -192,6 +194,29 @@ def _check_stages(cfg: Mapping[str, Any], stages: int, parts: int) -> None:
             f"mesh.stage={stages}: losses of experts do not pass through stages; use model.num_experts=0, or "
             "mesh.expert for the devices"
         )
+    _check_flow(cfg, stages, sharding.batch_shards(mesh), training)
+
+
+def _check_flow(cfg: Mapping[str, Any], stages: int, shards: int, training: bool) -> None:
+    """Refuse batches that do not flow through `stages` in the parts that are asked for or needed."""
+    model, batch = cfg["model"], cfg["data"].batch_size
+    sizes = {"eval.batch_size": cfg["eval"].batch_size or batch}
+    if training:
+        sizes["data.batch_size"] = batch // cfg["train"].accumulate_steps
+    for field, size in sizes.items():
+        rows = -(-size // shards)
+        if training and field.startswith("data") and rows % (model.microbatches or 1):
+            raise ConfigError(
+                f"model.microbatches={model.microbatches}: a device has {rows} rows of {field} at once, "
+                f"which do not divide so; use a number that divides {rows}, or 0"
+            )
+        parts = pipeline.parts_of(rows, model.microbatches, stages)
+        if model.stage_repeats > 1 and parts < stages:
+            raise ConfigError(
+                f"model.stage_repeats={model.stage_repeats}: the {rows} rows of {field} that a device has "
+                f"flow in {parts} parts through mesh.stage={stages}; let {field} or model.microbatches give "
+                "as many parts as stages"
+            )
 
 
 def check_corpus(cfg: Mapping[str, Any], text: corpus.Corpus, task: Any, mesh: Mesh) -> None:

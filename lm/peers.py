@@ -77,6 +77,7 @@ def watch(
         return
     peers = Peers(timeout, patience)
     try:
+        peers.begin()
         yield peers
         peers.barrier("end")
     except BaseException as error:
@@ -109,9 +110,12 @@ class Peers(Alone):
         self._closed = threading.Event()
         for work in (self._exchange, self._judge):
             threading.Thread(target=work, daemon=True).start()
+
+    def begin(self) -> None:
+        """Wait until all processes are there."""
         self._client.key_value_set(f"{self._prefix}/host/{self._index}", socket.gethostname())
         jax.devices()  # where the processes' devices become one list
-        self.barrier("start", patience)
+        self.barrier("start", self._patience)
         self._hosts = self._read("host")
 
     def agree(self, facts: Mapping[str, str]) -> None:

@@ -561,6 +561,27 @@ def test_a_large_corpus_is_checked_while_a_run_trains(tiny, tmp_path, monkeypatc
     assert manifests.good_steps(tmp_path / "late" / "checkpoints")[-1] == 20
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"model__stage_repeats": 2, "eval__batch_size": 1},
+            r"model\.stage_repeats=2: the 1 rows of eval\.batch_size .* in 1 parts through mesh\.stage=2",
+        ),
+        (
+            {"model__microbatches": 3},
+            r"model\.microbatches=3: a device has 2 rows of data\.batch_size .* divides 2, or 0",
+        ),
+    ],
+)
+def test_batches_that_do_not_flow_through_stages_are_refused_at_the_start(tiny, fields, words):
+    """Not in the evaluation before the last save, and not by other parts than were asked for."""
+    mesh = ConfigDict({"data": 4, "stage": 2})
+    config = tiny(mesh=mesh, model__num_layers=4, model__scan=True, **fields)
+    with pytest.raises(ConfigError, match=words):
+        experiment.build(config)
+
+
 @pytest.mark.slow
 def test_stages_are_resumed_as_other_stages_and_sampled(tiny, tmp_path, capfd):
     """Scanned layers on four stages, then in one: the rows go on as those of a run on one mesh."""

@@ -26,8 +26,12 @@ from lm.config import ConfigError
 
 def num_parts(num_rows: int, wanted: int, stages: int) -> int:
     """Return in how many parts `num_rows` rows flow: the most up to `wanted` (0 = 4 a stage) that divide."""
-    each = num_rows // sharding.row_shards(num_rows)
-    return max(n for n in range(1, (wanted or 4 * stages) + 1) if each % n == 0)
+    return parts_of(num_rows // sharding.row_shards(num_rows), wanted, stages)
+
+
+def parts_of(rows: int, wanted: int, stages: int) -> int:
+    """Return `num_parts` of the rows of one device."""
+    return max(n for n in range(1, (wanted or 4 * stages) + 1) if rows % n == 0)
 
 
 def bubble(stages: int, parts: int, repeats: int = 1) -> float:
