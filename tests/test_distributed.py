@@ -439,7 +439,8 @@ def test_a_save_that_one_process_cannot_write_holds_nobody_up(text_file, tmp_pat
     job, code = run(path, tmp_path / "run", 2)
     assert code == 0, job.said(0)
     assert "no room there; not saved, saving the next step instead" in job.said(0)
-    assert manifests.good_steps(tmp_path / "run/checkpoints")[1] in range(16, 25), "soon"
+    good = manifests.good_steps(tmp_path / "run/checkpoints")
+    assert good[0] in range(15, 25) and set(good) & set(range(16, 25)), f"soon: {good}"
     assert_same(tmp_path / "run", whole)
     assert manifests.good_steps(tmp_path / "run/checkpoints")[-1] == 60
 
