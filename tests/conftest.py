@@ -142,7 +142,7 @@ def tiny(text_file):
             "optim": {"name": "adamw", "peak_lr": 1e-2, "warmup": 2},
             "train": {
                 "num_steps": 6, "log_every_steps": 1, "sample_tokens": 0,
-                "fingerprint_every_steps": 0, "recordings": 0,  # whose programs take as long as the run's own
+                "fingerprint_every_steps": 0, "recordings": 0,  # more programs to compile
             },
             "eval": {"every_steps": 3, "max_tokens": 512},
             "checkpoint": {"every_steps": 2, "keep": 3},

@@ -245,9 +245,8 @@ def test_a_stop_waits_for_a_copy_no_longer_than_its_grace(tiny, tmp_path, monkey
     put, stopped = remote.Remote._put, []
 
     def hangs(self, *args):
-        if (
-            self.url == url and not stopped
-        ):  # a copy that another test gave up may still be under way
+        # A copy that another test gave up may still be under way.
+        if self.url == url and not stopped:
             stopped.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGTERM)
             freed.wait()

@@ -85,14 +85,7 @@ def test_a_run_of_no_known_architecture_is_one_line(tiny, tmp_path, capsys):
         "llama has no model.activation='relu2', model.qk_norm=True" in error and "\n" not in error
     )
     assert not (tmp_path / "out").exists()
-    flags = [
-        "--from",
-        str(tmp_path / "run"),
-        "--to",
-        str(tmp_path / "out"),
-        "--tokenizer",
-        "x.json",
-    ]
-    assert convert.main(flags) == 2
+    flags = f"--from {tmp_path}/run --to {tmp_path}/out --tokenizer x.json"
+    assert convert.main(flags.split()) == 2
     error = capsys.readouterr().err.strip()
     assert "--tokenizer x.json: the run" in error and "\n" not in error

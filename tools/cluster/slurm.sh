@@ -9,8 +9,8 @@
 #
 # Before its time is over, or when it is preempted or requeued (scontrol requeue), the run gets SIGTERM, saves and
 # ends with 75; it goes on in the same workdir. So it does with 76, 77, 134, 137 and 139, where a process was lost or
-# hung, and with 143, where it was stopped before training began. Requeued it has the KillWait of the cluster to save (30 s by
-# default), else it goes on from its last checkpoint. scancel ends it, saved alike; a mistake (2) ends it too.
+# hung, and with 143, where it was stopped before training began. Requeued it has the KillWait of the cluster to save
+# (30 s by default), else it goes on from its last checkpoint. scancel ends it, saved alike; a mistake (2) ends it too.
 #SBATCH --job-name=lm
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
