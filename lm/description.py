@@ -8,6 +8,7 @@ import numpy as np
 from lm import config as config_lib
 from lm import experiment, sharding, step
 from lm.data import pipeline
+from lm.nn import pipeline as flow
 
 
 def describe(made: experiment.Experiment) -> str:
@@ -45,6 +46,17 @@ def describe(made: experiment.Experiment) -> str:
             describe_batch(made),
         ]
     )
+
+
+def describe_stages(made: experiment.Experiment) -> str:
+    """Return in how many parts a batch flows through the stages of the mesh; "" where there are none."""
+    stages, model = sharding.ways(made.mesh, "layers"), made.cfg["model"]
+    if stages == 1:
+        return ""
+    rows = made.cfg["data"].batch_size // made.cfg["train"].accumulate_steps
+    parts = flow.parts_of(rows // sharding.batch_shards(made.mesh), model.microbatches, stages)
+    idle = flow.bubble(stages, parts, model.stage_repeats)
+    return f"{stages}, through which a batch flows in {parts} parts; idle {idle:.0%} of the time"
 
 
 def describe_batch(made: experiment.Experiment, width: int = 0) -> str:

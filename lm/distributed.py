@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ NOWHERE = "where the others are is not known; give --coordinator_address, HOST:P
 GIVE = (
     "give --coordinator_address, --num_processes and --process_id, or their environment variables"
 )
+LONGEST = 10**8  # seconds that are for ever, and that jax can count and a thread wait
 IN_POD = "KUBERNETES_SERVICE_HOST"  # Kubernetes sets it
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
 _joined = False
@@ -69,32 +71,30 @@ def start(
             raise ConfigError(f"--num_processes={count}: {NOWHERE}")
         return False
     # jax's own end of a process that is not heard of comes after ours, which says who that is.
-    patience = int(min(max(START_SECONDS, timeout), 10**8))  # jax counts in 32 bits
+    patience = int(min(max(START_SECONDS, timeout), LONGEST))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    alarm = threading.Timer(patience, _give_up, (patience,))  # jax's own is an abort from C++
-    alarm.daemon, method = True, None if address else _method()
+    method = None if address else _method()
     if address and IN_POD in os.environ and None not in (count, index):
         method = "deactivate"  # all is known: jax would ask Kubernetes all the same
-    alarm.start()
     inside = getattr(jax_distributed._jax, _SERVICE)
     setattr(jax_distributed._jax, _SERVICE, _Service)
     try:
-        jax.distributed.initialize(
-            address or None,
-            count,
-            index,
-            local_device_ids=local_devices(os.environ),
-            initialization_timeout=patience + 60,
-            heartbeat_timeout_seconds=2 * patience + 60,
-            cluster_detection_method=method,
-        )
+        with deadline(patience):  # jax's own is an abort from C++
+            jax.distributed.initialize(
+                address or None,
+                count,
+                index,
+                local_device_ids=local_devices(os.environ),
+                initialization_timeout=patience + 60,
+                heartbeat_timeout_seconds=2 * patience + 60,
+                cluster_detection_method=method,
+            )
     except (ValueError, RuntimeError, TypeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"cannot join the other processes: {why}; {GIVE}") from None
     finally:
         setattr(jax_distributed._jax, _SERVICE, inside)
-        alarm.cancel()
     _joined = True
     faulthandler.enable()  # of what C++ aborts, the stacks
     if jax_distributed.global_state.process_id > 0:
@@ -102,14 +102,27 @@ def start(
     return True
 
 
-def _give_up(seconds: int) -> None:
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End this process where what is inside, in which it waits for the others, takes longer."""
+    seconds = min(seconds, LONGEST)
+    alarm = threading.Timer(seconds, _give_up, (seconds,))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+def _give_up(seconds: float) -> None:
     """End this process, which waits for others that do not come."""
     from jax._src import distributed as jax_distributed
 
     known = jax_distributed.global_state
     print(
         f"error: process {known.process_id} of {known.num_processes}: the others did not come to "
-        f"{known.coordinator_address} in {seconds} s; start all of them, with the same address and number "
+        f"{known.coordinator_address} in {seconds:g} s; start all of them, with the same address and number "
         "of processes",
         file=sys.stderr,
         flush=True,
@@ -170,17 +183,26 @@ def local_devices(environment: Any) -> list[int] | None:
 
     Under Slurm and Open MPI jax takes the one of the task's number on its host. That is wrong where the
     cluster shows each task only its own GPUs, and where a host has one task.
+
+    Raises ConfigError where several tasks see fewer GPUs than they are.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if "JAX_LOCAL_DEVICE_IDS" in environment:
+    if "JAX_LOCAL_DEVICE_IDS" in environment or environment.get("JAX_PLATFORMS") == "cpu":
         return None
     number = visible.count(",") + 1 if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get(
         "OMPI_COMM_WORLD_LOCAL_SIZE", ""
     )
-    alone = tasks.partition("(")[0] == "1"
-    shown = visible and (number == 1 or environment.get("SLURM_GPUS_PER_TASK") == str(number))
-    return list(range(number)) if number and (alone or shown) else None
+    tasks = tasks.partition("(")[0]
+    asked = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # as 2 or a100:2
+    if number and (tasks == "1" or (visible and (number == 1 or asked == str(number)))):
+        return list(range(number))
+    if visible and tasks.isdecimal() and number < int(tasks):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={visible}: {tasks} tasks on this host see {number} GPUs; give each its "
+            "own (--gpus-per-task), or start no more tasks than GPUs"
+        )
+    return None
 
 
 class _Service:

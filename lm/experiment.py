@@ -26,6 +26,7 @@ from lm import (
     settings,
     sharding,
     spikes,
+    startup,
     step,
     tasks,
 )
@@ -125,6 +126,17 @@ def section(config: ConfigDict, name: str) -> Any:
     """Return the frozen section `name` of a config that need not be complete."""
     values = config_lib.complete(config, SCHEMA)[name]
     return config_lib.freeze(SCHEMA[name](values), values, where=name)
+
+
+def prepare(config: ConfigDict) -> list[str]:
+    """Set the threads and flags that a config asks for; return what there is to say of each flag.
+
+    Before jax looks for devices.
+    """
+    startup.set_threads(section(config, "train").exact_reduction)
+    mesh = section(config, "mesh")
+    sizes = {axis: getattr(mesh, axis) for axis in sharding.ORDER}
+    return flags.set_flags(startup.platform(), sizes, mesh.xla_flags)
 
 
 def build(config: ConfigDict) -> Experiment:

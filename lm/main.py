@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lm import command, distributed, exits, flags, startup
+from lm import command, distributed, exits, startup
 from lm import config as config_lib
 
 
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         )
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
-    from lm import description, experiment, fit, sharding, train
+    from lm import description, experiment, fit, train
 
     config = config_lib.load(args.config) if args.config else config_lib.ConfigDict()
     config = config_lib.override(config, assignments, train.SCHEMA)
@@ -60,10 +60,7 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         print(parser.format_help())
         print(command.help_text(train.SCHEMA, config))
         return 0
-    mesh = experiment.section(config, "mesh")
-    sizes = {axis: getattr(mesh, axis) for axis in sharding.ORDER}
-    said = flags.set_flags(startup.platform(), sizes, mesh.xla_flags)
-    startup.set_threads(experiment.section(config, "train").exact_reduction)
+    said = experiment.prepare(config)
     distributed.start(
         args.coordinator_address,
         args.num_processes,
@@ -83,13 +80,13 @@ def _train(
     assignments: list[str],
     said: list[str],
 ) -> int:
-    from lm import manifests, train
+    from lm import experiment, manifests, train
 
     print("\n".join(said), end="\n" if said else "")
-    stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
+    patience = experiment.section(config, "train").peer_timeout_seconds
+    with distributed.deadline(max(distributed.START_SECONDS, patience)):
+        stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
-    if workdir.exists() and not workdir.is_dir():
-        raise config_lib.ConfigError(f"workdir={workdir}: a file; name a folder")
     fields = [f"--config.{assignment}" for assignment in assignments]
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]
     again = shlex.join(words)

@@ -167,6 +167,7 @@ def begin(
 def build(config: ConfigDict, workdir: Path, others: peers.Alone) -> experiment.Experiment:
     """Return the experiment, the same in all processes; the first one prepares its data for them."""
     with others.first_first("data"):
+        workdirs.check_place(workdir)
         made = experiment.build(config)  # first: of a mistake, its own line is enough
         check_sample(made)
     others.agree(workdirs.facts(workdir, made))
@@ -308,6 +309,8 @@ def announce(
     more = f", of which a token meets {active:,}" if active < count else ""
     say(f"model:   {made.cfg['model'].name}, {count:,} parameters{more}")
     say(f"devices: {len(devices)} x {devices[0].device_kind}; mesh {sharding.shown(made.mesh)}")
+    if stages := description.describe_stages(made):
+        say(f"stages:  {stages}")
     if every := made.cfg["mesh"].local_steps:
         count = experiment.environment(made)["replicas"]
         say(

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ FREE = (
     "model.stage_repeats",
     "model.context_parallel",
 )
+SEEN_SECONDS = 90  # after which what another host has written is seen here, or never
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
 
 
@@ -74,7 +76,7 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
     """
     if jax.process_index() > 0:
         mark = distributed.from_first("")
-        if not (workdir / "lock").exists() or (workdir / "lock").read_text() != mark:
+        if not _seen(workdir, mark):
             raise ConfigError(
                 f"workdir={workdir}: process {jax.process_index()} does not see there what process 0 writes; "
                 "give a folder that all hosts share"
@@ -107,6 +109,27 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
             yield lambda: _gone(workdir, held)
         finally:
             os.close(held)
+
+
+def check_place(workdir: Path) -> None:
+    """Refuse a file; in the first process: what others look for too early, NFS takes to be missing."""
+    if jax.process_index() == 0 and workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"workdir={workdir}: a file; name a folder")
+
+
+def _seen(workdir: Path, mark: str) -> bool:
+    """Return whether `mark`, which process 0 has written, is seen in `workdir`, within a while."""
+    last = time.monotonic() + SEEN_SECONDS
+    while True:
+        for folder in (workdir.parent, workdir):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # else NFS remembers for up to a minute what was not there
+        with contextlib.suppress(OSError):
+            if (workdir / "lock").read_text() == mark:
+                return True
+        if time.monotonic() > last:
+            return False
+        time.sleep(1)
 
 
 def _gone(workdir: Path, held: int) -> str:

@@ -293,6 +293,7 @@ def test_a_process_that_hangs_ends_the_others_in_time(experiment, tmp_path):
         while "ends:" not in job.said(0):
             assert time.monotonic() - began < 12 + 5
             time.sleep(0.1)
+        assert job.wait(60) == exits.LOST, "and not how the one that hangs was ended"
     said = job.said(0)
     assert "process 1 (" in said and "not heard of for 12 s" in said
     assert "lm/train.py" in said, "where it was"

@@ -325,5 +325,12 @@ def test_which_gpus_are_a_task_s_own(monkeypatch, visible, tasks, own):
     there = [Path(f"/dev/nvidia{number}") for number in range(8)]
     monkeypatch.setattr(Path, "glob", lambda *_: there)
     environment = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_STEP_TASKS_PER_NODE": tasks}
-    environment |= {"SLURM_GPUS_PER_TASK": "2"}
+    environment |= {"SLURM_GPUS_PER_TASK": "a100:2"}
     assert distributed.local_devices(environment) == own
+    assert distributed.local_devices({**environment, "JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_tasks_that_see_fewer_gpus_than_they_are_are_refused():
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=0,1: 4 tasks .* see 2 GPUs; give"):
+        distributed.local_devices(environment)

@@ -40,6 +40,19 @@ def test_sizes_that_do_not_fit_are_refused(sizes, words):
         sharding.make_mesh(sharding.Config(*sizes))
 
 
+def test_groups_are_inside_slices_of_tpus_and_may_be_of_several_hosts_of_gpus():
+    class Placed(NamedTuple):
+        platform: str
+        slice_index: int
+        process_index: int
+
+    hosts = {kind: [Placed(kind, i % 4, i % 4) for i in range(8)] for kind in ("gpu", "tpu")}
+    groups = sharding._groups(hosts["gpu"], 2)
+    assert [{device.process_index for device in group} for group in groups] == [{0, 1}, {2, 3}]
+    with pytest.raises(ConfigError, match=r"mesh\.dcn=2: the devices are in 4 slices"):
+        sharding._groups(hosts["tpu"], 2)
+
+
 def test_size_zero_is_refused():
     with pytest.raises(ConfigError, match=r"mesh\.tensor=0"):
         sharding.Config(tensor=0)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -282,6 +283,30 @@ def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
             train.run(tiny(), tmp_path)
         assert mark and (tmp_path / "lock").read_text() == mark, "its other processes look for it"
     assert train.run(tiny(), tmp_path)["eval/loss"] > 0
+
+
+def test_another_host_may_see_the_workdir_late(tmp_path, monkeypatch):
+    """As over NFS, which remembers for a while that something was not there."""
+    workdir, began = tmp_path / "run", time.monotonic()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdirs.distributed, "from_first", lambda value: "mark")
+    monkeypatch.setattr(workdirs, "SEEN_SECONDS", 0.5, raising=False)
+    with (
+        pytest.raises(ConfigError, match="process 1 does not see there"),
+        workdirs.alone_in(workdir),
+    ):
+        pass
+    monkeypatch.setattr(workdirs, "SEEN_SECONDS", 60)
+
+    def appear():
+        workdir.mkdir()
+        (workdir / "lock").write_text("mark")
+
+    late = threading.Timer(0.5, appear)
+    late.start()
+    with workdirs.alone_in(workdir):
+        late.join()
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -261,6 +261,7 @@ def describe(report: dict[str, Any]) -> str:
     shape = " ".join(f"{key}={ours['shape'][key]}" for key in sizes if key in ours["shape"])
     lines = [
         f"device      {ours['devices']} x {ours['device']}, jax {ours['jax']}",
+        *(f"flag        {said}" for said in ours["flags"]),
         f"model       {ours['parameters']:,} parameters; {shape}",
         f"first step  {ours['first_step_s']:.1f} s after the start of the process",
         f"peak memory {ours['peak_bytes'] / 2**20:,.0f} MiB",

@@ -87,6 +87,7 @@ def _describe(
             shown += "; {:.2f} [{:.2f}, {:.2f}] times as long as ".format(*bench.spread(beside))
             shown += usual
         lines.append(f"{name:24} {times}; {shown}{_bubble(facts[name]['shape'], asked[name])}")
+        lines += [f"{'':24} {said}" for said in facts[name]["flags"]]
     return "\n".join(lines)
 
 

@@ -88,7 +88,7 @@ class Ours:
         `started` is the time in seconds since the epoch that the time to the first step counts from.
         """
         self.config = config_lib.from_json(config)
-        startup.set_threads(experiment.section(self.config, "train").exact_reduction)
+        said = experiment.prepare(self.config)
         distributed.start()  # where there are several of this process
         with self._data():
             self.made = made = experiment.build(self.config)
@@ -99,6 +99,7 @@ class Ours:
             "backend": jax.default_backend(),
             "devices": made.mesh.size,
             "jax": jax.__version__,
+            "flags": said,
             "parameters": step.count_parameters(made.shapes),
             "data_sheet_flops": sheet and sheet * made.mesh.size,
             "shape": self._shape(),

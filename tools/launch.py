@@ -5,7 +5,7 @@
 Each process has its own CPU devices or its own GPUs, and finds the others by the environment. SIGINT,
 SIGTERM and SIGHUP go to all of them; a third one kills. When a process fails, the others have `--grace`
 seconds to end by themselves. The exit code is the one that says most: of a failure, else of an
-interruption, else 0. Nothing is left behind, even where this process is killed.
+interruption, else 0. No process is left behind, even where this one is killed; what they started may be.
 """
 
 import argparse

@@ -73,7 +73,6 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     from lm import (
         checkpoint,
         experiment,
-        flags,
         guard,
         hardware,
         initial,
@@ -90,9 +89,7 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
     first, last = _stretch(steps, record, good, workdir)
     start = max((step for step in good if step <= first), default=0)
     config = _as_then(config, workdir, start, last)
-    startup.set_threads(config.train.exact_reduction)
-    sizes = {axis: config.mesh[axis] for axis in sharding.ORDER}
-    flags.set_flags(startup.platform(), sizes, config.mesh.xla_flags)
+    experiment.prepare(config)
     hardware.use_compilation_cache(corpus.cache_folder() / "programs")
     made = experiment.build(config)
     data = receipt.read_json(workdir / "data.json")

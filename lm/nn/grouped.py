@@ -10,6 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.nn.linear import KEPT, product, wide
 
 BLOCK = 128  # rows of one product on a CPU
+OVER_ROWS = (
+    jax.lax.RaggedDotDimensionNumbers(  # of x[M, K] and y[M, N]: their products summed over a group
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -28,15 +35,33 @@ def grouped_product(
 ) -> jax.Array:
     """Return [M, N] of rows that lie in consecutive groups, each a multiple of `block`, times their kernels.
 
-    In the type of x, to which kernels are rounded. Rows after the last group may hold anything.
+    In the type of x, to which kernels are rounded; their gradients are not. Rows after the last group may
+    hold anything.
     """
     if jax.default_backend() != "cpu":
-        y_MN = jax.lax.ragged_dot(x_MK, kernel_EKN.astype(x_MK.dtype), size_E)
-        return checkpoint_name(y_MN, KEPT)
+        return checkpoint_name(_ragged(x_MK, kernel_EKN, size_E), KEPT)
     num_blocks = len(x_MK) // block
     end_E = jnp.cumsum(size_E) // block
     group_P = (jnp.arange(num_blocks)[:, None] >= end_E[None]).sum(1)
     return checkpoint_name(by_blocks(x_MK, kernel_EKN, group_P, end_E[-1]), KEPT)
+
+
+@jax.custom_vjp
+def _ragged(x_MK: jax.Array, kernel_EKN: jax.Array, size_E: jax.Array) -> jax.Array:
+    """Return [M, N] as `grouped_product`, by what accelerators have for it."""
+    return jax.lax.ragged_dot(x_MK, kernel_EKN.astype(x_MK.dtype), size_E)
+
+
+def _ragged_backward(operands, dy_MN):
+    x_MK, kernel_EKN, size_E = operands
+    dx_MK = jax.lax.ragged_dot(dy_MN, kernel_EKN.astype(dy_MN.dtype).swapaxes(1, 2), size_E)
+    dkernel_EKN = jax.lax.ragged_dot_general(
+        x_MK, dy_MN, size_E, OVER_ROWS, preferred_element_type=kernel_EKN.dtype
+    )
+    return dx_MK, dkernel_EKN, None
+
+
+_ragged.defvjp(lambda *operands: (_ragged(*operands), operands), _ragged_backward)
 
 
 @jax.custom_vjp

@@ -45,7 +45,10 @@ def test_blocks_are_no_larger_than_a_group():
     assert grouped.block_rows(10**6, 8) == grouped.BLOCK
 
 
-def test_of_bfloat16_rows_a_kernel_has_a_gradient_that_is_not_rounded():
+@pytest.mark.parametrize("path", ["blocks", "ragged"])
+def test_of_bfloat16_rows_a_kernel_has_a_gradient_that_is_not_rounded(path, monkeypatch):
+    if path == "ragged":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(8, K)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(2, K, N)), jnp.float32)

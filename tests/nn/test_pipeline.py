@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from lm import sharding
+from lm import description, experiment, sharding
 from lm.config import ConfigError
 from lm.nn import pipeline
 
@@ -95,6 +96,15 @@ def test_parts_divide_the_rows_of_a_device():
     with sharding.use(mesh_of(1, 4)):
         assert pipeline.num_parts(16, 0, 2) == 4
         assert pipeline.num_parts(6, 0, 2) == 6  # not split over devices
+
+
+def test_the_parts_and_the_bubble_are_said(tiny):
+    mesh = ConfigDict({"data": 2, "stage": 4})
+    made = experiment.build(
+        tiny(model__num_layers=4, model__scan=True, mesh=mesh, data__batch_size=16)
+    )
+    said = "4, through which a batch flows in 8 parts; idle 27% of the time"
+    assert description.describe_stages(made) == said
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def test_a_task_of_any_kind_is_measured(experiment, fields):
     assert ours.run(steps=2) > 0
 
 
+def test_the_flags_of_a_mesh_are_those_of_training(monkeypatch):
+    monkeypatch.setattr("lm.startup.platform", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    ours = bench_ours.Ours()
+    monkeypatch.setattr(bench_ours.distributed, "start", lambda: 1 / 0)  # it is enough
+    with pytest.raises(ZeroDivisionError):
+        ours.prepare(config='{"mesh": {"data": 2}}', decode=False, started=0.0)
+    assert "latency_hiding_scheduler" in os.environ["XLA_FLAGS"]
+
+
 def test_a_tokenizer_of_a_file_has_its_own_size(tmp_path):
     tokenizers.Byte().save(tmp_path)
     ours = bench_ours.Ours()
@@ -208,11 +218,12 @@ def test_a_mesh_has_some_of_the_gpus_that_are_given(monkeypatch):
             started.append(environment)
 
         def call(self, method, **arguments):
-            facts = {"device": "some", "jax": "1", "shape": {}}
+            facts = {"device": "some", "jax": "1", "shape": {}, "flags": ["XLA_FLAGS: --x=1"]}
             return facts if method == "prepare" else 1.0
 
     monkeypatch.setattr(bench_mesh, "Side", Side)
-    bench_mesh.measure(ConfigDict(), ["data=2"], steps=1, rounds=1)
+    said = bench_mesh.measure(ConfigDict(), ["data=2"], steps=1, rounds=1)
+    assert said.count("XLA_FLAGS: --x=1") == 2
     assert [own["CUDA_VISIBLE_DEVICES"] for own in started] == ["4", "4,6"]
     assert {own["XLA_PYTHON_CLIENT_PREALLOCATE"] for own in started} == {"false"}
 

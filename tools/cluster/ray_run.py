@@ -17,9 +17,9 @@ import sys
 
 import ray
 
-# Stopped and saved; another process was lost; hung; stopped before training began; aborted or killed, as what
-# loses its peer may be by its own libraries.
-AGAIN = (75, 76, 77, 128 + 15, 128 + 6, 128 + 11, 128 + 9)
+# For a person: an error, a mistake, a divergence, no more data; no such program; Ctrl-C.
+FINAL = (1, 2, 3, 4, 126, 127, 130)
+KILLED = 128 + 9
 
 
 class Process:
@@ -57,12 +57,11 @@ def attempt(args: argparse.Namespace, flags: list[str]) -> int:
         codes = ray.get(runs)
     except ray.exceptions.RayError as error:  # its node is gone
         print(f"lost a process: {error}", file=sys.stderr)
-        return AGAIN[-1]
+        return KILLED
     finally:
         for process in every:
             ray.kill(process)
-    own = [code for code in codes if code not in (0, *AGAIN)]
-    return max(own or codes)
+    return max([code for code in codes if code in FINAL] or codes)
 
 
 def main() -> int:
@@ -82,7 +81,7 @@ def main() -> int:
     for number in range(args.attempts):
         code = attempt(args, args.flags)
         print(f"attempt {number} ended with {code}", flush=True)
-        if code not in AGAIN:
+        if code in (0, *FINAL):
             break
     return code
 

@@ -8,9 +8,9 @@
 # system that they share. On CPU nodes: --gpus-per-node=0 and as many tasks as wanted.
 #
 # Before its time is over, or when it is preempted or requeued (scontrol requeue), the run gets SIGTERM, saves and
-# ends with 75; it goes on in the same workdir. So it does with 76, 77, 134, 137 and 139, where a process was lost or
-# hung, and with 143, where it was stopped before training began. Requeued it has the KillWait of the cluster to save
-# (30 s by default), else it goes on from its last checkpoint. scancel ends it, saved alike; a mistake (2) ends it too.
+# ends with 75; it goes on in the same workdir, as after every other code that a new start may help. Requeued it has
+# the KillWait of the cluster to save (30 s by default), else it goes on from its last checkpoint. scancel ends it,
+# saved alike; so does a mistake (2), a divergence (3) or the end of the data (4).
 #SBATCH --job-name=lm
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -28,7 +28,8 @@ code=$?
 echo "start ${SLURM_RESTART_COUNT:-0} ended with $code"
 # A job that Slurm requeues by itself is no longer running here, nor is one that was cancelled.
 case $code-$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) in
-  75-RUNNING | 76-RUNNING | 77-RUNNING | 134-RUNNING | 137-RUNNING | 139-RUNNING | 143-RUNNING)
+  0-* | 1-* | 2-* | 3-* | 4-* | 126-* | 127-* | 130-*) ;; # done, or for a person
+  *-RUNNING)
     [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID"
     ;;
 esac
