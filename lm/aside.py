@@ -1,9 +1,10 @@
 """What a run that goes on has behind its checkpoint goes to a side file: nothing that was written is lost."""
 
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from lm import manifests
 
 
 def is_kept(step: float, names: Iterable[str], after: int, scored: bool) -> bool:
@@ -20,16 +21,6 @@ def divide(path: Path, parts: Sequence[tuple[bool, bytes]], *, side: str) -> Pat
     names = (path.with_name(side.replace("*", str(n))) for n in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     # In this order: a kill in between leaves rows in both files, never in none.
-    replace(aside, moved)
-    replace(path, b"".join(part for keep, part in parts if keep))
+    manifests.write_whole(aside, moved)
+    manifests.write_whole(path, b"".join(part for keep, part in parts if keep))
     return aside
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is either as before or whole."""
-    draft = path.with_name(f"draft.{os.getpid()}")
-    with open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -227,7 +227,12 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Close; what ends the block is never hidden by a save that failed."""
+        """Close; what ends the block is never hidden by a save that failed.
+
+        Of a stop before training began nothing is new, and no copy is waited for.
+        """
+        if kind is KeyboardInterrupt:
+            self._copying = 1.0
         try:
             self.close()
         except OSError as error:
@@ -265,9 +270,12 @@ class Checkpointer:
             # Where a kill came before it was done.
             for problem in retention.delete(self.folder, ()):
                 self.say(problem)
-            if self._remote:
-                self._remote.copy(found[0])
         return found[1] if found else None
+
+    def copy(self, step: int) -> None:
+        """Begin to copy the checkpoint of `step`, which a run goes on from, where that is asked for."""
+        if self._remote and jax.process_index() == 0:
+            self._remote.copy(step)
 
     def fetch(self) -> None:
         """Bring the newest good checkpoint here where only `checkpoint.remote` has it; say what is damaged.
@@ -275,10 +283,7 @@ class Checkpointer:
         Raises ConfigError where that cannot be read, and there is no checkpoint here to go on from.
         """
         if self._remote and jax.process_index() == 0:
-            here = manifests.all_steps(self.folder)
-            found = newest.good(self.folder, print, self._remote)
-            if found is not None and found not in here:
-                manifests.write_whole(self.folder.parent / remote.FETCHED, self.cfg.remote)
+            newest.good(self.folder, print, self._remote)
         if self.cfg.remote:
             distributed.from_first("fetched")
 
@@ -307,7 +312,8 @@ def find_step(workdir: str | Path, step: int | str = "last") -> int:
     elif step == "last":
         step = steps[-1]
         if newer := [other for other in manifests.all_steps(folder) if other > step]:
-            print(f"notice: {folder / str(newer[-1])} is not whole; using {step}", file=sys.stderr)
+            bad = manifests.problem(folder, newer[-1]) or "it was not whole yet"
+            print(f"notice: {folder / str(newer[-1])}: {bad}; using {step}", file=sys.stderr)
     if str(step) not in map(str, steps):
         raise ConfigError(f"step={step}: {folder} has {', '.join(map(str, steps))}, last and best")
     return int(step)

@@ -1,6 +1,7 @@
 """Train the model of an experiment file: `python -m lm.main --config experiments/gpt_tiny.py`."""
 
 import argparse
+import contextlib
 import shlex
 import signal
 import sys
@@ -102,8 +103,10 @@ def _train(
         print(f"stopped before the first step; nothing is lost; to start again: {again}")
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
     except OSError as error:
-        good = manifests.good_steps(workdir / "checkpoints")
-        kept = "; the last good checkpoint is kept" if good else ""
+        kept = ""
+        with contextlib.suppress(OSError):  # again: of what is wrong
+            if manifests.good_steps(workdir / "checkpoints"):
+                kept = "; the last good checkpoint is kept"
         raise config_lib.ConfigError(f"workdir={workdir}: {error}{kept}") from error
     print(f"workdir: {workdir}")
     prompt = "The [MASK]" if config.get("task", {}).get("name") == "masked_lm" else "The"

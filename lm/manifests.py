@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -189,9 +189,16 @@ def parsed(text: bytes, step: int) -> dict[str, Any] | None:
     try:
         manifest = json.loads(text)
         whole = manifest["digest"] == digest(manifest) and manifest["step"] == step
-        return manifest if whole else None
+        inside = all(map(_is_inside, (*manifest["files"], *manifest.get("run", ()))))
+        return manifest if whole and inside else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a file's name stays in the folder that it is given in."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def all_steps(folder: Path) -> list[int]:
@@ -201,11 +208,18 @@ def all_steps(folder: Path) -> list[int]:
 
 
 def run_of(folder: Path) -> str:
-    """Return which run the checkpoints in `folder` are to be of; "" where nothing says so."""
+    """Return which run the checkpoints in `folder` are to be of; "" where nothing says so.
+
+    Raises OSError of what says nothing of the file: it passes, or is a matter of rights.
+    """
     try:
         found = json.loads(content(folder.parent / IDENTITY))
         return str(found["identity"]) if found.pop("digest") == digest(found) else ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:
+        if error.errno in (*PASSING, errno.EACCES):
+            raise
+        return ""
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""
 
 
@@ -226,8 +240,10 @@ def is_step(name: str) -> bool:
 
 
 def good_steps(folder: Path) -> list[int]:
-    """Return the steps whose checkpoints were finished, ascending (their files are not read)."""
-    return [step for step in all_steps(folder) if read(folder, step) is not None]
+    """Return the steps whose checkpoints were finished by this run, ascending (their files are not read)."""
+    run = run_of(folder)
+    found = {step: read(folder, step) for step in all_steps(folder)}
+    return [step for step, known in found.items() if known and not is_foreign(known, run)]
 
 
 def best_step(folder: Path, metric: str) -> int | None:

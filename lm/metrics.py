@@ -101,10 +101,11 @@ class Jsonl:
         self._file.close()
 
 
-def read_rows(path: str | Path) -> list[dict[str, float]]:
+def read_rows(path: str | Path, *, numbers: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; a last line that a kill left half-written is left out.
 
-    Raises ConfigError, naming the line, for any other line that is not a JSON object with a step.
+    Raises ConfigError, naming the line, for any other line that is not a JSON object with a step, and, where
+    `numbers` are wanted, for one that holds something else.
     """
     rows = []
     for number, line in enumerate(_lines(path), start=1):
@@ -118,11 +119,19 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
             raise ConfigError(
                 f"{path}:{number}: not a JSON object with a step; delete that line"
             ) from None
+        for key, value in row.items() if numbers else ():
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{path}:{number}: {key} is no number; delete that line")
     return rows
 
 
 def _lines(path: str | Path) -> list[bytes]:
-    """Return the lines of a file, each with its newline: what is damaged may have other ends inside."""
+    """Return the lines of a file, each with its newline: what is damaged may have other ends inside.
+
+    Raises ConfigError where it is no plain file, as a pipe, which would be waited for.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: no plain file; move it away")
     with open(path, "rb") as file:
         return file.readlines()
 
@@ -134,7 +143,7 @@ def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _repair(path: Path) -> None:
     """Cut off a last line that has no end: a kill came while it was written."""
-    data = path.read_bytes()
+    data = b"".join(_lines(path))
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
@@ -160,16 +169,29 @@ def _lasting(row: Mapping[str, Any]) -> bytes:
     return json.dumps(untimed(row)).encode()
 
 
-def rows_problem(path: str | Path, mark: Sequence[Any]) -> str:
-    """Return what is wrong with the rows of a file when it had this `mark` (see `Jsonl`), "" for nothing."""
-    count, expected = mark
-    lines = _lines(path)[:count] if Path(path).exists() else []
+def rows_problem(path: str | Path, mark: Sequence[Any], at: int) -> str:
+    """Return what is wrong with the rows of a file that had this `mark` (see `Jsonl`) at step `at`.
+
+    "" is nothing. Rows that came after it, and are not of the evaluation there, are moved aside.
+    """
+    path, (count, expected) = Path(path), mark
+    lines = _lines(path) if path.exists() else []
     if len(lines) < count:
         return f"{path}: {len(lines)} rows are there of the {count} that were written"
-    found = hashlib.sha256()
-    for line in lines:
-        found.update(_lasting(json.loads(line)))
-    return "" if found.hexdigest() == expected else f"{path}: its rows are not what was written"
+    found, rows = hashlib.sha256(), [json.loads(line) for line in lines]
+    for row in rows[:count]:
+        found.update(_lasting(row))
+    if found.hexdigest() != expected:
+        return f"{path}: its rows are not what was written"
+    own = [True] * count + [_is_score(row, at) for row in rows[count:]]
+    parts = list(zip(own, lines, strict=True))
+    moved = aside.divide(path, parts, side=f"{path.stem}.*{path.suffix}")
+    return f"{path}: rows were added that the run did not write; moved to {moved}" if moved else ""
+
+
+def _is_score(row: Mapping[str, Any], at: int) -> bool:
+    """Return whether a row is of an evaluation at step `at`."""
+    return row["step"] == at and all(name == "step" or name.startswith("eval") for name in row)
 
 
 def _is_screen(stream: TextIO) -> bool:
@@ -314,7 +336,7 @@ def open_writers(
     kept = -1 if resume_step is None else resume_step
     move_rows_aside(workdir / "metrics.jsonl", after=kept, scored=scored)
     tensorboard.move_events_aside(workdir / "tensorboard", after=kept, scored=scored)
-    if mark and (problem := rows_problem(workdir / "metrics.jsonl", mark)):
+    if mark and (problem := rows_problem(workdir / "metrics.jsonl", mark, kept)):
         print(f"warning: {problem}; training goes on as it would", file=sys.stderr, flush=True)
     writers: list[Writer] = [
         Jsonl(workdir / "metrics.jsonl"),

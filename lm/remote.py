@@ -6,8 +6,10 @@ files lie those of the run's folder (`run/`: config, data, rows of metrics), so 
 nothing is left of it here. Nothing but an unfinished or older copy of the same step is deleted there.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -22,6 +24,11 @@ from lm.config import ConfigError
 FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
 FETCHING = "fetching"  # a folder's name while it is brought here
 RUN = "run"  # beside a copy's state: files of the run's folder
+ABSENT = (
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+)  # all else says nothing of a file
 TRIES = 3  # to reach it when a run begins or ends
 WAIT = 5.0  # seconds between two tries; doubled each time while a run trains
 LONGEST = 300.0
@@ -37,6 +44,11 @@ class Remote:
             raise ConfigError(
                 f"checkpoint.remote={url}: {error}; give a folder, or a URL that fsspec opens"
             ) from None
+        own = os.path.realpath(folder.parent)
+        if self._local and Path(os.path.realpath(self._root)).is_relative_to(own):
+            raise ConfigError(
+                f"checkpoint.remote={url}: in the run's own folder, which it is to outlive; give another"
+            )
         self.url, self._folder, self._say = url, folder, say
         self._due: int | None = None  # the next to be copied
         self._now: int | None = None  # the one that is copied
@@ -44,15 +56,25 @@ class Remote:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
+    @property
+    def _local(self) -> bool:
+        """Whether the place is a folder of this machine, or mounted on it."""
+        return bool(getattr(self._fs, "local_file", False))
+
     def copy(self, step: int) -> None:
         """Begin to copy the checkpoint of `step`, which is good; return at once."""
         with self._changed:
             if self._due is not None:
                 self._say(f"checkpoint {self._due} is not copied to {self.url}: {step} is newer")
-            self._due = step
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads
+                    self._say(f"checkpoint {step} is not copied to {self.url}: {error}")
+                    return
+                self._thread = thread
+            self._due = step
             self._changed.notify_all()
 
     def needed(self) -> set[int]:
@@ -96,7 +118,8 @@ class Remote:
             except Exception as error:  # every file system raises its own
                 problem = (str(error).splitlines() or [type(error).__name__])[0]
             with self._changed:
-                left -= self._closing
+                closing = self._closing
+                left -= closing
                 given_up = left == 0 or self._due is not None
                 then = "a newer one is" if self._due is not None else "given up"
                 self._say(
@@ -105,11 +128,15 @@ class Remote:
                 )
                 if given_up:
                     return
-                self._changed.wait_for(
-                    lambda: self._due is not None,
-                    timeout=min(wait, WAIT if self._closing else wait),
-                )
+                self._wait_for_news(min(wait, WAIT if closing else wait))
             wait = min(2 * wait, LONGEST)
+
+    def _wait_for_news(self, seconds: float) -> None:
+        """Wait until a newer one is due, the run begins to end, or `seconds` are over."""
+        closing = self._closing
+        self._changed.wait_for(
+            lambda: self._due is not None or self._closing != closing, timeout=seconds
+        )
 
     def _upload(self, step: int) -> None:
         """Copy a checkpoint, manifest last. Raises what the file system does, or OSError."""
@@ -122,22 +149,23 @@ class Remote:
             raise OSError(f"{self._folder / str(step)} or {there} is another run's")
         if found and found["arrays"] == manifest["arrays"] and self._is_whole(there, found):
             return
-        if self._fs.exists(there):
-            if found:  # an older one of the same step: no copy from here on
-                self._fs.rm_file(f"{there}/{manifests.MANIFEST}")
+        if found:  # an older one of the same step: no copy from here on
+            self._fs.rm_file(f"{there}/{manifests.MANIFEST}")
+        with contextlib.suppress(FileNotFoundError):
             self._fs.rm(there, recursive=True)
         for name, (_, digest) in manifest["files"].items():
             self._put(self._folder / str(step) / name, f"{there}/{name}", digest)
         manifest[RUN] = {}
         for path in sorted(self._folder.parent.glob("*.json*")):
-            if path.is_file():
+            if path.is_file() and path.suffix != ".partial":
                 content = path.read_bytes()  # at once: rows are being added
                 manifest[RUN][path.name] = hashlib.sha256(content).hexdigest()
                 self._put(content, f"{there}/{RUN}/{path.name}", manifest[RUN][path.name])
         manifest["digest"] = manifests.digest(manifest)
         text = json.dumps(manifest, indent=1)
         self._fs.pipe_file(f"{there}/{manifests.MANIFEST}", text.encode())
-        self._sync(f"{there}/{manifests.MANIFEST}")
+        for place in (f"{there}/{manifests.MANIFEST}", there, self._root):
+            self._sync(place)
         if self._manifest(step) != manifest:
             raise OSError(f"file {manifests.MANIFEST} did not arrive whole")
 
@@ -166,15 +194,22 @@ class Remote:
             return False
 
     def _sync(self, there: str) -> None:
-        """Bring a file to the disk, and its name, where the place is a folder."""
-        if getattr(self._fs, "local_file", False):
+        """Bring a file or folder to the disk, and its name, where the place is a folder."""
+        if self._local:
             manifests.sync(Path(there))
             manifests.sync(Path(there).parent)
 
     def _manifest(self, step: int) -> dict | None:
-        path = f"{self._root}/{step}/{manifests.MANIFEST}"
+        """Return the manifest of a copy, None where there is none that makes sense.
+
+        Raises what the file system does where it cannot be told: its own `exists` would say no.
+        """
         self._fs.invalidate_cache()
-        return manifests.parsed(self._fs.cat_file(path), step) if self._fs.exists(path) else None
+        try:
+            text = self._fs.cat_file(f"{self._root}/{step}/{manifests.MANIFEST}")
+        except ABSENT:
+            return None
+        return manifests.parsed(text, step)
 
     def steps(self) -> list[int]:
         """Return the steps of which there is a folder, ascending.
@@ -185,10 +220,10 @@ class Remote:
         """
         try:
             self._fs.invalidate_cache()
-            if not self._fs.exists(self._root):
-                return []
-            folder = self._fs.isdir(self._root)
+            folder = self._fs.info(self._root)["type"] == "directory"
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
+        except FileNotFoundError:
+            return []
         except Exception as error:  # every file system raises its own
             raise OSError(f"{self.url}: {error}") from error
         if not folder:
@@ -253,9 +288,8 @@ class Remote:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self._fs.get_file(f"{self._root}/{step}/{name}", str(path))
-                except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                except ABSENT:
                     return f"file {name} is missing"
-                manifests.sync(path)
             digests = manifest.pop(RUN, None)
             manifest["digest"] = manifests.digest(manifest)
             manifests.write_whole(target / manifests.MANIFEST, json.dumps(manifest, indent=1))
@@ -263,8 +297,13 @@ class Remote:
                 return problem
             if problem := self._fetch_run(step, newest, digests):
                 return problem
+            for path in (target, *target.rglob("*")):
+                manifests.sync(path)
+            if newest:
+                manifests.write_whole(self._folder.parent / FETCHED, self.url)
             target.rename(self._folder / str(step))
-            manifests.sync(self._folder)
+            for path in (self._folder, self._folder.parent):
+                manifests.sync(path)
         finally:
             shutil.rmtree(target, ignore_errors=True)
         return ""
@@ -278,7 +317,9 @@ class Remote:
         there = f"{self._root}/{step}/{RUN}"
         names = digests
         if names is None:
-            found = self._fs.ls(there, False) if self._fs.exists(there) else []
+            found: list[str] = []
+            with contextlib.suppress(FileNotFoundError):
+                found = self._fs.ls(there, False)
             names = dict.fromkeys((path.rstrip("/").rpartition("/")[2] for path in found), "")
         partials = {name: self._folder.parent / f"{name}.partial" for name in names}
         try:
@@ -305,7 +346,7 @@ class Remote:
         """Bring one file here, synced; return what is wrong with it, "" for nothing."""
         try:
             self._fs.get_file(there, str(partial))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except ABSENT:
             return "is missing"
         manifests.sync(partial)
         good = not digest or manifests.hash_file(partial) == digest

@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import os
+import queue
 import shutil
 import sys
 import threading
@@ -95,8 +96,14 @@ class Writer:
             self._check_own(target)
             own = True
         told = failed(target, error, freed=own)
-        distributed.tell(f"{self._name}/failed", f"process {jax.process_index()}: {told}")
+        self._tell(told)
         return told
+
+    def _tell(self, told: OSError) -> str:
+        """Tell the other processes what this save failed with here; return the words."""
+        words = f"process {jax.process_index()}: {told}"
+        distributed.tell(f"{self._name}/failed", words)
+        return words
 
     def _check_own(self, target: Path) -> None:
         """Raise OSError where `target` is not the folder that this save made, in the run's own folder."""
@@ -133,7 +140,14 @@ class Writer:
         if problem := distributed.from_first(self._gone() or _make_room(target)):
             raise OSError(problem)
         self._made = target.stat() if jax.process_index() == 0 else None
-        arrays = flatten(state)
+        arrays, failure, told = flatten(state), None, ""
+        manifest = {
+            "format": manifests.FORMAT,
+            "step": step,
+            **more,
+            "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
+        }
+        begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
         try:
             # Of the devices' own bits, which no step has taken yet. One process makes them after the copy,
             # which a step waits for; of several, nothing may run beside the writer.
@@ -142,28 +156,31 @@ class Writer:
             what = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=DATA_FILE)
             self._orbax.save(target / "state", args=what)
             found = found or fingerprint.of_all(arrays)
+            arguments = (begun, target, manifest, found, good)
+            thread = threading.Thread(
+                target=self._finish, args=arguments, name=str(step), daemon=True
+            )
+            thread.start()
         except Exception as error:
+            failure, told = error, self._tell(failed(target, error, freed=False))
+        # All have begun, or none has: else they would count their saves apart.
+        told = next(filter(None, distributed.from_all(told)), "")
+        begun.put(not told)
+        if told:
             self._renew()
-            raise self._fail(target, error) from error
-        manifest = {
-            "format": manifests.FORMAT,
-            "step": step,
-            **more,
-            "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
-        }
-        arguments = (target, manifest, found, good)
-        self._thread = threading.Thread(
-            target=self._finish, args=arguments, name=str(step), daemon=True
-        )
-        self._thread.start()
+            raise self._fail(target, failure or OSError(told)) from failure
+        self._thread = thread
 
     def _finish(
         self,
+        begun: queue.SimpleQueue[bool],
         target: Path,
         manifest: dict[str, Any],
         found: Mapping[str, jax.Array],
         good: Callable[[int], None],
     ) -> None:
+        if not begun.get():
+            return
         try:
             if jax.process_index() > 0:
                 return self._orbax.wait_until_finished()

@@ -73,8 +73,7 @@ def run(
         others = stack.enter_context(peers.watch(*timeouts, together=(Ended,)))
         made = build(config, workdir, others)
         cfg, num_steps = made.cfg, made.num_steps
-        # 0 is never, but for the last step.
-        eval_every = made.steps_of("eval", "every_steps")
+        eval_every = made.steps_of("eval", "every_steps")  # 0 is never, but for the last step
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
         gone = stack.enter_context(workdirs.alone_in(workdir))
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
@@ -97,7 +96,7 @@ def run(
         profile = stack.enter_context(closing(Profile(workdir, profiled(made, first))))
         marks = stack.enter_context(closing(trail.Trail(workdir, made, first)))
         stop.begin(made.mesh)
-        digests, batches = read_ahead(made, first)
+        digests, batches, end_of_data = read_ahead(made, first)
         end = functools.partial(finish, saver, digests, stop, watch)
         for now in range(first, num_steps + 1):
             last, fresh = now == num_steps, now > first or not resumed
@@ -115,7 +114,8 @@ def run(
             stopping = stopping and not (last and scores)
             if saving or (stopping and fresh):
                 told = scores if evaluating else {}
-                guard.save(now, state, told, wait=last or stopping, verify=last)
+                final = now >= end_of_data
+                guard.save(now, state, told, wait=final or stopping, verify=final)
             elif evaluating and scores and not fresh:
                 writers.sync()
                 saver.add_metrics(now, scores)
@@ -161,6 +161,7 @@ def begin(
             f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
             "already; use more"
         )
+    saver.copy(int(state.step))  # where a kill came before it was done
     return state, int(state.step), True
 
 
@@ -203,8 +204,8 @@ def open_writers(
 
 def read_ahead(
     made: experiment.Experiment, first: int
-) -> tuple[shards.Check, Iterator[dict[str, jax.Array]]]:
-    """Return what compares the files of a large corpus meanwhile, and the batches from step `first` on."""
+) -> tuple[shards.Check, Iterator[dict[str, jax.Array]], int]:
+    """Return what compares the files of a large corpus meanwhile, and batches from step `first` to which."""
     last = made.num_steps
     if epochs := made.cfg["data"].epochs:
         last = min(last, made.batches.steps_in(epochs))
@@ -212,7 +213,7 @@ def read_ahead(
         file: record for member in made.corpus.members for file, record in member.unchecked.items()
     }
     digests = shards.Check(unchecked if first < last else {}, made_again=corpus.made_again())
-    return digests, place_ahead(made, first, last, digests)
+    return digests, place_ahead(made, first, last, digests), last
 
 
 def place_ahead(

@@ -109,9 +109,16 @@ class Watchdog:
             doing = self._now()
             spent = {what: spent.get(what, 0.0) + passed for what in doing}
             for (name, step), seconds in spent.items():
-                limit = self._limits.get(name)
+                limit = self._limit(name)
                 if limit is not None and 0 < limit.seconds < seconds:
                     self._end(name, step, limit)
+
+    def _limit(self, name: str) -> Limit | None:
+        """Return how long something may take: of a stop half, where there is something to save after it."""
+        limit = self._limits.get(name)
+        if limit and name == STOPPING and self._state is not None and jax.process_count() == 1:
+            return Limit(limit.seconds / 2, f"half of {limit.field}")
+        return limit
 
     def _now(self) -> list[tuple[str, int]]:
         """Return what is done now."""
@@ -136,16 +143,16 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         self._others.say_left(why, exits.HUNG)
         if name != SAVING:
-            print(self._rescued(at[1], state), file=sys.stderr, flush=True)
+            seconds = limit.seconds if name == STOPPING else self._grace()
+            print(self._rescued(at[1], state, seconds), file=sys.stderr, flush=True)
         os._exit(exits.HUNG)
 
     def _grace(self) -> float:
         """Return the seconds that there are to save what can be saved."""
         return self._limits.get(STOPPING, Limit(0.0, "")).seconds or 60.0
 
-    def _rescued(self, step: int, state: Any) -> str:
-        """Save what can be saved, in the time there is; return what came of it, in a line."""
-        limit = self._grace()
+    def _rescued(self, step: int, state: Any, limit: float) -> str:
+        """Save what can be saved, in `limit` seconds; return what came of it, in a line."""
         said = [f"nothing more could be saved in {limit:g} s"]
 
         def work() -> None:

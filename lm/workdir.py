@@ -200,15 +200,18 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
         causes = ", ".join([*keys, *(e for e in environment if e.startswith("python"))])
         refused.append(f"the data's content, tokenizer or split ({causes or 'same settings'})")
-    came = (workdir / remote.FETCHED).exists()
-    if other := [
-        key
-        for key, *_ in changes
-        if came and key.startswith(("optim.", "train.")) and key != "train.num_steps"
-    ]:
+    fetched = workdir / remote.FETCHED
+    if came := fetched.read_text(errors="replace") if fetched.exists() else "":
+        refused += [
+            f"{key} {before!r} -> {after!r}"
+            for key, before, after in changes
+            if key.startswith(("optim.", "train.")) and key != "train.num_steps"
+        ]
+    if refused and came:
         raise ConfigError(
-            f"checkpoint.remote={made.cfg['checkpoint'].remote} holds a run with another {', '.join(other)}; "
-            "give this run a place of its own, or set these back"
+            f"checkpoint.remote: what is in workdir={workdir} came from {came}, which holds a run of another "
+            f"config: {'; '.join(refused)}; set these back, or choose another --workdir and another "
+            "checkpoint.remote"
         )
     if refused:
         raise ConfigError(

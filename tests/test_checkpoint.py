@@ -188,6 +188,53 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_used(saver, dama
     assert manifests.good_steps(saver.folder) == [1]
 
 
+@pytest.mark.parametrize("name", ["../x", "state/../../x", "/etc/x"])
+def test_a_manifest_names_no_file_outside_its_folder(name):
+    manifest = {"step": 1, "files": {name: [0, ""]}}
+    for part in (manifest, {"step": 1, "files": {}, "run": {name: ""}}):
+        text = json.dumps({**part, "digest": manifests.digest(part)})
+        assert manifests.parsed(text.encode(), 1) is None
+    inside = {"step": 1, "files": {"state/..x": [0, ""]}}
+    text = json.dumps({**inside, "digest": manifests.digest(inside)})
+    assert manifests.parsed(text.encode(), 1)
+
+
+def test_a_name_that_cannot_be_read_is_not_taken_for_none(saver, monkeypatch):
+    """Else what is saved then is of no run, and its own name is moved aside."""
+    workdir = saver.folder.parent
+    manifests.identify(workdir, "one")
+
+    def fails(path):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "content", fails)
+        for ask in (
+            lambda: manifests.run_of(saver.folder),
+            lambda: manifests.identify(workdir, "x"),
+        ):
+            with pytest.raises(PermissionError):
+                ask()
+    manifests.identify(workdir, "another")
+    assert manifests.run_of(saver.folder) == "one"
+
+
+def test_a_better_checkpoint_of_another_run_takes_no_room_of_the_own(tmp_path):
+    for name, loss in (("one", 2.0), ("other", 1.0)):
+        manifests.identify(tmp_path / name, name)
+        cfg = checkpoint.Config(keep=1)
+        with checkpoint.Checkpointer(tmp_path / name, cfg) as saver:
+            steps = (5,) if name == "other" else (1, 7)
+            for step in steps:
+                saver.save(step, state(step), {"eval/loss": loss + (step == 7)}, wait=True)
+    shutil.copytree(tmp_path / "other/checkpoints/5", tmp_path / "one/checkpoints/5")
+    assert manifests.good_steps(folder := tmp_path / "one" / "checkpoints") == [1, 7]
+    with checkpoint.Checkpointer(tmp_path / "one", checkpoint.Config(keep=1)) as saver:
+        saver.save(8, state(8), {"eval/loss": 3.0}, wait=True)
+    assert manifests.good_steps(folder) == [1, 8] and manifests.best_step(folder, "eval/loss") == 1
+    assert manifests.all_steps(folder) == [1, 5, 8]
+
+
 def test_a_failed_save_is_told_at_the_next_call(saver, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

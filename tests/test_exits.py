@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import exits, experiment, main, manifests, train
+from lm import exits, experiment, main, manifests, stored, train
 from lm.config import ConfigError
 from tests import quickly
 from tests.test_distributed import EXPERIMENT
@@ -72,6 +72,24 @@ def test_data_that_ends_is_told_and_saved_and_goes_on(tiny, tmp_path):
     config.data.epochs = 99
     train.run(config, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 12)
+
+
+def test_the_save_where_the_data_ends_is_read_back_also_where_it_is_due(
+    tiny, tmp_path, monkeypatch
+):
+    config = tiny(train__num_steps=12, data__batch_size=400, data__epochs=1)
+    end = math.ceil(experiment.build(config).batches.steps_per_epoch)
+    config.checkpoint.every_steps = end
+    read = []
+
+    def problem(folder, step, *rest, real=stored.problem):
+        read.append(step)
+        return real(folder, step, *rest)
+
+    monkeypatch.setattr(stored, "problem", problem)
+    with pytest.raises(exits.DataEnded, match=rf"ended at step {end} of 12"):
+        train.run(config, tmp_path)
+    assert read == [end]
 
 
 def test_as_many_steps_as_the_text_has_are_no_early_end(tiny, tmp_path):

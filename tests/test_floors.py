@@ -102,6 +102,7 @@ NEIGHBOURS = {
     ("lm.metrics", "lm.tensorboard"),
     ("lm.metrics", "lm.aside"),
     ("lm.tensorboard", "lm.aside"),
+    ("lm.aside", "lm.manifests"),
     ("lm.tensorboard", "lm.manifests"),
     ("lm.weights_and_biases", "lm.config"),
     ("lm.weights_and_biases", "lm.manifests"),

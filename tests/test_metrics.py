@@ -69,6 +69,37 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
             metrics.read_rows(path)
 
 
+def test_a_value_that_is_no_number_is_an_error_where_numbers_are_wanted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": "low"}\n')
+    assert len(metrics.read_rows(path)) == 2
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: loss is no number; delete that line"):
+        metrics.read_rows(path, numbers=True)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(path := tmp_path / "metrics.jsonl")
+    for use in (metrics.read_rows, metrics.Jsonl, lambda p: metrics.move_rows_aside(p, after=1)):
+        with pytest.raises(ConfigError, match=r"metrics.jsonl: no plain file; move it away"):
+            use(path)
+
+
+def test_rows_that_were_added_are_moved_aside_and_scores_of_the_step_are_not(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    own = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+    path.write_text(own)
+    mark = metrics.Jsonl(path).mark
+    late = '{"step": 2, "eval/loss": 2.5}\n'
+    strange = '{"step": 1, "loss": 4.0}\n{"step": 2, "loss": 2.0}\n{"step": 1, "eval/loss": 2.0}\n'
+    path.write_text(own + late)
+    assert not metrics.rows_problem(path, mark, at=2)
+    path.write_text(own + strange + late)
+    assert "added that the run did not write; moved to" in metrics.rows_problem(path, mark, at=2)
+    assert path.read_text() == own + late
+    assert (tmp_path / "metrics.1.jsonl").read_text() == strange
+    assert not metrics.rows_problem(path, mark, at=2)
+
+
 def test_only_a_newline_ends_a_line(tmp_path):
     """One bit turns the minus of a number into a carriage return; JSON takes one between its words."""
     path = tmp_path / "metrics.jsonl"
@@ -77,7 +108,7 @@ def test_only_a_newline_ends_a_line(tmp_path):
         metrics.move_rows_aside(path, after=1)
     path.write_bytes(b'{"step": 1,\r"lr": 4.9e-05}\n{"step": 2}\n')
     mark = metrics.Jsonl(path).mark
-    assert mark[0] == 2 and not metrics.rows_problem(path, mark)
+    assert mark[0] == 2 and not metrics.rows_problem(path, mark, at=2)
     assert metrics.move_rows_aside(path, after=1)
     assert [row["step"] for row in metrics.read_rows(path)] == [1]
 

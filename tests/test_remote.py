@@ -186,11 +186,81 @@ def test_one_that_cannot_be_read_is_an_error_only_where_there_is_nothing_here(
     def fails(*args, **kwargs):
         raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "exists", fails)
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "info", fails)
     assert resumed(tmp_path / "run", url, said) == 1.0
     assert "no route to host; going on with checkpoint 1 here" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"no route to host.*checkpoint\.remote=''"):
         resumed(tmp_path / "other", url, said)
+
+
+@pytest.mark.parametrize("name", ["there", "there/1/manifest.json"])
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, said, name):
+    """As one without rights, or a server that does not answer: here a link that leads to itself."""
+    save(tmp_path / "run", str(tmp_path / "there"), [1], said)
+    (tmp_path / name).rename(tmp_path / "kept")
+    (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"Too many levels.*checkpoint\.remote=''"):
+        resumed(tmp_path / "other", str(tmp_path / "there"), said)
+    (tmp_path / name).unlink()
+    (tmp_path / "kept").rename(tmp_path / name)
+    assert resumed(tmp_path / "other", str(tmp_path / "there"), said) == 1.0
+
+
+@pytest.mark.parametrize("where", [".", "checkpoints", "checkpoints/copies"])
+def test_the_run_s_own_folder_is_no_second_place(tmp_path, where):
+    cfg = checkpoint.Config(remote=str(tmp_path / "run" / where))
+    with pytest.raises(ConfigError, match=r"checkpoint\.remote=.*: in the run's own folder"):
+        checkpoint.Checkpointer(tmp_path / "run", cfg)
+
+
+def test_where_no_thread_can_start_the_run_goes_on_and_copies_later(tmp_path, said, monkeypatch):
+    real, fails = threading.Thread.start, itertools.chain([True], itertools.repeat(False))
+
+    def start(self):
+        if "Remote._work" in repr(self._target) and next(fails):
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    save(tmp_path / "run", str(tmp_path / "there"), [1, 2], said)
+    assert "checkpoint 1 is not copied" in said[0] and "can't start new thread" in said[0]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["2"]
+
+
+def test_an_end_wakes_who_waits_to_try_again(tmp_path, said, monkeypatch):
+    fails = itertools.chain([True], itertools.repeat(False))
+
+    def put(self, *args, real=remote.Remote._put):
+        if next(fails):
+            raise OSError("503")
+        real(self, *args)
+
+    monkeypatch.setattr(remote, "WAIT", 60)
+    monkeypatch.setattr(remote.Remote, "_put", put)
+    began, url = time.monotonic(), str(tmp_path / "there")
+    cfg = checkpoint.Config(remote=url)
+    with checkpoint.Checkpointer(tmp_path / "run", cfg, said.append) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        while not said:
+            time.sleep(0.01)
+    assert (tmp_path / "there" / "1" / "manifest.json").is_file()
+    assert time.monotonic() - began < 30
+
+
+def test_a_stop_before_training_waits_for_no_copy(tmp_path, said, monkeypatch):
+    save(tmp_path / "run", str(tmp_path / "other"), [1], said)
+    freed = threading.Event()
+    monkeypatch.setattr(remote.Remote, "_put", lambda *_: freed.wait())
+    began = time.monotonic()
+    cfg = checkpoint.Config(remote=str(tmp_path / "there"))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        checkpoint.Checkpointer(tmp_path / "run", cfg, said.append) as saver,
+    ):
+        saver.copy(1)
+        raise KeyboardInterrupt
+    freed.set()
+    assert time.monotonic() - began < 30 and "checkpoint 1 is not copied" in said[-1]
 
 
 def test_the_same_step_again_is_copied_only_where_it_differs(tmp_path, url, said):
@@ -332,11 +402,16 @@ def test_a_damaged_copy_is_made_again_with_the_same_step(tmp_path, url, said):
 
 def test_a_run_of_other_settings_does_not_take_the_place_of_another(tiny, tmp_path):
     """Nor where it is tried again: the checkpoint has come by then."""
-    url = str(tmp_path / "there")
+    url, another = str(tmp_path / "there"), str(tmp_path / "another")
     train.run(tiny(checkpoint__remote=url), tmp_path / "run")
-    for _ in range(2):
-        with pytest.raises(ConfigError, match=r"holds a run with another optim\.peak_lr; give"):
-            train.run(tiny(checkpoint__remote=url, optim__peak_lr=0.05), tmp_path / "other")
+    words = rf"came from {url}, which holds a run of another config: optim\.peak_lr .*; set these back, or"
+    for place in (url, another):
+        with pytest.raises(ConfigError, match=words):
+            train.run(tiny(checkpoint__remote=place, optim__peak_lr=0.05), tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"came from {url}, .*: seed 0 -> 1; set"):
+        train.run(tiny(checkpoint__remote=url, seed=1), tmp_path / "other")
+    # As it says: either of both.
+    train.run(tiny(checkpoint__remote=another, optim__peak_lr=0.05), tmp_path / "new")
     train.run(tiny(checkpoint__remote=url), tmp_path / "other")
 
 

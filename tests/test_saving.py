@@ -1,6 +1,7 @@
 """Saves that fail: said, tried again, never counted; and what is saved is what the devices had."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -79,6 +80,21 @@ def test_a_save_that_cannot_start_is_tried_again_at_once(saver, said, monkeypatc
     assert run_steps(saver, 4, 6, every=4) == [4]
     assert manifests.good_steps(saver.folder) == [4]
     assert len(said) == 1 and "checkpoint 4" in said[0] and "trying again" in said[0]
+
+
+def test_without_a_thread_a_save_is_tried_again(saver, said, monkeypatch):
+    real, fails = threading.Thread.start, itertools.chain([True], itertools.repeat(False))
+
+    def start(self):
+        if "Writer._finish" in repr(self._target) and next(fails):
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    saver.save(4, state(4), {})
+    saver.wait()
+    assert manifests.good_steps(saver.folder) == [4]
+    assert "checkpoint 4: can't start new thread; not saved, trying again" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,21 @@ def test_what_hangs_ends_the_run_which_goes_on_exactly(whole, tmp_path, case):
 
 
 @pytest.mark.slow
+def test_a_stop_while_a_batch_hangs_saves_within_its_grace_period(whole, tmp_path):
+    grace = "--config.checkpoint.grace_seconds=16"
+    process = start(whole[0], tmp_path / "run", grace, hangs=CASES["a batch"][0])
+    wait_for_step(tmp_path / "run", 5, process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert 8 < time.monotonic() - asked < 16, said
+    assert process.returncode == exits.HUNG, said
+    assert "took longer than 8 s (half of checkpoint.grace_seconds)" in said
+    assert manifests.good_steps(tmp_path / "run" / "checkpoints")[-1] == 9
+
+
+@pytest.mark.slow
 def test_a_stop_that_cannot_save_in_its_grace_period_says_so(whole, tmp_path):
     process = start(
         whole[0], tmp_path / "run", "--config.checkpoint.grace_seconds=3",

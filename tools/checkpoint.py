@@ -14,6 +14,8 @@ prune, and never the only checkpoint that is good. Exit codes: 1 where verify fi
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -127,6 +129,9 @@ def _verify(args: argparse.Namespace, place: Place) -> int:
         raise ConfigError(f"{place.folder}: no checkpoint there")
     for step in steps:
         problem = manifests.problem(place.folder, step)
+        if problem and not one and (why := _in_use(place.folder, step)):
+            print(f"checkpoint {step}: {why}", flush=True)
+            continue
         checked = "files"
         if args.arrays and not problem:
             from lm import stored
@@ -137,19 +142,36 @@ def _verify(args: argparse.Namespace, place: Place) -> int:
     return 1 if damaged else 0
 
 
+def _in_use(folder: Path, step: int) -> str:
+    """Return what a run that trains there does with a checkpoint that is not good; "" for nothing."""
+    if not (folder / str(step)).is_dir():
+        return "deleted meanwhile"
+    if manifests.read(folder, step) is not None:
+        return ""
+    try:
+        with (folder.parent / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "being written"
+    except OSError:  # no lock, or no locks there
+        pass
+    return ""
+
+
 def _list(args: argparse.Namespace, place: Place) -> int:
     folder = place.folder
     best = manifests.best_step(folder, _best_metric(folder))
     pinned = retention.pinned(folder)
     for step in manifests.all_steps(folder):
-        size = sum(
-            path.stat().st_size for path in (folder / str(step)).rglob("*") if path.is_file()
-        )
+        size = 0
+        for path in (folder / str(step)).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a run that trains renames and deletes
+                size += path.stat().st_size if path.is_file() else 0
         problem = manifests.problem(folder, step)
         marks = [mark for mark, on in (("best", step == best), ("pinned", step in pinned)) if on]
         metrics = (manifests.read(folder, step) or {"metrics": {}})["metrics"]
         words = [f"{name} {value:.4g}" for name, value in metrics.items()]
-        state = f"damaged: {problem}" if problem else "good"
+        state = _in_use(folder, step) or f"damaged: {problem}" if problem else "good"
         print(
             f"{step:>9}  {size / 1e6:>10.3f} MB  {'; '.join([state, *marks])}  {'  '.join(words)}"
         )

@@ -40,7 +40,7 @@ def result(workdir: Path, name: str, year: int, paper: str) -> dict[str, Any]:
     from lm.complete import Sampling
 
     folder = workdir / name
-    rows = metrics.read_rows(folder / "metrics.jsonl")
+    rows = metrics.read_rows(folder / "metrics.jsonl", numbers=True)
     last = {key: value for row in rows for key, value in row.items()}
     loaded = checkpoint.load(folder)
     completer = workdirs.completer(folder, loaded)
@@ -70,7 +70,7 @@ def minutes(rows: Sequence[dict[str, Any]]) -> float:
     seconds, before = 0.0, 0
     for row in rows:
         if "train/tokens" in row:
-            if "steps_per_second" in row:
+            if row.get("steps_per_second", 0.0) > 0:
                 seconds += (row["step"] - before) / row["steps_per_second"]
             before = row["step"]
     return seconds / 60

@@ -184,7 +184,12 @@ def _result(workdir: Path, name: str, point: Point, code: int) -> dict[str, Any]
     """Return a row: the point, how it ended, and each metric's last value, None if not finite."""
     row: dict[str, Any] = {"name": name, "exit_code": code, **point}
     record = workdir / name / "metrics.jsonl"
-    for values in metrics.read_rows(record) if record.exists() else []:
+    try:
+        found = metrics.read_rows(record, numbers=True) if record.exists() else []
+    except ConfigError as error:  # the other points go on
+        print(f"warning: {name}: {error}", file=sys.stderr, flush=True)
+        found = []
+    for values in found:
         row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
     return row
 

@@ -1,5 +1,6 @@
 """What a user asks of checkpoints, as typed: in the same process, and in one that knows the folder alone."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -64,6 +65,24 @@ def test_verify_says_what_is_damaged(run, capsys):
     assert name in said[1] and said[1].startswith("checkpoint 2: file ")
     assert typed("verify", run, "--step", 3) == 0
     assert typed("verify", run / "checkpoints" / "2") == 1
+
+
+def test_what_a_run_is_writing_is_no_damage(run, capsys, monkeypatch):
+    (run / "checkpoints" / "4").mkdir()
+    assert typed("verify", run) == 1
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        capsys.readouterr()
+        assert typed("verify", run) == 0 and typed("list", run) == 0
+        assert capsys.readouterr().out.count("being written") == 2
+        damage(run, 3)
+        assert typed("verify", run) == 1
+        monkeypatch.setattr(
+            manifests, "all_steps", lambda folder: [1, 2, 9]
+        )  # as it was a moment ago
+        capsys.readouterr()
+        assert typed("verify", run) == 0 and typed("list", run) == 0
+        assert capsys.readouterr().out.count("deleted meanwhile") == 2
 
 
 def test_list_is_a_line_a_checkpoint(run, capsys):
