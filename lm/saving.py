@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.multihost import multihost
 
 from lm import distributed, fingerprint, manifests
 from lm.stored import flatten, handler
@@ -84,6 +85,22 @@ class Writer:
         """Wait for the writers of all processes; where one of them has failed, so has this save in all."""
         self._met += 1
         distributed.meet(f"{self._name}/{self._met}", f"{self._name}/failed")
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Within, processes wait for each other as in `_meet`.
+
+        Orbax begins a save with collectives instead, which wait for ever for a process that has failed.
+        """
+        before = multihost.sync_global_processes
+        if jax.process_count() > 1:
+            multihost.sync_global_processes = lambda name, **_: distributed.meet(
+                f"{self._name}/{name}", f"{self._name}/failed"
+            )
+        try:
+            yield
+        finally:
+            multihost.sync_global_processes = before
 
     @property
     def _name(self) -> str:
@@ -154,7 +171,8 @@ class Writer:
             alone = jax.process_count() == 1
             found = {} if alone else fingerprint.of_all(arrays)
             what = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=DATA_FILE)
-            self._orbax.save(target / "state", args=what)
+            with self._meeting():
+                self._orbax.save(target / "state", args=what)
             found = found or fingerprint.of_all(arrays)
             arguments = (begun, target, manifest, found, good)
             thread = threading.Thread(

@@ -446,6 +446,41 @@ def test_a_save_that_one_process_cannot_write_holds_nobody_up(text_file, tmp_pat
     assert manifests.good_steps(tmp_path / "run/checkpoints")[-1] == 60
 
 
+UNBEGUN = """
+
+import os
+import orbax.checkpoint as ocp
+
+original, failed = ocp.AsyncCheckpointer.save, set()
+
+
+def save(self, directory, *args, **options):
+    step = int(directory.parent.name)
+    if os.environ.get("JAX_PROCESS_ID") == "WHICH" and step in (15, 60) and step not in failed:
+        failed.add(step)
+        raise OSError(28, "no room to begin")
+    return original(self, directory, *args, **options)
+
+
+ocp.AsyncCheckpointer.save = save
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_save_that_one_process_cannot_begin_fails_in_all(text_file, tmp_path, whole, which):
+    """One that is not waited for, and the last one, of which all tries are made at once."""
+    path = tmp_path / "unbegun.py"
+    faulty = UNBEGUN.replace("WHICH", str(which))
+    path.write_text(EXPERIMENT.format(path=str(text_file)) + faulty)
+    job, code = run(path, tmp_path / "run", 2)
+    assert code == 0, job.said(0)
+    assert job.said(0).count("no room to begin; not saved") == 2
+    good = manifests.good_steps(tmp_path / "run/checkpoints")
+    assert good[0] in range(16, 25) and good[-1] == 60, good
+    assert_same(tmp_path / "run", whole)
+
+
 AWAY = """
 
 import os, time

@@ -428,7 +428,7 @@ MESHES = {
     "singly": [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"context": 3}],
     "mixed": [
         {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 2, "context": 4},
-        {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 4}, {"tensor": 2, "context": 4},
+        {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "context": 2}, {"tensor": 2, "context": 2},
         {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2},
         {"data": 2, "tensor": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2},
         {"data": 2, "context": 3}, {"fsdp": 2, "tensor": 2, "context": 2, "gather": True},
