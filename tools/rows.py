@@ -35,7 +35,7 @@ class Record:
             self.rows.setdefault(int(row["step"]), {}).update(values)
         marks = workdir / trail.FILE
         found: list[Any] = metrics.read_rows(marks) if marks.exists() else []
-        self.marks = {int(row["step"]): row.get("fingerprints", {}) for row in found}
+        self.marks = {row["step"]: _marks_of(row, marks) for row in found}
         self.receipts = receipt.read_all(workdir)
 
     @property
@@ -54,11 +54,15 @@ class Record:
         return {n: v for n, v in self.rows.get(step, {}).items() if n.startswith(kind)}
 
     def saved(self, step: int) -> dict[str, str]:
-        """Return the fingerprints in the manifest of a checkpoint; {} where there are none."""
+        """Return the fingerprints in the manifest of a checkpoint of this run; {} where there are none."""
         from lm import manifests
 
-        arrays = (manifests.read(self._folder, step) or {}).get("arrays", {})
-        return {name: about[2] for name, about in arrays.items() if len(about) > 2}
+        manifest = manifests.read(self._folder, step) or {}
+        if manifests.is_foreign(manifest, manifests.run_of(self._folder)):
+            return {}
+        return {
+            name: about[2] for name, about in manifest.get("arrays", {}).items() if len(about) > 2
+        }
 
     def receipt(self, taken: int) -> dict[str, Any]:
         """Return the receipt of the start that took the step after `taken`; {} where none tells."""
@@ -88,6 +92,16 @@ class Record:
         if kind == TRAIN and step < 2:
             return step == 1
         return every > 0 and step % every == 0
+
+
+def _marks_of(row: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Return the fingerprints in a row. Raises ConfigError where they are no object of texts."""
+    found = row.get("fingerprints")
+    if not isinstance(found, dict) or not all(isinstance(mark, str) for mark in found.values()):
+        raise ConfigError(
+            f"{path}: the row of step {row['step']} has no fingerprints by name; delete that line"
+        )
+    return found
 
 
 class Difference(NamedTuple):

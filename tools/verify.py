@@ -12,6 +12,7 @@ Nothing in a run is changed. Exit code 0 for the same, 1 for a difference, 2 for
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -134,10 +135,10 @@ def _stretch(steps: str, record: rows.Record, good: list[int], workdir: Path) ->
     """Return the first and last step to compare."""
     end = record.last
     if steps:
-        begin, colon, stop = steps.partition(":")
-        if not (colon and begin.isdecimal() and stop.isdecimal() and int(begin) < int(stop)):
-            raise config_lib.ConfigError(f"--steps={steps}: write A:B, such as 200:300")
-        first, last = int(begin), int(stop)
+        asked = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
+        first, last = map(int, asked.groups()) if asked else (0, 0)
+        if first >= last:
+            raise config_lib.ConfigError(f"--steps={steps:.40}: write A:B, such as 200:300")
         if last > end:
             raise config_lib.ConfigError(f"--steps={steps}: {workdir} has records up to step {end}")
     else:
@@ -222,6 +223,10 @@ def compare(left: Path, right: Path) -> Iterator[str]:
     for workdir, record in ((left, one), (right, two)):
         if not record.receipts:
             raise config_lib.ConfigError(f"{workdir}: no receipts there; give the folder of a run")
+    if not any(record.rows or record.marks for record in (one, two)):
+        raise config_lib.ConfigError(
+            f"{left} and {right}: nothing is recorded in either; give runs that have taken steps"
+        )
     causes, differ = rows.part(one, two)
     starts = {receipt.get("first_step") for record in (one, two) for receipt in record.receipts}
     steps = [step for step in causes if step == causes.start or step in starts]

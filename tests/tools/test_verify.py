@@ -7,8 +7,8 @@ import shutil
 import pytest
 from ml_collections import ConfigDict
 
-from lm import trail, train
-from tools import verify
+from lm import manifests, trail, train
+from tools import rows, verify
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,35 @@ def test_two_runs_of_the_same(run, copy, capsys):
     assert capsys.readouterr().out == "the same\n"
 
 
+@pytest.mark.parametrize("found", [None, [], "marks", {"step": 1}, "left out"])
+def test_a_row_without_fingerprints_is_named(run, copy, capsys, found):
+    def spoil(row):
+        row["fingerprints"] = found
+        if found == "left out":
+            del row["fingerprints"]
+
+    change(copy / trail.FILE, 3, spoil)
+    for flags in ([str(copy)], ["--compare", str(run), str(copy)]):
+        assert verify.main(flags) == 2
+        said = capsys.readouterr().err
+        assert f"{copy / trail.FILE}: the row of step 3 has no fingerprints" in said
+        assert said.count("\n") == 1 and "delete that line" in said
+
+
+def test_a_checkpoint_of_another_run_is_no_record(run, copy):
+    assert rows.Record(copy).saved(6) == rows.Record(run).saved(6) != {}
+    manifests.write_sealed(copy / manifests.IDENTITY, {"identity": "of another run"})
+    assert rows.Record(copy).saved(6) == {}
+
+
+def test_runs_without_a_record_are_not_called_the_same(copy, tmp_path, capsys):
+    (copy / "metrics.jsonl").write_text("")
+    (copy / trail.FILE).unlink()
+    other = shutil.copytree(copy, tmp_path / "other")
+    assert verify.main(["--compare", str(copy), str(other)]) == 2
+    assert "nothing is recorded in either" in capsys.readouterr().err
+
+
 def test_why_two_runs_differ(run, text_file, tmp_path, capsys):
     train.run(config_of(text_file, peak_lr=2e-2), tmp_path)
     capsys.readouterr()
@@ -234,6 +263,7 @@ def test_why_two_runs_differ(run, text_file, tmp_path, capsys):
         ([], "give one RUN"),
         (["{run}", "--steps=4"], "write A:B"),
         (["{run}", "--steps=4:99"], "up to step 6"),
+        (["{run}", f"--steps={'9' * 5000}:1"], "999: write A:B"),
         (["{empty}"], "no config.json"),
         (["--compare", "{run}", "{empty}"], "no metrics.jsonl"),
         (["--compare", "{run}", "{bare}"], "no receipts"),
@@ -246,7 +276,8 @@ def test_mistakes(run, tmp_path, capsys, flags, words):
     shutil.copy(run / "metrics.jsonl", bare)
     flags = [flag.format(run=run, empty=empty, bare=bare) for flag in flags]
     assert verify.main(flags) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and len(said) < 300
 
 
 def test_steps_before_a_change_are_taken_as_they_were(text_file, tmp_path, capsys):
