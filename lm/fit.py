@@ -14,7 +14,8 @@ from lm.data.settings import Config as Text
 from lm.nn import pipeline
 
 OF_GRADIENTS = re.compile(  # fields that a family has no use for that learns by counting
-    r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+)="
+    r"optim\.|train\.(vectors|freeze_vectors|accumulate_steps|z_loss|label_smoothing|loss_chunk|spike_\w+"
+    r"|on_bad_step|max_skips|rollback_batches|recordings)="
 )
 
 OF_AXES = {  # fields that say how an axis of the mesh is used, and what says nothing of it

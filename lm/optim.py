@@ -18,6 +18,7 @@ import optax
 from lm import moments, muon, sharding
 from lm.config import SET, ConfigError, Duration
 
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 Rules = tuple[tuple[str, float], ...]
 Schedule = Callable[[Any], Any]
 
@@ -78,7 +79,14 @@ class Config:
         _check(
             self, "schedule", self.schedule in SCHEDULES, f"choose one of {', '.join(SCHEDULES)}"
         )
-        for field in ("peak_lr", "eps", "muon_steps", "muon_adam_lr_ratio", "outer_lr"):
+        # Else a row without a gradient is 0 / 0.
+        _check(
+            self,
+            "eps",
+            self.eps >= _SMALLEST,
+            f"smaller is 0 in float32; use {_SMALLEST:.2g} or more",
+        )
+        for field in ("peak_lr", "muon_steps", "muon_adam_lr_ratio", "outer_lr"):
             _check(self, field, getattr(self, field) > 0, "use a positive number")
         for field in ("beta1", "beta2", "momentum", "muon_momentum", "ema_decay", "outer_momentum"):
             _check(self, field, 0 <= getattr(self, field) < 1, "use a number in [0, 1)")

@@ -307,7 +307,11 @@ def test_ctrl_c_that_ends_the_tee_behind_a_run_too_saves_it(experiment, tmp_path
     assert step >= 20
 
 
-@pytest.mark.parametrize("field", ["optim.peak_lr=1", "train.z_loss=1", "train.accumulate_steps=2"])
+@pytest.mark.parametrize(
+    "field",
+    ["optim.peak_lr=1", "train.z_loss=1", "train.accumulate_steps=2", "train.on_bad_step=skip",
+     "train.recordings=1"],
+)  # fmt: skip
 def test_what_a_counting_family_does_not_use_is_refused(field, capsys):
     counts = str(ROOT / "experiments/ngram_char.py")
     assert main.main(["--config", counts, f"--config.{field}", "--dry_run"]) == 2

@@ -183,6 +183,7 @@ def test_a_parameter_that_no_rule_matches_is_named(field):
         {"clip_norm": -1.0}, {"final_lr_fraction": 2.0}, {"ema_decay": 1.0},
         {"lr_rules": (("(", 1.0),)},
         {"weight_decay_rules": ((".*", -1.0),)}, {"muon_steps": 0}, {"fall_factor": 1.1},
+        {"eps": 1e-39},
     ],
 )  # fmt: skip
 def test_bad_values_are_named(fields):
