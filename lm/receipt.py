@@ -1,8 +1,9 @@
 """What a run's numbers depend on, written at each of its starts: `<workdir>/receipts/0001.json` and on.
 
 The resolved config with where each value is from, the code (commit, and a file with what differs from
-it), the versions of all packages, devices and flags, the hashes of tokenizer and data, the seed. No receipt
-is ever overwritten; `tools.verify --compare` says in which two runs differ.
+it, "unknown" where git does not say), the versions of all packages, devices and flags, the hashes of
+tokenizer and data, the seed. No receipt is ever overwritten; `tools.verify --compare` says in which two runs
+differ.
 """
 
 import datetime
@@ -26,6 +27,11 @@ from lm.config import ConfigError
 FOLDER = "receipts"
 FORMAT = 1
 DEFAULT, FILE, DERIVED = "default", "file", "derived"  # origins; of others the caller says
+UNKNOWN = "unknown"  # what differs from the commit, where git does not say
+# The same whatever a user has set for git, and such that it can be applied.
+_DIFF = (
+    "diff", "--no-ext-diff", "--no-color", "--no-textconv", "--binary", "--src-prefix=a/", "--dst-prefix=b/",
+)  # fmt: skip
 _ROOT = Path(__file__).parent.parent
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "LM_CACHE_DIR", "NPROC")
 _OF_ONE_PROCESS = ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
@@ -88,13 +94,18 @@ def _all(workdir: Path) -> list[Path]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in one of the workdir's own files. Raises ConfigError where it is damaged."""
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Return the object in one of the workdir's own files, `sealed` where it is written with a digest.
+
+    Raises ConfigError where it is damaged.
+    """
     try:
         found = dict(json.loads(manifests.content(path)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged ({error}); restore the file") from None
-    if found.pop("digest", sealed := manifests.digest(found)) != sealed:
+    if sealed and "digest" not in found:
+        raise ConfigError(f"{path}: damaged (it has no digest); restore the file")
+    if found.pop("digest", digest := manifests.digest(found)) != digest:
         raise ConfigError(f"{path}: damaged (not what was written); restore the file")
     return found
 
@@ -111,7 +122,7 @@ def last(workdir: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = read_json(path)
+    found = read_json(path, sealed=True)
     if not isinstance(found.get("config"), dict):
         raise ConfigError(f"{path}: damaged (it has no config); restore the file")
     return found
@@ -140,12 +151,11 @@ def environment(workdir: Path) -> dict[str, Any]:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Return the version of every installed package."""
-    found = {
-        d.metadata["Name"]: d.version
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"]
-    }
+    """Return the version of every installed package: of one that is there twice the one that is imported."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if name := distribution.metadata["Name"]:
+            found.setdefault(name, distribution.version)
     return {name: found[name] for name in sorted(found)}
 
 
@@ -161,18 +171,25 @@ def _code(folder: Path) -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     if not commit or _git("ls-files", "--error-unmatch", "lm/receipt.py") is None:
         return {**digest, "commit": "not a repository"}
-    diff = _git("diff", "HEAD") or ""
-    others = _git(
-        "ls-files", "--others", "--exclude-standard", "-z", "--", "lm", "tools", "experiments"
-    )
-    for name in filter(None, (others or "").split("\0")):
-        diff += _git("diff", "--no-index", "--", os.devnull, name) or ""
-    if not diff:
-        return {**digest, "commit": commit.strip(), "diff": ""}
+    if not (diff := _diff()):
+        return {**digest, "commit": commit.strip(), "diff": UNKNOWN if diff is None else ""}
     name = f"{hashlib.sha256(diff.encode()).hexdigest()[:16]}.diff"
     if not (folder / name).exists():
         manifests.write_whole(folder / name, diff)
     return {**digest, "commit": commit.strip(), "diff": name}
+
+
+def _diff() -> str | None:
+    """Return what differs from the commit, with files that it does not have; None where git does not say."""
+    others = _git(
+        "ls-files", "--others", "--exclude-standard", "-z", "--", "lm", "tools", "experiments"
+    )
+    if others is None:
+        return None
+    parts = [_git(*_DIFF, "HEAD")]
+    for name in filter(None, others.split("\0")):
+        parts.append(_git(*_DIFF, "--no-index", "--", os.devnull, name))
+    return None if None in parts else "".join(filter(None, parts))
 
 
 def _git(*words: str) -> str | None:

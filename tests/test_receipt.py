@@ -42,6 +42,32 @@ def test_the_code_is_named_by_its_commit_and_what_differs(code, tmp_path):
     assert "-one" in text and "+two" in text and "+three" in text
 
 
+def test_what_differs_is_told_the_same_whatever_git_is_set_to(code, tmp_path, monkeypatch):
+    git(code, "init", "-q")
+    (code / "lm" / "image").write_bytes(b"\0one")
+    git(code, "add", "-A")
+    git(code, "commit", "-qm", "first")
+    (code / "lm" / "receipt.py").write_text("two\n")
+    (code / "lm" / "image").write_bytes(b"\0two")
+    (code / "lm" / "new.py").write_text("three\n")
+    plain = receipt._code(tmp_path)
+    assert "GIT binary patch" in (tmp_path / plain["diff"]).read_text()
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings := tmp_path / "settings"))
+    settings.write_text("[color]\nui = always\n[diff]\nexternal = echo\nnoprefix = true\n")
+    assert receipt._code(tmp_path) == plain
+    settings.write_text("[diff]\nalgorithm = none of git's\n")
+    assert receipt._code(tmp_path) == {**plain, "diff": "unknown"}
+
+
+def test_of_a_package_that_is_there_twice_the_imported_one_counts(tmp_path, monkeypatch):
+    for version in ("2", "1"):
+        folder = tmp_path / version / f"twice-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: twice\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / version))
+    assert receipt.packages.__wrapped__()["twice"] == "1"
+
+
 def test_code_that_lies_in_another_repository_is_not_of_it(code, tmp_path):
     git(tmp_path, "init", "-q")
     (tmp_path / "other").write_text("")
@@ -99,10 +125,14 @@ def test_killed_as_it_is_written_the_next_start_writes_it(tiny, tmp_path, monkey
     train.run(tiny(train__num_steps=3), tmp_path)
     assert (tmp_path / "receipts" / "0001.json").read_bytes() == before
     assert receipt.last(tmp_path)["first_step"] == 2
-    (tmp_path / "receipts" / "0002.json").write_text('{"config": 3}')
-    for read in (receipt.last, receipt.read_all):
-        with pytest.raises(ConfigError, match=r"0002\.json: damaged"):
-            read(tmp_path)
+    path = tmp_path / "receipts" / "0002.json"
+    manifests.write_sealed(path, {"config": 3})
+    texts = path.read_text(), before.decode().replace('"digest"', '"digits"')
+    for text, why in zip(texts, ("it has no config", "it has no digest"), strict=True):
+        path.write_text(text)
+        for read in (receipt.last, receipt.read_all):
+            with pytest.raises(ConfigError, match=rf"0002\.json: damaged \({why}"):
+                read(tmp_path)
     shutil.rmtree(tmp_path / "receipts")
     manifests.write_whole(tmp_path / "environment.json", '{"dtype": "of an earlier version"}')
     assert receipt.environment(tmp_path) == {"dtype": "of an earlier version"}

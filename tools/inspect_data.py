@@ -260,7 +260,9 @@ def _left_out(folder: Path | None, step: int) -> str:
     from lm import guard
 
     listed = folder / guard.FILE if folder else None
-    return receipt.read_json(listed).get(str(step), "") if listed and listed.exists() else ""
+    if not listed or not listed.exists():
+        return ""
+    return receipt.read_json(listed, sealed=True).get(str(step), "")
 
 
 def _show_step(config: ConfigDict, step: int, folder: Path | None) -> None:
