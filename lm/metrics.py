@@ -1,6 +1,6 @@
 """Metrics: (sum, weight) pairs until the last moment, and the writers that record their means.
 
-A writer has three methods: `write(step, values)`, where `step` is the number of updates done,
+A writer has three methods: `write(step, values)`, where `step` is the number of steps passed,
 `sync()`, after which every row written so far survives a crash, and `close()`.
 
 Resuming at step s first moves what lies behind s aside (`move_rows_aside`, and of TensorBoard's events): a

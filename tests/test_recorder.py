@@ -1,7 +1,9 @@
 """The NaN matrix: a fault anywhere changes no parameter, is recorded whole, and `tools.replay` names it."""
 
 import json
+import math
 import re
+import types
 from importlib.metadata import version
 
 import jax
@@ -12,6 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lm import anatomy, experiment, losses, manifests, peers, recorder, train
+from lm import config as config_lib
 from lm.data import tokenizers
 from lm.exits import Diverged
 from lm.nn import embed
@@ -103,12 +106,12 @@ def bad_weights(patch):
 FAULTS = {
     "loss": (bad_loss, {}, ["forward: every module's result is finite; the loss"]),
     "gradient": (
-        bad_gradient, {"model__num_layers": 3},
+        bad_gradient, {"model__num_layers": 2},
         ["forward: finite", r"1 of \d+ gradients are not finite, that of layers.block_1.mlp_norm.scale first",
          r"operation: mul .*\n.*\n.*test_recorder.py:\d+"],
     ),
     "part": (
-        bad_weights, {"train__accumulate_steps": 2, "mesh": {"data": 4, "tensor": 2}},
+        bad_weights, {"train__accumulate_steps": 2, "mesh": {"data": 2}},
         ["in 1 of its 2 parts: part 1", "batch weights: 16 numbers are not finite"],
     ),
     "data": (bad_weights, {"mesh": {"data": 8}}, ["row 3, shard 3 of 8 (bad alone)"]),
@@ -119,7 +122,12 @@ FAULTS = {
          r"operation: log .*\n.*\n.*test_recorder.py:\d+"],
     ),
 }  # fmt: skip
-PLAIN = [("gradient", "stop")]
+PLAIN = [("gradient", "stop"), ("part", "skip")]
+
+
+def on_devices(patch, count):
+    """Let there be so many devices: fewer take less time to simulate."""
+    patch.setattr(jax, "devices", lambda: jax.local_devices()[:count])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +143,7 @@ def test_a_fault_changes_nothing_and_is_named(
 ):
     break_it, options, words = FAULTS[fault]
     break_it(monkeypatch)
+    on_devices(monkeypatch, math.prod(options.get("mesh", {}).values()))
     options = {name: ConfigDict(v) if isinstance(v, dict) else v for name, v in options.items()}
     config = tiny(
         **options, train__on_bad_step=mode, checkpoint__every_steps=1, checkpoint__keep=9,
@@ -218,6 +227,12 @@ def test_of_one_group_its_own_parameters_are_taken(tiny, tmp_path, monkeypatch, 
 PARTS = ConfigDict({"data": 4, "tensor": 2})
 
 
+def test_a_model_with_a_kernel_of_gpus_is_taken_again_anywhere(tiny, tmp_path):
+    config = config_lib.complete(tiny(model__kernel="cudnn"), experiment.SCHEMA)
+    manifests.write_whole(tmp_path / "config.json", config_lib.to_json(config))
+    assert recorded_lib._model(tmp_path, "float32").cfg.kernel == "xla"
+
+
 @pytest.mark.parametrize(
     ("metric", "options"),
     [
@@ -266,6 +281,12 @@ def test_replay_says_when_it_is_not_bad_again(tiny, tmp_path, monkeypatch, marke
     assert replay.main([str(tmp_path)]) == 2
     assert f"name one of {tmp_path / 'recorder' / '3'}" in capsys.readouterr().err
     record = tmp_path / "recorder" / "3"
+    whole = (record / "record.json").read_text()
+    unsealed = {name: value for name, value in json.loads(whole).items() if name != "digest"}
+    (record / "record.json").write_text(json.dumps(unsealed))
+    assert replay.main([str(record)]) == 2
+    assert "record.json: damaged (it has no digest)" in capsys.readouterr().err
+    (record / "record.json").write_text(whole)
     file = next(path for path in (record / "checkpoints").rglob("d/*") if path.is_file())
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -281,6 +302,9 @@ def test_only_so_many_are_recorded_and_a_full_disk_is_no_end(
     monkeypatch.chdir(tmp_path)
     train.run(tiny(train__on_bad_step="skip", train__recordings=1), "one")
     assert [path.name for path in (tmp_path / "one" / "recorder").iterdir()] == ["1"]
+    said = capsys.readouterr().out
+    assert "recorded: one/recorder/1; look into it" in said
+    assert "step 4 is not recorded: 1 are in one/recorder already (train.recordings=1)" in said
 
     def full(*args):
         raise OSError("No space left on device")
@@ -290,6 +314,45 @@ def test_only_so_many_are_recorded_and_a_full_disk_is_no_end(
     assert "step 2 could not be recorded: No space left" in capsys.readouterr().err
     assert not list((tmp_path / "full" / "recorder").iterdir())
     assert_same_run(tmp_path / "one", tmp_path / "full", 6)
+
+
+def test_what_another_config_recorded_makes_room(tiny, tmp_path, marked, monkeypatch, capsys):
+    bad_weights(monkeypatch)
+    config, folder = tiny(train__recordings=1), tmp_path / "recorder"
+    for rate, said in (
+        (1e-2, f"recorded: {folder / '3'};"),
+        (1e-2, f"step 4 is recorded already: {folder / '3'};"),
+        (5e-3, f"recorded: {folder / '3'};"),
+    ):
+        config.optim.peak_lr = rate
+        with pytest.raises(Diverged):
+            train.run(config, tmp_path)
+        assert f"\n{said}" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "3.aside0"]
+    rates = [
+        json.loads((folder / n / "config.json").read_text())["optim"] for n in ("3", "3.aside0")
+    ]
+    assert [section["peak_lr"] for section in rates] == [5e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        *((f"train.{name}", True) for name in (
+            "init_from", "vectors", "spike_steps", "spike_zscore", "z_loss", "label_smoothing",
+            "accumulate_steps", "exact_reduction",
+        )),
+        *((name, True) for name in ("seed", "optim.peak_lr", "model.num_layers", "mesh.local_steps")),
+        *((f"train.{name}", False) for name in ("max_skips", "on_bad_step", "num_steps", "recordings")),
+        ("mesh.data", False),
+    ],
+)  # fmt: skip
+def test_a_run_with_other_steps_is_another(tiny, tmp_path, field, other):
+    before = config_lib.complete(tiny(), experiment.SCHEMA)
+    manifests.write_whole(tmp_path / "config.json", config_lib.to_json(before))
+    after = {**config_lib.flatten(before), field: 7}
+    made = types.SimpleNamespace(config=after)
+    assert recorder.is_of_another(tmp_path, made) is other
 
 
 def test_the_first_bad_operation_is_found_inside_of_loops_and_functions():

@@ -50,9 +50,23 @@ def _run(args: argparse.Namespace) -> int:
             return show_spike(step, metric)
         bad = [part for part in step.parts() if not step.take(part).finite]
         if not bad:
-            print(f"not reproduced: in {args.dtype} its loss and gradients are finite here")
-            return 1
+            return show_sum(step, args.dtype)
         show_bad(step, bad, one_by_one=args.no_jit)
+    return 0
+
+
+def show_sum(step: Recorded, dtype: str) -> int:
+    """Print what a step comes to whose parts are all finite; return 0 where it is bad as a whole."""
+    import math
+
+    whole = step.whole()
+    if all(map(math.isfinite, whole.values())):
+        print(f"not reproduced: in {dtype} its loss and gradients are finite here")
+        return 1
+    print(
+        f"reproduced: loss {whole['loss']:.6g}, norm of the gradient {whole['grad_norm']:.4g}: each of the "
+        f"{len(list(step.parts()))} parts is finite, only their sum is not"
+    )
     return 0
 
 
@@ -105,7 +119,7 @@ def show_bad(step: Recorded, bad: list[Part], *, one_by_one: bool) -> None:
 
 
 def show_inputs(step: Recorded) -> None:
-    """Print what is not finite in the state before the step, and in the batch itstep."""
+    """Print what is not finite in the state before the step, and in the batch itself."""
     import numpy as np
 
     from lm.stored import flatten

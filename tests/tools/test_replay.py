@@ -2,15 +2,17 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from lm import initial, train
+from lm import initial, losses, train
+from lm.data import pipeline
 from lm.exits import Diverged
 from lm.nn import embed, norm, recurrent
-from tests.test_recorder import BAD, MARK, mark_one
+from tests.test_recorder import BAD, MARK, mark, mark_one, on_devices
 from tools import replay
 
 
@@ -130,3 +132,34 @@ def test_a_gradient_that_goes_bad_in_one_layer_of_several_is_named(
     said = capsys.readouterr().out
     assert "forward: finite" in said
     assert "gradients are not finite, that of layers.block_1.mlp_norm.scale first" in said, said
+
+
+def test_parts_that_are_not_finite_together_alone_are_reproduced(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    """Each part's gradient is 1.4e19, of which the square is a float32; of twice as much it is not."""
+    original, batch_of = losses.cross_entropy, pipeline.Batches.__getitem__
+
+    def cross_entropy(logits, params, x, targets, weights, **options):
+        total, sums = original(logits, params, x, targets, weights, **options)
+        slope = jnp.where((targets == MARK).any(), 1.4e19 * 8 * 16, 0.0)
+        number = params["layers"]["block_0"]["mlp_norm"]["scale"][0]
+        return total + slope * (number - jax.lax.stop_gradient(number)), sums
+
+    def batch(self, number):
+        found = batch_of(self, number)
+        if number == BAD:
+            for row in (2, 3):  # of two parts
+                mark(found, row)
+        return found
+
+    monkeypatch.setattr(losses, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(pipeline.Batches, "__getitem__", batch)
+    on_devices(monkeypatch, 1)
+    config = tiny(train__recordings=1, train__accumulate_steps=2, eval__every_steps=0)
+    with pytest.raises(Diverged, match="the gradient is not finite"):
+        train.run(config, tmp_path)
+    capsys.readouterr()
+    assert replay.main([str(tmp_path / "recorder" / str(BAD))]) == 0
+    said = capsys.readouterr().out
+    assert "norm of the gradient inf: each of the 2 parts is finite, only their sum is not" in said
