@@ -34,7 +34,6 @@ from lm import (
     step,
     watchdog,
 )
-from lm import config as config_lib
 from lm.config import ConfigError
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
@@ -179,8 +178,10 @@ class Guard:
 
     def _record(self, state: step.TrainState, bad: int, why: str) -> None:
         """Keep step `bad` for `tools.replay`; where that fails it is said, and the run goes on."""
+        if not self._cfg.recordings:
+            return
         try:
-            folder = recorder.write(
+            said = recorder.write(
                 self._workdir, self._made, bad, at_step(state, bad), self._before,
                 why=why, metrics=self._log.bad,
             )  # fmt: skip
@@ -189,8 +190,7 @@ class Guard:
                 raise  # the others are told so
             print(f"notice: step {bad + 1} could not be recorded: {error}", file=sys.stderr)
         else:
-            if folder:
-                self._log.say(f"recorded: {folder}; look into it: python -m tools.replay {folder}")
+            self._log.say(said)
 
     def _leave_out(self, state: step.TrainState, number: int) -> step.TrainState:
         """Return the state after step `number` without its update."""
@@ -249,15 +249,13 @@ def _finite(state: step.TrainState) -> bool:
 
 
 def set_aside(workdir: Path, folder: Path, made: experiment.Experiment) -> None:
-    """Move aside what another config, which saved nothing to go on from, says there of its bad steps."""
+    """Move aside what another config, which saved nothing to go on from, says there of itself."""
     if jax.process_index() > 0 or manifests.good_steps(folder):
         return
     if not (workdir / "config.json").exists():
         return
-    old = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
-    changed = [key for key, *_ in config_lib.difference(old, made.config)]
-    if any(key.startswith(("seed", "data.", "task.", "model.", "optim.")) for key in changed):
-        for name in (FILE, recorder.FOLDER):
+    if recorder.is_of_another(workdir, made):
+        for name in (FILE, recorder.FOLDER, manifests.IDENTITY):
             if aside := manifests.move_aside(workdir / name):
                 print(f"{name} is of another config, which saved nothing: moved to {aside}")
 
@@ -268,7 +266,7 @@ def read(workdir: Path, folder: Path, first: int) -> dict[int, str]:
     if jax.process_index() == 0:
         found = dict((manifests.read(folder, first) or {}).get("skipped", {}))
         if (workdir / FILE).exists():
-            listed = receipt.read_json(workdir / FILE)
+            listed = receipt.read_json(workdir / FILE, sealed=True)
             if manifests.is_foreign(listed, manifests.run_of(folder)):
                 raise ConfigError(f"{workdir / FILE}: another run's; restore this run's own file")
             found |= {name: why for name, why in listed.items() if name != "identity"}

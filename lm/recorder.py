@@ -17,12 +17,29 @@ from typing import Any
 
 import jax
 
-from lm import anatomy, distributed, experiment, manifests, peers, saving, sharding, step
+from lm import (
+    anatomy,
+    checkpoint,
+    distributed,
+    experiment,
+    manifests,
+    peers,
+    saving,
+    sharding,
+    step,
+)
 from lm import config as config_lib
+from lm.config import ConfigError
 from lm.data import origins
 
 FOLDER, FILE = "recorder", "record.json"
-WANTED = "wanted"
+# Fields with which the steps of a run are others, and so the bad ones among them.
+OF_NUMBERS = (
+    "seed", "data.", "task.", "model.", "optim.", "mesh.local_steps", "train.accumulate_steps",
+    "train.exact_reduction", "train.freeze_vectors", "train.init_from", "train.label_smoothing",
+    "train.spike_", "train.vectors", "train.z_loss",
+)  # fmt: skip
+_LOOK = "look into it: python -m tools.replay"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -35,24 +52,22 @@ def write(
     *,
     why: str,
     metrics: dict[str, float],
-) -> Path | None:
-    """Record step `number`, which `state` is before; return the folder.
+) -> str:
+    """Record step `number`, which `state` is before; return what is to be said of it.
 
-    None where it is there already, or `train.recordings` others are. All processes call it. Raises OSError
-    where it cannot be written.
+    Nothing is written where it is there already, or `train.recordings` others are; what is there of another
+    config is moved aside. All processes call it. Raises OSError where it cannot be written.
     """
     folder = workdir / FOLDER / str(number)
     draft = folder.with_name(f"{number}.partial")
-    wanted = ""
+    kept = ""
     if jax.process_index() == 0:
         try:
-            wanted = _make_room(folder, draft, made.cfg["train"].recordings)
-        except OSError as error:
-            wanted = f"{error}"
-    if not (wanted := distributed.from_first(wanted)):
-        return None
-    if wanted != WANTED:
-        raise OSError(wanted)
+            kept = _make_room(folder, draft, made)
+        except (OSError, ConfigError) as error:
+            kept = f"not recorded: {error}"
+    if kept := distributed.from_first(kept):
+        return f"step {number + 1} is {kept}"
     try:
         described = {
             "step": number,
@@ -66,23 +81,35 @@ def write(
             made.corpus.tokenizer.save(draft / "tokenizer")
             manifests.write_whole(draft / "config.json", config_lib.to_json(made.config))
             manifests.write_sealed(draft / FILE, described)
+            manifests.move_aside(folder)
             draft.rename(folder)
             manifests.sync(folder.parent)
     except BaseException:
         if jax.process_index() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    return folder
+    return f"recorded: {folder}; {_LOOK} {folder}"
 
 
-def _make_room(folder: Path, draft: Path, most: int) -> str:
-    """Make the empty folder `draft` where `folder` is wanted; return WANTED, else nothing."""
-    kept = [path for path in folder.parent.glob("*") if path.name.isdecimal()]
-    if folder.exists() or len(kept) >= most:
-        return ""
+def _make_room(folder: Path, draft: Path, made: experiment.Experiment) -> str:
+    """Make the empty folder `draft` where `folder` is wanted; else return why not."""
+    if folder.exists() and not is_of_another(folder, made):
+        return f"recorded already: {folder}; {_LOOK} {folder}"
+    others = [path for path in folder.parent.glob("*") if path.name.isdecimal() and path != folder]
+    if len(others) >= (most := made.cfg["train"].recordings):
+        return (
+            f"not recorded: {len(others)} are in {folder.parent} already (train.recordings={most})"
+        )
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    return WANTED
+    return ""
+
+
+def is_of_another(folder: Path, made: experiment.Experiment) -> bool:
+    """Return whether the config in a folder is of a run whose steps are others than those of `made`."""
+    old = config_lib.with_defaults(checkpoint.read_config(folder), experiment.SCHEMA)
+    changed = config_lib.difference(old, made.config)
+    return any(key.startswith(OF_NUMBERS) for key, *_ in changed)
 
 
 def _write_arrays(

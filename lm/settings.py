@@ -53,9 +53,11 @@ class Config:
     }
 
     def __post_init__(self):
-        for field in ("accumulate_steps", "log_every_steps", "rollback_batches", "spike_steps"):
+        for field in ("accumulate_steps", "log_every_steps", "rollback_batches"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"train.{field}={getattr(self, field)}: use a positive number")
+        if self.spike_steps < 2:  # one step has no deviation: any rise would be a spike
+            raise ConfigError(f"train.spike_steps={self.spike_steps}: use 2 or more")
         for field, known in (
             ("on_bad_step", ("stop", "skip", "rollback")),
             ("spike_metric", spikes.METRICS),

@@ -23,8 +23,8 @@ class TrainState:
     """All that a run is at a step, but for its config.
 
     Attributes:
-      step: number of updates done, int32.
-      healthy: False from the first step whose loss or gradient was not finite: updates stop there.
+      step: number of steps passed, also those that were left out, int32.
+      healthy: False from the first step on that was bad (not finite, or a spike): updates stop there.
       params: float32 parameters.
       opt_state: the optimizer's.
       ema: moving average of the parameters; {} when there is none.

@@ -286,6 +286,7 @@ def test_groups_that_train_apart_skip_together(tiny, tmp_path, poison):
         ("on_bad_step", "ignore", "choose one of stop, skip, rollback"),
         ("spike_metric", "acc", "choose one of loss, grad_norm"),
         ("spike_zscore", -1.0, "use 0 or more"),
+        ("spike_steps", 1, "use 2 or more"),
         ("rollback_batches", 0, "use a positive number"),
     ],
 )
@@ -296,10 +297,14 @@ def test_settings_that_mean_nothing_are_refused(tiny, tmp_path, field, value, wo
 
 def test_a_damaged_list_is_named(tiny, tmp_path):
     train.run(tiny(train__num_steps=2), tmp_path)
-    for text in ("{", '{"one": "why"}', '{"3": "why", "digest": "0"}'):
-        (tmp_path / "skipped.json").write_text(text)
+    path = tmp_path / "skipped.json"
+    for text in ("{", '{"3": "why"}', '{"3": "why", "digest": "0"}'):
+        path.write_text(text)
         with pytest.raises(ConfigError, match=r"skipped\.json: damaged"):
             train.run(tiny(), tmp_path)
+    manifests.write_sealed(path, {"one": "why"})
+    with pytest.raises(ConfigError, match=r"skipped\.json: damaged \('one' is no step"):
+        train.run(tiny(), tmp_path)
 
 
 def test_a_list_of_another_run_is_not_obeyed(tiny, tmp_path, poison):
@@ -364,7 +369,12 @@ def test_another_config_does_not_leave_out_what_one_that_saved_nothing_did(
     with pytest.raises(Diverged):  # the same one goes by its list
         train.run(config, tmp_path)
     assert skips(tmp_path)
-    config.optim.peak_lr, config.train.max_skips = 5e-3, 2
+    before = manifests.run_of(tmp_path / "checkpoints")
+    config.train.z_loss, config.train.max_skips = 1e-3, 2
     train.run(config, tmp_path)
     assert "skipped.json is of another config, which saved nothing" in capsys.readouterr().out
     assert skips(tmp_path)[6] == 2 and (tmp_path / "skipped.json.aside0").exists()
+    train.run(config, tmp_path / "fresh")
+    fresh, now = (manifests.run_of(run / "checkpoints") for run in (tmp_path / "fresh", tmp_path))
+    assert fresh == now != before
+    assert_same_run(tmp_path / "fresh", tmp_path, 6)

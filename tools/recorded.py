@@ -60,7 +60,7 @@ class Recorded:
                     else "name a folder of a run's recorder/"
                 )
             )
-        self.record = read_json(folder / recorder.FILE)
+        self.record = read_json(folder / recorder.FILE, sealed=True)
         for name, value in (("exact", 0), ("apart", self.record["groups"] > 1)):
             self.record.setdefault(name, value)  # of an older version
         number = self.record["step"]
@@ -184,7 +184,7 @@ def _model(folder: Path, dtype: str) -> Any:
     config = checkpoint.read_config(folder)
     cls = models.config_class(config.model.name)
     cfg: Any = config_lib.freeze(cls, config.model, where="model")
-    plain = {"dtype": dtype, "matmul_dtype": "", "scan": False, "remat": "none"}
+    plain = {"dtype": dtype, "matmul_dtype": "", "scan": False, "remat": "none", "kernel": "xla"}
     for field in dataclasses.fields(cls):
         if field.name in ("microbatches", "stage_repeats"):
             plain[field.name] = field.default
