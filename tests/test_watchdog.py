@@ -284,7 +284,7 @@ def test_a_program_that_is_compiled_later_has_a_compilations_time(
     tiny, tmp_path, noted, monkeypatch
 ):
     """The step's where its first steps are left out, and the fingerprints'."""
-    tmp_path.joinpath("skipped.json").write_text('{"0": "why", "1": "why"}')
+    manifests.write_sealed(tmp_path / guard.FILE, {"0": "why", "1": "why"})
     doing = {"step": [], "trail": []}
     take, mark = guard.Guard.__init__, trail.Fingerprints.of_step
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 from lm import config as config_lib
-from lm import experiment, workdir
+from lm import experiment, manifests, workdir
 from lm.data import corpus
 from tools import bench_data, bench_prepare, inspect_data, prepare_data
 
@@ -130,7 +130,7 @@ def test_a_run_is_shown_the_text_that_it_was_trained_on(text, capsys):
     assert made.corpus.fingerprint in capsys.readouterr().out
     assert inspect_data.main(["run", "--step", "1", "--out", "x.png"]) == 2
     assert "--out=x.png: a step has no histogram" in capsys.readouterr().err
-    (run / "skipped.json").write_text('{"1": "its loss was a spike"}')
+    manifests.write_sealed(run / "skipped.json", {"1": "its loss was a spike"})
     for step, left_out in (("0", False), ("1", True)):
         assert inspect_data.main(["run", "--step", step]) == 0
         assert ("left out: its loss was a spike" in capsys.readouterr().out) == left_out
