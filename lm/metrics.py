@@ -121,7 +121,8 @@ def read_rows(path: str | Path, *, numbers: bool = False) -> list[dict[str, Any]
             ) from None
         for key, value in row.items() if numbers else ():
             if not isinstance(value, int | float):
-                raise ConfigError(f"{path}:{number}: {key} is no number; delete that line")
+                said = repr(value)[:40]
+                raise ConfigError(f"{path}:{number}: {key} is {said}, no number; delete that line")
     return rows
 
 

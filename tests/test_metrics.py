@@ -73,7 +73,7 @@ def test_a_value_that_is_no_number_is_an_error_where_numbers_are_wanted(tmp_path
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": "low"}\n')
     assert len(metrics.read_rows(path)) == 2
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: loss is no number; delete that line"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: loss is 'low', no number; delete"):
         metrics.read_rows(path, numbers=True)
 
 

@@ -140,5 +140,5 @@ def test_axes_that_the_record_cannot_give_are_refused(tmp_path):
 
 def test_a_value_that_is_no_number_is_named(tmp_path):
     folder = write_run(tmp_path / "run", [{"step": 1, "train/loss": "high"}])
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: train/loss is 'high', no number"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: train/loss is 'high', no number"):
         plot.read_runs([folder])
