@@ -33,6 +33,7 @@ NOWHERE = "where the others are is not known; give --coordinator_address, HOST:P
 GIVE = (
     "give --coordinator_address, --num_processes and --process_id, or their environment variables"
 )
+END_SECONDS = 60  # that a process which has failed may take to end
 LONGEST = 10**8  # seconds that are for ever, and that jax can count and a thread wait
 IN_POD = "KUBERNETES_SERVICE_HOST"  # Kubernetes sets it
 FOREVER = 1000 * 86400 * 7  # milliseconds: who is missing is found by `lm.peers`, not by this
@@ -326,4 +327,10 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if code:
+        # Threads of libraries that have failed may never end, and Python waits for them.
+        last = threading.Timer(END_SECONDS, os._exit, (code,))
+        last.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads
+            last.start()
     sys.exit(code)

@@ -87,6 +87,10 @@ def _train(
     patience = experiment.section(config, "train").peer_timeout_seconds
     with distributed.deadline(max(distributed.START_SECONDS, patience)):
         stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
+    if args.workdir == "" or "://" in (args.workdir or ""):
+        raise config_lib.ConfigError(
+            f"--workdir={args.workdir}: give a folder; a second place, as gs://..., is checkpoint.remote"
+        )
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
     fields = [f"--config.{assignment}" for assignment in assignments]
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]

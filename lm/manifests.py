@@ -27,6 +27,7 @@ PASSING = (
 )  # fmt: skip
 READ = (2, 3)  # formats that are read: 2 has no fingerprints
 LARGEST = 10**9  # bytes of a manifest: a larger one is damaged, and would fill the memory
+UNREADABLE = "cannot be read"  # of a file that may be as it was
 EARLY = 2**20  # bytes: smaller files are hashed in no time when all are there
 Known = dict[tuple[int, int, int], str]  # hashes by (inode, bytes, nanoseconds of the last change)
 
@@ -260,6 +261,8 @@ def best_step(folder: Path, metric: str) -> int | None:
 def problem(folder: Path, step: int) -> str:
     """Return what is wrong with the files of a checkpoint, naming one; "" for nothing."""
     manifest = read(folder, step)
+    if manifest is None and (why := _forbidden(folder / str(step) / MANIFEST)):
+        return why
     if manifest is None:
         return f"it has no whole {MANIFEST}: its saving never finished, or the file is damaged"
     if manifest.get("format") not in READ:
@@ -287,5 +290,16 @@ def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
         except OSError as error:
             if error.errno in PASSING:
                 raise
-            return f"file {name} cannot be read: {error.strerror}"
+            return f"file {name} {UNREADABLE}: {error.strerror}"
+    return ""
+
+
+def _forbidden(path: Path) -> str:
+    """Return that a file may not be read, which says nothing of what is in it; "" where it may."""
+    try:
+        path.open("rb").close() if path.is_file() else path.parent.stat()
+    except PermissionError as error:
+        return f"file {path.name} {UNREADABLE}: {error.strerror}"
+    except OSError:
+        pass
     return ""

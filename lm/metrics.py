@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
@@ -67,7 +67,7 @@ class Jsonl:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        self._path = path = Path(path)
         if path.exists():
             _repair(path)
         self._count, self._hash = 0, hashlib.sha256()
@@ -89,7 +89,14 @@ class Jsonl:
         self.append({"step": int(step), **row})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append a row as it is."""
+        """Append a row as it is; where the file was replaced or deleted meanwhile, to the one of its name."""
+        if not _is_same(self._path, self._file):
+            self._file.close()
+            self._file = open(self._path, "ab")  # noqa: SIM115
+            print(
+                f"warning: {self._path} was replaced or deleted; going on in the file of that name",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         self._add(row)
@@ -99,6 +106,16 @@ class Jsonl:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    """Return whether an open file is the one of that name; true where that cannot be told."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return not path.parent.is_dir()  # the whole folder was moved: that is told elsewhere
+    except OSError:
+        return True
 
 
 def read_rows(path: str | Path, *, numbers: bool = False) -> list[dict[str, Any]]:

@@ -24,25 +24,34 @@ def good(
 
     Those of `without` are passed over.
 
-    Raises ConfigError where `other` cannot be read, and there is no checkpoint here to go on from, and
-    where it is another run's.
+    Raises ConfigError where `other` or a file here cannot be read, and there is no checkpoint to go on from,
+    and where `other` is another run's.
     """
     here = manifests.all_steps(folder)
     there, unread = other.seen() if other else ([], "")
     if other:
         other.check_own(there)
+    forbidden = ""
     for step in sorted({*here, *there} - without, reverse=True):
         if step in here:
             if not (problem := manifests.problem(folder, step)):
                 if unread:
                     say(f"{unread}; going on with checkpoint {step} here")
                 return step
-            move_aside(folder, step, problem, say)
+            if manifests.UNREADABLE in problem:
+                forbidden = forbidden or f"checkpoint {step}: {problem}"
+                say(f"checkpoint {step} is not used: {problem}; it stays where it is")
+            else:
+                move_aside(folder, step, problem, say)
         if other and step in there:
             if not (problem := other.fetch(step, newest=step > max(here, default=-1))):
                 say(f"checkpoint {step} is taken from {other.url}")
                 return step
             say(f"checkpoint {step} of {other.url} is not used: {problem}")
+    if forbidden:
+        raise ConfigError(
+            f"{folder}: {forbidden}, and no other is good; let it be read, or move it away to begin anew"
+        )
     if unread:
         raise ConfigError(
             f"checkpoint.remote: {unread}, and there is no good checkpoint in {folder}; wait until "

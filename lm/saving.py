@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.multihost import multihost
 
 from lm import distributed, fingerprint, manifests
+from lm.config import ConfigError
 from lm.stored import flatten, handler
 
 # Seconds: how long a save may take is for `lm.watchdog` to say, not for Orbax's 20 minutes.
@@ -67,6 +68,11 @@ class Writer:
 
     def __init__(self, folder: Path, gone: Callable[[], str] = str):
         self.folder, self._gone = folder.absolute(), gone  # absolute, as Orbax wants it
+        if "[" in str(self.folder):
+            raise ConfigError(
+                f"{self.folder}: Orbax takes [ in a path for a pattern, and finishes no checkpoint there; "
+                "use a path without"
+            )
         _say_failures_once()
         self._number = 0  # of the save among all of this process, the same in all processes
         self._met = 0  # how often this process has waited for the others in it

@@ -74,7 +74,12 @@ def restore(
                     f"but {name} of this config needs {shape}; use the config it was trained with"
                 )
             reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-    arrays = _read(folder / str(step), reading)
+    try:
+        arrays = _read(folder / str(step), reading)
+    except ValueError as error:  # what tensorstore cannot open
+        raise ConfigError(
+            f"checkpoint {folder / str(step)}: its arrays cannot be read: {_line(error)}"
+        ) from error
     found = {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
     for name, leaf in anew.items():
         found[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
@@ -136,10 +141,13 @@ def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = Non
             if expected and fingerprint.each({name: array})[name] != expected:
                 return f"array {name} is not what was saved"
     except Exception as error:  # whatever a reader of damaged files raises
-        return (
-            f"its arrays cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        )
+        return f"its arrays cannot be read: {_line(error)}"
     return ""
+
+
+def _line(error: Exception) -> str:
+    """Return what an error says first, cut: tensorstore says all that it knows."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def difference(folder: Path, step: int, arrays: Mapping[str, jax.Array]) -> str:

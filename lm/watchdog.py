@@ -132,9 +132,10 @@ class Watchdog:
     def _end(self, name: str, step: int, limit: Limit) -> NoReturn:
         with self._lock:
             self._ending, state, at = True, self._state, self._doing
-        meanwhile = f", at {at[0]}, step {at[1]}," if name in (STOPPING, SAVING) else ""
-        what = name if name == STOPPING else f"{name}, step {step},"
-        why = f"{what}{meanwhile} took longer than {limit.seconds:g} s ({limit.field})"
+        parts = [name] if name == STOPPING else [f"{name}, step {step}"]
+        if name in (STOPPING, SAVING) and at != (name, step):
+            parts.append(f"at {at[0]}, step {at[1]}")
+        why = f"{', '.join(parts)}, took longer than {limit.seconds:g} s ({limit.field})"
         last = threading.Timer(self._grace() + 30.0, os._exit, (exits.HUNG,))
         last.daemon = True  # nobody may read what is said here
         last.start()
@@ -142,9 +143,12 @@ class Watchdog:
         with contextlib.suppress(Exception):  # a notebook's standard error is no file
             faulthandler.dump_traceback(all_threads=True)
         self._others.say_left(why, exits.HUNG)
+        saved = "what was saved before is kept"
         if name != SAVING:
             seconds = limit.seconds if name == STOPPING else self._grace()
-            print(self._rescued(at[1], state, seconds), file=sys.stderr, flush=True)
+            saved = self._rescued(at[1], state, seconds)
+        then = f"the same command resumes; raise {limit.field.split()[-1]} where it was too short"
+        print(f"{saved}; {then}", file=sys.stderr, flush=True)
         os._exit(exits.HUNG)
 
     def _grace(self) -> float:
@@ -172,4 +176,4 @@ class Watchdog:
         working = threading.Thread(target=work, daemon=True)
         working.start()
         working.join(limit)
-        return f"{said[0]}; the same command resumes"
+        return said[0]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lm import checkpoint, manifests, newest, stored
+from lm.config import ConfigError
 from tools import checkpoint as tool
 
 # Files of a checkpoint, but for what differs from save to save in their names.
@@ -177,9 +178,12 @@ def test_damage_is_found_and_named_and_the_step_before_used(saved, run, kind, da
         assert len(said) == 1 and said[0].startswith("checkpoint 2 is not used: ")
         # Of two that changed places either; with another run's manifest no file is what it says.
         either = damage == "swap" or (name, damage) == ("manifest.json", "of another run")
-        named = files_of(target.with_name("2.aside0")) if either else [name]
+        aside = target.with_name("2.aside0")
+        named = files_of(aside) if either else [name]
         assert any(f" {file} " in f"{said[0]};".replace(":", " ") for file in named), said
-        assert manifests.all_steps(copy / "checkpoints") == [1], "moved aside, not deleted"
+        # Not deleted; and what may not be read may be whole.
+        assert manifests.all_steps(copy / "checkpoints") == ([1, 2] if damage == "forbid" else [1])
+        assert aside.exists() == (damage != "forbid")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -192,14 +196,24 @@ def test_a_folder_that_may_not_be_read_is_found_and_loses_nothing(saved, run, fo
     said: list = []
     try:
         with checkpoint.Checkpointer(run, checkpoint.Config(keep=1)) as saver:
+            # Without the one before nothing begins anew.
+            (run / "checkpoints" / "1").rename(run / "away")
+            with pytest.raises(
+                ConfigError, match=r"cannot be read.*, and no other is good; let it be"
+            ):
+                saver.restore_latest(abstract(), said.append)
+            assert target.exists() and len(said) == 1
+            said.clear()
+            (run / "away").rename(run / "checkpoints" / "1")
             restored = saver.restore_latest(abstract(), said.append)
             jax.tree.map(np.testing.assert_array_equal, restored, state(2))
             for step in (2, 3):
                 saver.save(step, state(step), {}, wait=True, verify=True)
     finally:
         (next(path for path in (aside, target) if path.exists()) / folder).chmod(mode)
-    why = "it has no whole manifest.json" if folder == "." else f"file {folder}/"
+    why = "file manifest.json" if folder == "." else f"file {folder}/"
     assert len(said) == 1 and said[0].startswith(f"checkpoint 2 is not used: {why}"), said
+    assert said[0].endswith("it stays where it is")
     assert manifests.good_steps(target.parent) == [3]
     assert manifests.problem(target.parent, 3) == ""
     aside.rename(target)

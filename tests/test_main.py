@@ -61,6 +61,8 @@ def one_line(capsys):
         (["--config.train.init_from=nowhere"], ["train.init_from=nowhere: no finished checkpoint there"]),
         ([f"--config.train.init_from={ROOT}"], ["train.init_from=", "no finished checkpoint there"]),
         (["--workdir", str(ROOT / "README.md")], ["README.md: a file; name a folder"]),
+        (["--workdir", ""], ["--workdir=: give a folder"]),
+        (["--workdir", "gs://bucket/x"], ["--workdir=gs://bucket/x: give a folder"]),
         (["--config.mesh.fsdp=-1"], ["mesh.data=-1 and mesh.fsdp=-1: set mesh.data=1"]),
         (["--config.model.layers=1"], ["model.layers", "did you mean model."]),
         (["--config.train.num_steps=soon"], ["train.num_steps", "'soon'"]),

@@ -77,6 +77,24 @@ def test_a_value_that_is_no_number_is_an_error_where_numbers_are_wanted(tmp_path
         metrics.read_rows(path, numbers=True)
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_is_replaced_or_deleted_meanwhile_gets_the_rows_that_come(
+    tmp_path, capsys, replaced
+):
+    writer = metrics.Jsonl(path := tmp_path / "metrics.jsonl")
+    writer.write(1, {"loss": 1.0})
+    if replaced:  # as an editor does
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").replace(path)
+    else:
+        path.unlink()
+    for step in (2, 3):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in metrics.read_rows(path)] == ([1, 2, 3] if replaced else [2, 3])
+    assert capsys.readouterr().err.count("was replaced or deleted; going on in the file") == 1
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(path := tmp_path / "metrics.jsonl")
     for use in (metrics.read_rows, metrics.Jsonl, lambda p: metrics.move_rows_aside(p, after=1)):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -328,6 +329,14 @@ def test_which_gpus_are_a_task_s_own(monkeypatch, visible, tasks, own):
     environment |= {"SLURM_GPUS_PER_TASK": "a100:2"}
     assert distributed.local_devices(environment) == own
     assert distributed.local_devices({**environment, "JAX_PLATFORMS": "cpu"}) is None
+
+
+def test_a_process_that_has_failed_ends_also_where_a_thread_does_not():
+    code = (
+        "import threading; threading.Thread(target=threading.Event().wait).start();"
+        "from lm import distributed; distributed.END_SECONDS = 1; distributed.leave(2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 2
 
 
 def test_tasks_that_see_fewer_gpus_than_they_are_are_refused():

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lm import checkpoint, fingerprint, manifests, retention, saving, stored, train
+from lm.config import ConfigError
 from lm.metrics import read_rows, untimed
 
 
@@ -80,6 +81,11 @@ def test_a_save_that_cannot_start_is_tried_again_at_once(saver, said, monkeypatc
     assert run_steps(saver, 4, 6, every=4) == [4]
     assert manifests.good_steps(saver.folder) == [4]
     assert len(said) == 1 and "checkpoint 4" in said[0] and "trying again" in said[0]
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\[1\]/checkpoints: Orbax takes \[ in a path"):
+        checkpoint.Checkpointer(tmp_path / "run[1]", checkpoint.Config())
 
 
 def test_without_a_thread_a_save_is_tried_again(saver, said, monkeypatch):

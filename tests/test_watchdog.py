@@ -116,6 +116,7 @@ def test_what_hangs_ends_the_run_which_goes_on_exactly(whole, tmp_path, case):
     assert process.returncode == exits.HUNG, said
     told = re.search(rf"^error: .* took longer than {seconds} s .*$", said, re.MULTILINE)
     assert told and what in told[0] and f"({field})" in told[0], said
+    assert f"the same command resumes; raise {field} where it was too short" in said
     assert "Thread 0x" in said and '"<string>", line 12 in hanging' in said, said
     good = manifests.good_steps(workdir / "checkpoints")
     assert (good[-1] if good else None) == saved, said

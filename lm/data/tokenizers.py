@@ -185,7 +185,10 @@ def train(
 def load(folder: str | Path) -> Tokenizer:
     """Return the tokenizer that `save` wrote into `folder`; ConfigError where there is none."""
     try:
-        settings = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        path = Path(folder) / "tokenizer.json"
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(f"{path.name} is no plain file")
+        settings = json.loads(path.read_text(encoding="utf-8"))
         name = settings["name"]
         if name == "byte":
             return Byte()
