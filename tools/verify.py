@@ -116,7 +116,10 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
 
 
 def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
-    """Return the config with what step `first` was trained with, where a later start has changed it."""
+    """Return the config with what step `first` was trained with, where a later start has changed it.
+
+    Raises ConfigError where the optimizer was changed between `first` and `last`.
+    """
     from lm import experiment, receipt
 
     def then(step: int) -> dict[str, Any]:
@@ -126,7 +129,15 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
         }
 
     at_first, at_last = then(first), then(last - 1)
-    if changed := [name for name, value in at_last.items() if at_first.get(name) != value]:
+    changed = [name for name, value in at_last.items() if at_first.get(name) != value]
+    if others := [name for name in changed if name.startswith("optim.")]:
+        starts = {found["first_step"] for found in receipt.read_all(workdir)}
+        at = min(step for step in starts if step > first and then(step) != at_first)
+        raise config_lib.ConfigError(
+            f"--steps: {', '.join(others)} changed at step {at}, and steps are taken from {first} on; verify "
+            f"up to {at}, or from a checkpoint after it on"
+        )
+    if changed:
         print(f"notice: {', '.join(changed)}: all steps are taken with what step {first} had")
     return config_lib.with_defaults({**config_lib.flatten(config), **at_first}, experiment.SCHEMA)
 

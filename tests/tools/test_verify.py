@@ -289,5 +289,5 @@ def test_steps_before_a_change_are_taken_as_they_were(text_file, tmp_path, capsy
     assert verify.main([str(tmp_path), "--steps=2:4"]) == 0
     assert verify.main([str(tmp_path), "--steps=4:8"]) == 0
     capsys.readouterr()
-    assert verify.main([str(tmp_path), "--steps=2:8"]) == 1
-    assert "optim.peak_lr" in capsys.readouterr().out.splitlines()[0]
+    assert verify.main([str(tmp_path), "--steps=2:8"]) == 2
+    assert "optim.peak_lr changed at step 4, and steps are taken from 2" in capsys.readouterr().err
