@@ -131,7 +131,7 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
     at_first, at_last = then(first), then(last - 1)
     changed = [name for name, value in at_last.items() if at_first.get(name) != value]
     if others := [name for name in changed if name.startswith("optim.")]:
-        starts = {found["first_step"] for found in receipt.read_all(workdir)}
+        starts = {found.get("first_step", 0) for found in receipt.read_all(workdir)}
         at = min(step for step in starts if step > first and then(step) != at_first)
         raise config_lib.ConfigError(
             f"--steps: {', '.join(others)} changed at step {at}, and steps are taken from {first} on; verify "
