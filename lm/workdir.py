@@ -193,8 +193,7 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
     groups = experiment.environment(made)["replicas"]
     if before.get("replicas", groups) != groups:
         refused.append(f"mesh.dcn, the groups that train apart, {before['replicas']} -> {groups}")
-    data = read_json(workdir / "data.json")
-    if data.get("fingerprint") == made.corpus.fingerprint:
+    if _data_of(workdir) == made.corpus.fingerprint:
         refused += _mixed_anew(workdir, made, old, changes)
     else:
         keys = [f"{key} {b!r} -> {a!r}" for key, b, a in changes if key.startswith("data.")]
@@ -223,6 +222,14 @@ def check_resume(workdir: Path, made: experiment.Experiment) -> None:
             print(f"resuming with {key}: {before!r} -> {after!r}")
     for change in environment:
         print(f"resuming with another {change}")
+
+
+def _data_of(workdir: Path) -> str:
+    """Return the fingerprint of the data of a run; without its data.json, as the newest receipt says."""
+    told = receipt.last(workdir).get("data", {}).get("corpus", "")
+    if told and not os.path.lexists(workdir / "data.json"):
+        return told
+    return read_json(workdir / "data.json").get("fingerprint", "")
 
 
 def _mixed_anew(

@@ -345,6 +345,16 @@ def test_a_damaged_file_is_named(tiny, tmp_path_factory, finished, name, content
         train.run(tiny(train__num_steps=2), workdir)
 
 
+def test_a_lost_description_of_the_data_is_made_again(tiny, tmp_path, finished):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    content = (workdir / "data.json").read_bytes()
+    (workdir / "data.json").unlink()
+    with pytest.raises(ConfigError, match="the data's content"):
+        train.run(tiny(train__num_steps=2, data__validation_fraction=0.2), workdir)
+    train.run(tiny(train__num_steps=2), workdir)
+    assert (workdir / "data.json").read_bytes() == content
+
+
 def test_rates_are_of_whole_steps(tiny, tmp_path, monkeypatch):
     """The last row, one step after another, has a rate like those before it."""
     options = {"train__log_every_steps": 20, "eval__every_steps": 0, "checkpoint__every_steps": 0}
