@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
@@ -74,6 +74,7 @@ class Jsonl:
         for line in _lines(path) if path.exists() else []:
             self._add(json.loads(line))
         self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+        self._folder = path.parent.stat()
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self._count += 1
@@ -90,7 +91,7 @@ class Jsonl:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row as it is; where the file was replaced or deleted meanwhile, to the one of its name."""
-        if not _is_same(self._path, self._file):
+        if self._is_replaced():
             self._file.close()
             self._file = open(self._path, "ab")  # noqa: SIM115
             print(
@@ -101,21 +102,20 @@ class Jsonl:
         self._file.flush()
         self._add(row)
 
+    def _is_replaced(self) -> bool:
+        """Return whether another file, or none, has the name in the folder that this one is in."""
+        try:
+            if not os.path.samestat(self._path.parent.stat(), self._folder):
+                return False  # the folder itself was moved: another may have its name
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError as error:
+            return isinstance(error, FileNotFoundError) and self._path.parent.is_dir()
+
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-
-
-def _is_same(path: Path, file: BinaryIO) -> bool:
-    """Return whether an open file is the one of that name; true where that cannot be told."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return not path.parent.is_dir()  # the whole folder was moved: that is told elsewhere
-    except OSError:
-        return True
 
 
 def read_rows(path: str | Path, *, numbers: bool = False) -> list[dict[str, Any]]:
