@@ -34,7 +34,7 @@ class Config:
     keep_best: bool = True  # keep the lowest metric's too, of those saved at an evaluated step
     best_metric: str = "eval/loss"  # what the best has the lowest of
     timeout_seconds: float = 3600.0  # for writing one, else the run ends; for a last copy; 0 = any
-    grace_seconds: float = 120.0  # from a stop's signal to its saved step, as above; 0 = any
+    grace_seconds: float = 120.0  # from a stop's signal to its saved step; 0 = any
     remote: str = ""  # folder or URL of this run's own, a second place where good ones are copied
     remote_every: int = 0  # only its multiples, the last and what a start finds are copied; 0 = all
 

@@ -9,7 +9,7 @@ import jax
 
 from lm import checkpoint, experiment, manifests, sharding, step
 from lm.config import ConfigError
-from lm.data import vectors
+from lm.data import tokenizers, vectors
 from lm.stored import averaged, flatten, layers_by_stack, restore, shapes_of, sources_of, unflatten
 
 
@@ -20,6 +20,7 @@ def fresh_state(
     state = init()
     if source := made.cfg["train"].init_from:
         state = step.begin_with(state, init_from(source, state.params))
+        _compare_tokenizers(Path(source).absolute(), made.corpus.tokenizer)
     if made.cfg["train"].vectors:
         state = step.begin_with(state, with_vectors(made, state.params))
     return state
@@ -73,6 +74,18 @@ def with_vectors(
     share = len(rows) / len(ids)
     say(f"vectors: {source}: {len(rows):,} of {len(ids):,} words of the vocabulary ({share:.1%})")
     return params
+
+
+def _compare_tokenizers(source: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Say so where the run that parameters are from has another tokenizer: its tokens mean other things."""
+    folders = [place / "tokenizer" for place in (source, source.parent.parent)]
+    if (folder := next(filter(Path.is_dir, folders), None)) is None:
+        return
+    if tokenizers.load(folder).fingerprint != tokenizer.fingerprint:
+        print(
+            "notice: init_from: its tokenizer is another, so what it learned of a token is of other text; to "
+            f"go on with its own: --config.data.tokenizer=file --config.data.tokenizer_path={folder}"
+        )
 
 
 def init_from(source: str | Path, params: Any, say: Callable[[str], None] = print) -> Any:

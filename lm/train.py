@@ -321,9 +321,13 @@ def announce(
     epochs = made.num_steps / made.batches.steps_per_epoch
     say(f"steps:   {made.num_steps:,} of {made.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     if resumed:
-        say(f"resumed: at step {first}")
+        done = "; that is all, use a higher train.num_steps" if first == made.num_steps else ""
+        say(f"resumed: at step {first}{done}")
     say(description.describe_batch(made, width=160))
-    say("compiling the training step; the first one takes seconds to minutes by the model's size")
+    if first < made.num_steps:
+        say(
+            "compiling the training step; the first one takes seconds to minutes by the model's size"
+        )
 
 
 def check_past(workdir: Path, made: experiment.Experiment, saver: checkpoint.Checkpointer) -> None:

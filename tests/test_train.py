@@ -345,6 +345,18 @@ def test_a_damaged_file_is_named(tiny, tmp_path_factory, finished, name, content
         train.run(tiny(train__num_steps=2), workdir)
 
 
+def test_parameters_of_a_run_with_another_tokenizer_are_said(tiny, text_file, tmp_path, capsys):
+    (other := tmp_path / "other.txt").write_text(text_file.read_text().replace("t", "x"))
+    paths = {"own": str(text_file), "other": str(other)}
+    first = tmp_path / "first"
+    train.run(tiny(train__num_steps=2, data__tokenizer="char"), first)
+    file = {"data__tokenizer": "file", "data__tokenizer_path": str(first / "tokenizer")}
+    for name, fields in (("own", file), ("other", {"data__tokenizer": "char"})):
+        fields |= {"data__path": (paths[name],), "train__init_from": str(first)}
+        train.run(tiny(train__num_steps=2, **fields), tmp_path / name)
+        assert ("its tokenizer is another" in capsys.readouterr().out) == (name == "other")
+
+
 def test_a_lost_description_of_the_data_is_made_again(tiny, tmp_path, finished):
     workdir = shutil.copytree(finished, tmp_path / "run")
     content = (workdir / "data.json").read_bytes()

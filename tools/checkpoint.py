@@ -209,6 +209,7 @@ def _inspect(args: argparse.Namespace, place: Place) -> int:
 def _diff(args: argparse.Namespace, place: Place) -> int:
     other = _place(args.other)
     step, other_step = _whole(place), _whole(other)
+    print(f"{place.folder / str(step)} and {other.folder / str(other_step)}")
     ours = (manifests.read(place.folder, step) or {})["arrays"]
     theirs = (manifests.read(other.folder, other_step) or {})["arrays"]
     for which, one, two in (("first", ours, theirs), ("second", theirs, ours)):

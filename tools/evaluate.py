@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
             axes, shapes = step.parameter_axes(model)
             params = jax.device_put(params, sharding.shardings(mesh, axes, shapes))
         eval_step = experiment.jit_eval_step(model, objective)
-        bar = functools.partial(tqdm, desc="evaluating", unit=" batches", delay=2)
+        bar = functools.partial(tqdm, desc="evaluating", unit=" batches", delay=2, disable=None)
         scores = evaluate.score(model, eval_step, params, text, task, cfg, mesh, bar)
     for name, value in scores.items():
         print(f"{name:<14} {value:,.6g}")

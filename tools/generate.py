@@ -52,9 +52,10 @@ def _run(args: argparse.Namespace) -> int:
     completer = workdirs.completer(args.workdir, loaded)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.num_samples)]
     alone = len(prompts) == 1 and completer.kind != "masked"
-    stream = _Stream(prompts[0], completer) if alone else None
     top_k = getattr(args, "top_k", 5 if completer.kind == "masked" else 50)
     sampling = complete.Sampling(args.max_tokens, args.temperature, top_k, args.top_p, args.seed)
+    completer.check(prompts, sampling)  # before a word is printed
+    stream = _Stream(prompts[0], completer) if alone else None
     texts = completer.complete(prompts, sampling, on_tokens=stream)
     if stream:
         stream.finish()

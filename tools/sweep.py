@@ -168,7 +168,7 @@ def _run_point(
                 interrupted = True
     finally:
         signal.signal(signal.SIGTERM, before)
-    if interrupted:
+    if interrupted and code == 0:  # it was not told, and has finished; the next one does not begin
         return exits.STOPPED
     return code if code >= 0 else 128 - code
 
