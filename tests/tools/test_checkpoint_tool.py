@@ -267,7 +267,9 @@ def test_what_eight_devices_saved_one_looks_into(split_run):
         "step": ["one", "int32", "4", "4", "4", "0"],
     }
     code, said = alone("diff", folder / "1", folder / "3")
-    assert code == 0 and sorted(said.splitlines()) == [
+    compared, *lines = said.splitlines()
+    assert compared == f"{folder / '1'} and {folder / '3'}"
+    assert code == 0 and sorted(lines) == [
         "1 of 5 arrays in both are the same, bit for bit",
         "ema.a: largest difference 2, 64 of 64 differ",
         "params.a: largest difference 2, 1 of 64 differ",
