@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lm import exits
 from lm.config import ConfigError
-from lm.exits import LOST
 
 START_SECONDS = 60  # least time to wait for the other processes to start
 NOWHERE = "where the others are is not known; give --coordinator_address, HOST:PORT of process 0"
@@ -92,7 +92,7 @@ def start(
                 cluster_detection_method=method,
             )
     except (ValueError, RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
+        why = exits.line(error).rstrip(".")
         raise ConfigError(f"cannot join the other processes: {why}; {GIVE}") from None
     finally:
         setattr(jax_distributed._jax, _SERVICE, inside)
@@ -128,7 +128,7 @@ def _give_up(seconds: float) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(LOST)
+    os._exit(exits.LOST)
 
 
 def _number(name: str, given: int | None) -> int | None:
@@ -156,7 +156,7 @@ def clustered() -> bool:
             if cluster.is_env_present():
                 return cluster.get_process_count() > 1
         except Exception as error:  # the package's own, as of a pod without rights
-            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            why = exits.line(error).rstrip(".")
             raise ConfigError(
                 f"cannot find the other processes: {why}; {GIVE}, or --num_processes=1 to train alone"
             ) from None

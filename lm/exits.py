@@ -69,6 +69,11 @@ class DataEnded(Ended):
     code = DATA_ENDED
 
 
+def line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def words(code: int) -> str:
     """Return in a word or two how a process with this exit code ended."""
     if code in (RESUMABLE, HUNG_UP, STOPPED, TERMINATED):

@@ -50,6 +50,10 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         raise config_lib.ConfigError(
             "--config: missing; give an experiment file, such as experiments/gpt_tiny.py"
         )
+    if args.workdir == "" or "://" in (args.workdir or ""):
+        raise config_lib.ConfigError(
+            f"--workdir={args.workdir}: give a folder; a second place, as gs://..., is checkpoint.remote"
+        )
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
     from lm import description, experiment, fit, train
@@ -87,10 +91,6 @@ def _train(
     patience = experiment.section(config, "train").peer_timeout_seconds
     with distributed.deadline(max(distributed.START_SECONDS, patience)):
         stamp = distributed.from_first(time.strftime("%Y%m%d-%H%M%S"))
-    if args.workdir == "" or "://" in (args.workdir or ""):
-        raise config_lib.ConfigError(
-            f"--workdir={args.workdir}: give a folder; a second place, as gs://..., is checkpoint.remote"
-        )
     workdir = Path(args.workdir or Path("runs") / Path(args.config).stem / stamp)
     fields = [f"--config.{assignment}" for assignment in assignments]
     words = ["python", "-m", "lm.main", "--config", args.config, "--workdir", str(workdir), *fields]

@@ -297,7 +297,8 @@ def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
 def _forbidden(path: Path) -> str:
     """Return that a file may not be read, which says nothing of what is in it; "" where it may."""
     try:
-        path.open("rb").close() if path.is_file() else path.parent.stat()
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open("rb").close()
     except PermissionError as error:
         return f"file {path.name} {UNREADABLE}: {error.strerror}"
     except OSError:

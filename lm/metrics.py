@@ -187,10 +187,10 @@ def _lasting(row: Mapping[str, Any]) -> bytes:
     return json.dumps(untimed(row)).encode()
 
 
-def rows_problem(path: str | Path, mark: Sequence[Any], at: int) -> str:
-    """Return what is wrong with the rows of a file that had this `mark` (see `Jsonl`) at step `at`.
+def check_rows(path: str | Path, mark: Sequence[Any], at: int) -> str:
+    """Move aside the rows that were added since a file had this `mark` (see `Jsonl`) at step `at`.
 
-    "" is nothing. Rows that came after it, and are not of the evaluation there, are moved aside.
+    Those of the evaluation there are not. Return what was wrong with the rows, "" for nothing.
     """
     path, (count, expected) = Path(path), mark
     lines = _lines(path) if path.exists() else []
@@ -354,7 +354,7 @@ def open_writers(
     kept = -1 if resume_step is None else resume_step
     move_rows_aside(workdir / "metrics.jsonl", after=kept, scored=scored)
     tensorboard.move_events_aside(workdir / "tensorboard", after=kept, scored=scored)
-    if mark and (problem := rows_problem(workdir / "metrics.jsonl", mark, kept)):
+    if mark and (problem := check_rows(workdir / "metrics.jsonl", mark, kept)):
         print(f"warning: {problem}; training goes on as it would", file=sys.stderr, flush=True)
     writers: list[Writer] = [
         Jsonl(workdir / "metrics.jsonl"),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fsspec
 
-from lm import manifests
+from lm import exits, manifests
 from lm.config import ConfigError
 
 FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
@@ -116,7 +116,7 @@ class Remote:
                 self._upload(step)
                 return
             except Exception as error:  # every file system raises its own
-                problem = (str(error).splitlines() or [type(error).__name__])[0]
+                problem = exits.line(error)
             with self._changed:
                 closing = self._closing
                 left -= closing
@@ -266,7 +266,7 @@ class Remote:
             try:
                 return self._fetch(step, newest)
             except Exception as error:  # every file system raises its own
-                problem = (str(error).splitlines() or [type(error).__name__])[0]
+                problem = exits.line(error)
             if left:
                 time.sleep(WAIT)
         raise ConfigError(

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.multihost import multihost
 
-from lm import distributed, fingerprint, manifests
+from lm import distributed, exits, fingerprint, manifests
 from lm.config import ConfigError
 from lm.stored import flatten, handler
 
@@ -98,11 +97,15 @@ class Writer:
 
         Orbax begins a save with collectives instead, which wait for ever for a process that has failed.
         """
+        if jax.process_count() == 1:
+            yield
+            return
+        from orbax.checkpoint._src.multihost import multihost
+
         before = multihost.sync_global_processes
-        if jax.process_count() > 1:
-            multihost.sync_global_processes = lambda name, **_: distributed.meet(
-                f"{self._name}/{name}", f"{self._name}/failed"
-            )
+        multihost.sync_global_processes = lambda name, **_: distributed.meet(
+            f"{self._name}/{name}", f"{self._name}/failed"
+        )
         try:
             yield
         finally:
@@ -271,6 +274,6 @@ def failed(target: Path, error: Exception, *, freed: bool) -> OSError:
         with contextlib.suppress(OSError):  # what cannot be written may not be deleted either
             (target / manifests.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
-    why = (str(error).splitlines() or [type(error).__name__])[0]
+    why = exits.line(error)
     full = "No space left on device" in str(error) and "No space left" not in why
     return OSError(f"checkpoint {target.name}: {why}{' (No space left on device)' if full else ''}")

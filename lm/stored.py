@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from lm import fingerprint, manifests
+from lm import exits, fingerprint, manifests
 from lm.config import ConfigError
 from lm.nn.transformer import SCANNED, UNROLLED
 
@@ -78,7 +78,7 @@ def restore(
         arrays = _read(folder / str(step), reading)
     except ValueError as error:  # what tensorstore cannot open
         raise ConfigError(
-            f"checkpoint {folder / str(step)}: its arrays cannot be read: {_line(error)}"
+            f"checkpoint {folder / str(step)}: its arrays cannot be read: {exits.line(error)[:300]}"
         ) from error
     found = {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
     for name, leaf in anew.items():
@@ -141,13 +141,8 @@ def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = Non
             if expected and fingerprint.each({name: array})[name] != expected:
                 return f"array {name} is not what was saved"
     except Exception as error:  # whatever a reader of damaged files raises
-        return f"its arrays cannot be read: {_line(error)}"
+        return f"its arrays cannot be read: {exits.line(error)[:300]}"  # tensorstore says all that it knows
     return ""
-
-
-def _line(error: Exception) -> str:
-    """Return what an error says first, cut: tensorstore says all that it knows."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def difference(folder: Path, step: int, arrays: Mapping[str, jax.Array]) -> str:

@@ -21,6 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import itertools
 import json
+import threading
 import types
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def pytest_runtest_teardown():
     if due and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def without_thread(monkeypatch):
+    """Return a function that lets the first thread not start whose work has this in its name."""
+
+    def fail(work):
+        real, fails = threading.Thread.start, itertools.chain([True], itertools.repeat(False))
+
+        def start(self):
+            if work in repr(self._target) and next(fails):
+                raise RuntimeError("can't start new thread")
+            real(self)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+
+    return fail
 
 
 @pytest.fixture(scope="session")

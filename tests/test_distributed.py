@@ -430,15 +430,20 @@ future.ChainedFuture.result = result
 """
 
 
+def run_faulty(faulty, which, text_file, tmp_path):
+    """Return the job, ended with 0, of two processes of which one is `faulty`."""
+    path = tmp_path / "faulty.py"
+    path.write_text(EXPERIMENT.format(path=str(text_file)) + faulty.replace("WHICH", str(which)))
+    job, code = run(path, tmp_path / "run", 2)
+    assert code == 0, job.said(0)
+    return job
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_save_that_one_process_cannot_write_holds_nobody_up(text_file, tmp_path, whole, which):
     """It fails in all of them, soon; the run goes on, saves again, and comes to the same numbers."""
-    path = tmp_path / "unwritten.py"
-    faulty = UNWRITTEN.replace("WHICH", str(which))
-    path.write_text(EXPERIMENT.format(path=str(text_file)) + faulty)
-    job, code = run(path, tmp_path / "run", 2)
-    assert code == 0, job.said(0)
+    job = run_faulty(UNWRITTEN, which, text_file, tmp_path)
     assert "no room there; not saved, saving the next step instead" in job.said(0)
     good = manifests.good_steps(tmp_path / "run/checkpoints")
     assert good[0] in range(15, 25) and set(good) & set(range(16, 25)), f"soon: {good}"
@@ -470,11 +475,7 @@ ocp.AsyncCheckpointer.save = save
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_save_that_one_process_cannot_begin_fails_in_all(text_file, tmp_path, whole, which):
     """One that is not waited for, and the last one, of which all tries are made at once."""
-    path = tmp_path / "unbegun.py"
-    faulty = UNBEGUN.replace("WHICH", str(which))
-    path.write_text(EXPERIMENT.format(path=str(text_file)) + faulty)
-    job, code = run(path, tmp_path / "run", 2)
-    assert code == 0, job.said(0)
+    job = run_faulty(UNBEGUN, which, text_file, tmp_path)
     assert job.said(0).count("no room to begin; not saved") == 2
     good = manifests.good_steps(tmp_path / "run/checkpoints")
     assert good[0] in range(16, 25) and good[-1] == 60, good

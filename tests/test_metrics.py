@@ -110,12 +110,12 @@ def test_rows_that_were_added_are_moved_aside_and_scores_of_the_step_are_not(tmp
     late = '{"step": 2, "eval/loss": 2.5}\n'
     strange = '{"step": 1, "loss": 4.0}\n{"step": 2, "loss": 2.0}\n{"step": 1, "eval/loss": 2.0}\n'
     path.write_text(own + late)
-    assert not metrics.rows_problem(path, mark, at=2)
+    assert not metrics.check_rows(path, mark, at=2)
     path.write_text(own + strange + late)
-    assert "added that the run did not write; moved to" in metrics.rows_problem(path, mark, at=2)
+    assert "added that the run did not write; moved to" in metrics.check_rows(path, mark, at=2)
     assert path.read_text() == own + late
     assert (tmp_path / "metrics.1.jsonl").read_text() == strange
-    assert not metrics.rows_problem(path, mark, at=2)
+    assert not metrics.check_rows(path, mark, at=2)
 
 
 def test_only_a_newline_ends_a_line(tmp_path):
@@ -126,7 +126,7 @@ def test_only_a_newline_ends_a_line(tmp_path):
         metrics.move_rows_aside(path, after=1)
     path.write_bytes(b'{"step": 1,\r"lr": 4.9e-05}\n{"step": 2}\n')
     mark = metrics.Jsonl(path).mark
-    assert mark[0] == 2 and not metrics.rows_problem(path, mark, at=2)
+    assert mark[0] == 2 and not metrics.check_rows(path, mark, at=2)
     assert metrics.move_rows_aside(path, after=1)
     assert [row["step"] for row in metrics.read_rows(path)] == [1]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import distributed, peers
+from lm import distributed, exits, peers
 from lm.config import ConfigError
 
 
@@ -153,7 +153,7 @@ def test_a_process_that_leaves_is_named_with_its_reason(meet):
     [
         (ConfigError("data.path: missing"), 2),
         (TypeError("in the code"), 1),
-        (OSError("no space"), distributed.LOST),
+        (OSError("no space"), exits.LOST),
         (KeyboardInterrupt(15), 143),
         (KeyboardInterrupt(), 130),
     ],

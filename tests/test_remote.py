@@ -213,15 +213,8 @@ def test_the_run_s_own_folder_is_no_second_place(tmp_path, where):
         checkpoint.Checkpointer(tmp_path / "run", cfg)
 
 
-def test_where_no_thread_can_start_the_run_goes_on_and_copies_later(tmp_path, said, monkeypatch):
-    real, fails = threading.Thread.start, itertools.chain([True], itertools.repeat(False))
-
-    def start(self):
-        if "Remote._work" in repr(self._target) and next(fails):
-            raise RuntimeError("can't start new thread")
-        real(self)
-
-    monkeypatch.setattr(threading.Thread, "start", start)
+def test_where_no_thread_can_start_the_run_goes_on_and_copies_later(tmp_path, said, without_thread):
+    without_thread("Remote._work")
     save(tmp_path / "run", str(tmp_path / "there"), [1, 2], said)
     assert "checkpoint 1 is not copied" in said[0] and "can't start new thread" in said[0]
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["2"]

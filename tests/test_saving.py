@@ -1,7 +1,6 @@
 """Saves that fail: said, tried again, never counted; and what is saved is what the devices had."""
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -88,15 +87,8 @@ def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
         checkpoint.Checkpointer(tmp_path / "run[1]", checkpoint.Config())
 
 
-def test_without_a_thread_a_save_is_tried_again(saver, said, monkeypatch):
-    real, fails = threading.Thread.start, itertools.chain([True], itertools.repeat(False))
-
-    def start(self):
-        if "Writer._finish" in repr(self._target) and next(fails):
-            raise RuntimeError("can't start new thread")
-        real(self)
-
-    monkeypatch.setattr(threading.Thread, "start", start)
+def test_without_a_thread_a_save_is_tried_again(saver, said, without_thread):
+    without_thread("Writer._finish")
     saver.save(4, state(4), {})
     saver.wait()
     assert manifests.good_steps(saver.folder) == [4]
