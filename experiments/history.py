@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         "vocab_size": 2048,
         "batch_size": 32,
     })  # fmt: skip
-    config.task = ConfigDict({"name": "causal_lm"})
+    config.task = ConfigDict({"name": "causal_lm", "length": 128})
     config.model = ConfigDict({"name": "gpt"})
     config.optim = ConfigDict(
         {"name": "muon", "peak_lr": 0.02, "schedule": "linear", "warmup": "2%"}
@@ -64,10 +64,9 @@ def _model(name: str, **fields) -> dict:
 
 def sweep() -> list[dict]:
     """Return a point for each model."""
-    causal = {"task.length": 128}
-    counted = {"task.length": 128, "task.context": 2, "train.num_steps": "1 epochs"}
+    counted = {"task.context": 2, "train.num_steps": "1 epochs"}
     # Of 0.002, 0.005 and 0.02 the best for RoBERTa's options.
-    masked = {"task.name": "masked_lm", "task.length": 128, "optim.peak_lr": 0.005}
+    masked = {"task.name": "masked_lm", "optim.peak_lr": 0.005}
     pairs = {
         "task.name": "seq2seq",
         "task.source_length": 64,
@@ -81,10 +80,10 @@ def sweep() -> list[dict]:
         "trigram_add_k": {**counted, **_model("ngram", smoothing="add_k", **trigram)},
         "trigram_jelinek_mercer": {**counted, **_model("ngram", smoothing="jelinek_mercer", **trigram)},
         "trigram_kneser_ney": {**counted, **_model("ngram", **trigram)},
-        "elman": {**causal, **_model("rnn", cell="rnn", **recurrent)},
-        "lstm": {**causal, **_model("rnn", cell="lstm", **recurrent)},
-        "gru": {**causal, **_model("rnn", cell="gru", **recurrent)},
-        "lstm_attention": {**causal, **_model("rnn", cell="lstm", num_heads=4, **recurrent)},
+        "elman": _model("rnn", cell="rnn", **recurrent),
+        "lstm": _model("rnn", cell="lstm", **recurrent),
+        "gru": _model("rnn", cell="gru", **recurrent),
+        "lstm_attention": _model("rnn", cell="lstm", num_heads=4, **recurrent),
         "seq2seq": {
             **pairs,
             **_model("seq2seq", attention="none", bidirectional=False, num_layers=1, model_dim=200),
@@ -100,13 +99,12 @@ def sweep() -> list[dict]:
             **pairs, "optim.lr_rules": (("embed|positions", 5.0), (".*", 1.0)),
             **_model("t5", num_layers=2, model_dim=128, num_heads=4, tied=False),
         },
-        "gpt2": {
-            **causal,
-            **_model("gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True,
-                     activation="gelu", qk_norm=False, **small),
-        },
-        "llama": {**causal, **_model("gpt", activation="swiglu", qk_norm=False, tied=False, **small)},
-        "linear_rnn": {**causal, **_model("linear_rnn", **small)},
-        "gpt": {**causal, **_model("gpt", **small)},
+        "gpt2": _model(
+            "gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True, activation="gelu", qk_norm=False,
+            **small,
+        ),
+        "llama": _model("gpt", activation="swiglu", qk_norm=False, tied=False, **small),
+        "linear_rnn": _model("linear_rnn", **small),
+        "gpt": _model("gpt", **small),
     }  # fmt: skip
     return [{"name": name, **point} for name, point in points.items()]

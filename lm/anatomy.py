@@ -96,18 +96,18 @@ class Operation:
     shapes: str
 
 
-def first_bad_operation(function: Callable, *arguments: Any) -> Operation | None:
+def bad_operations(function: Callable, *arguments: Any) -> list[Operation]:
     """Return the first operation within `function` of which a result is not finite though all operands are.
 
-    NaN is looked for first, then infinity (masks have it on purpose). It is run operation by operation, also
-    what is inside of compiled functions and loops. None where there is none, as of arguments that are bad.
+    Where that is infinity, which may be on purpose (the logarithm of a probability of 0), the first that makes
+    NaN of what is none follows. It is run operation by operation, also what is inside of compiled functions and
+    loops. Empty where there is none, as of arguments that are bad.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     values = [*closed.consts, *jax.tree.leaves(arguments)]
-    for is_bad in (np.isnan, lambda x: ~np.isfinite(x)):
-        if found := _first(closed.jaxpr, values, is_bad):
-            return found
-    return None
+    kinds = (lambda x: ~np.isfinite(x), np.isnan)
+    found = [operation for bad in kinds if (operation := _first(closed.jaxpr, values, bad))]
+    return list(dict.fromkeys(found))
 
 
 def _first(jaxpr: Any, values: list[Any], is_bad: Callable) -> Operation | None:

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 
 from lm import config as config_lib
 from lm import distributed, hardware, manifests, models, newest, remote, retention, saving, stored
-from lm.config import SET, ConfigError, Duration
+from lm.config import SET, ConfigError
 from lm.step import parameter_axes
 from lm.stored import averaged, flatten, restore, unflatten
+from lm.value_types import Duration
 
 
 @dataclasses.dataclass(frozen=True)

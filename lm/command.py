@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from lm import config as config_lib
-from lm import exits
+from lm import exits, value_types
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def help_text(schema: config_lib.Schema, config: Mapping[str, Any]) -> str:
         default = (
             "" if value == config_lib.plain(field.default) else f" [default {field.default!r}]"
         )
-        head = f"  {name} ({config_lib.type_name(field.type)}) = {value!r}{default}"
+        head = f"  {name} ({value_types.type_name(field.type)}) = {value!r}{default}"
         lines.append(f"{head:<48}  {field.comment}".rstrip())
     return "\n".join(lines)
 

@@ -21,13 +21,14 @@ import textwrap
 import tokenize
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fractions import Fraction
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+from lm import value_types
+from lm.value_types import Duration
 
 
 class _Set:
@@ -36,17 +37,49 @@ class _Set:
 
 
 SET = _Set()  # in `ONLY_FOR`: any value but zero and empty
-Duration = int | str  # steps, or "100 steps", "1e6 tokens", "2 epochs", "10%" (of train.num_steps)
 T = typing.TypeVar("T")
 Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
 
-_DURATION = re.compile(r"([0-9._eE+]+)\s*(%|steps?|tokens?|epochs?|)")
-_BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _EXAMPLES = {
-    bool: "true", int: "100", float: "3e-4", Duration: "'2 epochs'",
+    bool: "true", int: "100", float: "3e-4", Duration: "300, or '2 epochs'",
     "data.mixture": "python_docs=3,python_source=1",
     "data.mixture_stages": "'((1000,(1,0)),)'",  # from a step on, weights
 }  # fmt: skip
+# What other projects call a field, for the hint beside a key that there is not.
+_ELSEWHERE = {
+    "optim.peak_lr": ("learning_rate", "lr", "max_lr", "base_learning_rate"),
+    "optim.warmup": (
+        "warmup_steps",
+        "warmup_iters",
+        "num_warmup_steps",
+        "warmup_ratio",
+        "lr_warmup",
+    ),
+    "optim.clip_norm": ("grad_clip", "max_grad_norm", "gradient_clipping", "clip_grad_norm"),
+    "task.length": (
+        "seq_len",
+        "seq_length",
+        "block_size",
+        "context_length",
+        "max_length",
+        "sequence_length",
+    ),
+    "data.batch_size": ("per_device_train_batch_size", "train_batch_size", "global_batch_size"),
+    "model.model_dim": ("hidden_size", "d_model", "n_embd", "emb_dim", "hidden_dim"),
+    "model.num_layers": ("n_layer", "n_layers", "num_hidden_layers", "layers"),
+    "model.num_heads": ("n_head", "n_heads", "num_attention_heads", "heads"),
+    "train.num_steps": (
+        "max_steps",
+        "max_iters",
+        "num_epochs",
+        "epochs",
+        "num_train_steps",
+        "total_steps",
+    ),
+    "train.accumulate_steps": ("gradient_accumulation_steps", "grad_accum"),
+    "checkpoint.every_steps": ("save_steps", "save_interval", "save_every"),
+    "eval.every_steps": ("eval_steps", "eval_interval", "eval_every"),
+}
 
 
 class ConfigError(ValueError):
@@ -174,7 +207,7 @@ def override(config: ConfigDict, assignments: Iterable[str], schema: Schema) -> 
                 "experiment file of its own"
             )
     for key, text in given.items():
-        flat[key] = _typed(key, text, fields[key], read=_from_text)
+        flat[key] = _typed(key, text, fields[key], read=value_types.from_text)
     for key in given:
         if unused := _unused(key, flat, schema):
             raise ConfigError(f"{unused}; leave it out or change that")
@@ -187,6 +220,9 @@ def _refuse_unknown(keys: Iterable[str], names: Mapping[str, Field]) -> None:
         if key not in names:
             last = key.split(".")[-1]
             namesakes = [name for name in names if name.split(".")[-1] == last]
+            namesakes = namesakes or [
+                n for n, others in _ELSEWHERE.items() if last in others and n in names
+            ]
             namesakes = namesakes or [n for n in names if last in n.split(".")[-1].split("_")]
             (nearest,) = difflib.get_close_matches(key, namesakes or list(names), n=1, cutoff=0.0)
             raise ConfigError(f"{key}: no such field; did you mean {nearest}?")
@@ -212,68 +248,8 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
         example = f"{name}={_EXAMPLES.get(name, _EXAMPLES.get(field.type, several))}"
         huge = isinstance(value, int | str) and re.fullmatch(r"[+-]?\d{19,}", str(value))
-        wanted = "too large" if huge else f"expected {type_name(field.type)}"
+        wanted = "too large" if huge else f"expected {value_types.type_name(field.type)}"
         raise ConfigError(f"{name}={value!r}: {wanted}; for example {example}") from None
-
-
-def type_name(hint: Any) -> str:
-    """Return the words for a field's type in help and errors."""
-    if hint == Duration:
-        return "duration"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    """Read a command-line value; ValueError or KeyError where it is none of the type."""
-    if hint is bool:
-        return _BOOLS[text.lower()]
-    if hint in (int, float):
-        return _from_value(int(text) if re.fullmatch(r"[+-]?[0-9_]+", text) else float(text), hint)
-    if typing.get_origin(hint) is not tuple:
-        return _from_value(text, hint)
-    if Ellipsis not in typing.get_args(hint):  # a rule: pattern=value
-        return _tuple(text.rsplit("=", 1), hint, read=_from_text)
-    if text[:1] in ("(", "["):
-        try:
-            return _from_value(ast.literal_eval(text), hint)
-        except (ValueError, SyntaxError):
-            pass  # a regular expression or a path may start with a bracket too
-    return _tuple([item for item in text.split(",") if item], hint, read=_from_text)
-
-
-def _from_value(value: Any, hint: Any) -> Any:
-    """Check a Python value, and bring it to exactly its type; ValueError where it is none."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < 2**63
-    if hint is int and number and value == int(value):
-        return int(value)
-    if hint is float and number:
-        return float(value)
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    if hint == Duration:
-        amount, unit = _parse_duration(value)
-        return int(amount) if unit == "step" else value
-    if typing.get_origin(hint) is tuple:
-        # One string stands for a list of one, as in data.path = "a.txt".
-        return _tuple([value] if isinstance(value, str) else value, hint, read=_from_value)
-    raise ValueError(value)
-
-
-def _tuple(items: Sequence[Any], hint: Any, *, read: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-    hints = typing.get_args(hint)
-    if hints[-1] is Ellipsis:
-        hints = hints[:1] * len(items)
-    return tuple(read(item, inner) for item, inner in zip(items, hints, strict=True))
-
-
-def _parse_duration(value: Duration) -> tuple[Fraction, str]:
-    match = _DURATION.fullmatch(str(value).strip())
-    if match and float(match[1]) >= 2**63:  # of a large exponent a fraction takes for ever
-        raise ValueError(f"too many: {value}")
-    amount, unit = Fraction(match[1] if match else "none"), match[2] if match else ""
-    if amount >= 2**63 or (unit in ("", "step", "steps") and amount.denominator != 1):
-        raise ValueError(f"too many, or a part of a step: {value}")
-    return amount, unit.rstrip("s") or "step"
 
 
 def to_steps(
@@ -289,7 +265,7 @@ def to_steps(
     Raises ConfigError for what is not a duration, a negative one, a percentage without num_steps.
     """
     try:
-        amount, unit = _parse_duration(value)
+        amount, unit = value_types.parse_duration(value)
     except ValueError:
         kinds = "100, '1e6 tokens', '2 epochs' or '10%'"
         raise ConfigError(f"{field}={value!r}: expected duration, such as {kinds}") from None
@@ -323,7 +299,7 @@ def freeze(cls: type[T], section: Mapping[str, Any], *, where: str) -> T:
 def _checked(flat: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
     _refuse_unknown(flat, fields)
     return {
-        name: _typed(name, flat.get(name, field.default), field, read=_from_value)
+        name: _typed(name, flat.get(name, field.default), field, read=value_types.from_value)
         for name, field in fields.items()
     }
 

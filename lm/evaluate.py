@@ -10,8 +10,9 @@ import numpy as np
 from flax import linen as nn
 
 from lm import placement, sharding
-from lm.config import ConfigError, Duration
+from lm.config import ConfigError
 from lm.data import corpus, pipeline
+from lm.value_types import Duration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,9 +31,9 @@ from lm import (
     tasks,
 )
 from lm import config as config_lib
-from lm.config import Duration
 from lm.data import corpus, pipeline
 from lm.data import settings as data_settings
+from lm.value_types import Duration
 
 EMBEDDING = r"(^|\W)embedding$"  # the path of a family's token embedding
 

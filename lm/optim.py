@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from lm import moments, muon, sharding
-from lm.config import SET, ConfigError, Duration
+from lm.config import SET, ConfigError
+from lm.value_types import Duration
 
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 Rules = tuple[tuple[str, float], ...]

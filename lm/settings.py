@@ -4,7 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 from lm import spikes
-from lm.config import SET, ConfigError, Duration
+from lm.config import SET, ConfigError
+from lm.value_types import Duration
 
 
 @dataclasses.dataclass(frozen=True)

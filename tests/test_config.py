@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from lm import command
 from lm import config as config_lib
-from lm.config import ConfigError, Duration
+from lm.config import ConfigError
+from lm.value_types import Duration
 
 
 @dataclasses.dataclass(frozen=True)

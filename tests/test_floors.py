@@ -46,6 +46,7 @@ FLOORS = {
     "lm.command": 0,
     "lm.exits": 0,
     "lm.config": 0,
+    "lm.value_types": 0,
     "lm.settings": 2,
     "lm.weights_and_biases": 0,
     "lm.sweep": 0,

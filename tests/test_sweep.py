@@ -4,6 +4,7 @@ import pytest
 
 from lm import config as config_lib
 from lm import sweep
+from lm.value_types import Duration
 
 
 def test_grid_is_every_combination_last_axis_fastest():
@@ -44,7 +45,7 @@ def test_mistakes_name_the_field(wrong):
 
 def test_assignments_read_back_as_the_values():
     values = [0.0003, 1e-8, 3, True, "2 epochs", ("a", "b,c"), (("(x|y)", 0.5),), ()]
-    hints = [float, float, int, bool, config_lib.Duration]
+    hints = [float, float, int, bool, Duration]
     hints += [tuple[str, ...], tuple[tuple[str, float], ...], tuple[str, ...]]
     for value, hint in zip(values, hints, strict=True):
         (assignment,) = sweep.assignments({"a.x": value})

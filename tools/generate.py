@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         shown = prompt + text if completer.goes_on else f"{prompt}\n{text}"
-        print(f"--- {number} ---\n{shown}")
+        print(shown if len(texts) == 1 else f"--- {number} ---\n{shown}")
     return 0
 
 

@@ -15,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-from safetensors.torch import save_file
+try:
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+except ImportError as error:
+    print(f"error: {error}: pip install -e '.[bench]'", file=sys.stderr)
+    sys.exit(2)
 
 VOCAB, ROWS, LENGTH, SOURCE = 47, 2, 18, 14
 Tensors = dict[str, torch.Tensor]

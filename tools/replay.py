@@ -196,16 +196,16 @@ def show_backward(calls: list[Any], taken: Taken) -> None:
 
 
 def show_operation(step: Recorded, part: Part) -> None:
-    """Print the first operation that makes a bad number of good ones."""
+    """Print the first operation that makes a bad number of good ones; of an infinity, what makes NaN of it too."""
     import jax
 
-    found = step.anatomy.first_bad_operation(
+    found = step.anatomy.bad_operations(
         jax.value_and_grad(step.loss, has_aux=True), *step.arguments(part)
     )
-    if found is None:
+    if not found:
         print("operation: none makes it of finite numbers; it was there before the step")
-    else:
-        print(f"operation: {found.name} {found.shapes}\n  in {found.where}\n  at {found.source}")
+    for what, made in zip(("operation", "the first NaN"), found, strict=False):
+        print(f"{what}: {made.name} {made.shapes}\n  in {made.where}\n  at {made.source}")
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ def sampled(lines: Iterable[str]) -> list[str]:
 
 
 def _announce(what: str, vocab_size: int, lines: Sequence[str]) -> None:
-    size = sum(map(len, lines)) / 1e6
-    words = f"training a {what} tokenizer of {vocab_size:,} pieces on {size:.1f}M characters"
+    size = sum(map(len, lines))
+    words = f"training a {what} tokenizer of {vocab_size:,} pieces on {size:,} characters"
     print(words, file=sys.stderr, flush=True)
 
 
