@@ -100,8 +100,8 @@ def sweep() -> list[dict]:
             **_model("t5", num_layers=2, model_dim=128, num_heads=4, tied=False),
         },
         "gpt2": _model(
-            "gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True, activation="gelu", qk_norm=False,
-            **small,
+            "gpt", positions="learned", norm="layernorm", norm_bias=True, bias=True,
+            activation="gelu", qk_norm=False, **small,
         ),
         "llama": _model("gpt", activation="swiglu", qk_norm=False, tied=False, **small),
         "linear_rnn": _model("linear_rnn", **small),

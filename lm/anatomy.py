@@ -99,9 +99,9 @@ class Operation:
 def bad_operations(function: Callable, *arguments: Any) -> list[Operation]:
     """Return the first operation within `function` of which a result is not finite though all operands are.
 
-    Where that is infinity, which may be on purpose (the logarithm of a probability of 0), the first that makes
-    NaN of what is none follows. It is run operation by operation, also what is inside of compiled functions and
-    loops. Empty where there is none, as of arguments that are bad.
+    Where that is infinity, which may be on purpose (the logarithm of a probability of 0), the first that
+    makes NaN of what is none follows. It is run operation by operation, also what is inside of compiled
+    functions and loops. Empty where there is none, as of arguments that are bad.
     """
     closed = jax.make_jaxpr(function)(*arguments)
     values = [*closed.consts, *jax.tree.leaves(arguments)]

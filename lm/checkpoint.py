@@ -102,6 +102,8 @@ class Checkpointer:
         self._asks = False  # the other processes are to be told so
         self._last = False  # the save in flight is the last one
         self._copying = cfg.timeout_seconds  # how long to wait for the last copy
+        self.identity = ""  # of the run, once it is known
+        self.done: set[int] = set()  # steps that are good here, and this run's
 
     def save(
         self,
@@ -125,15 +127,16 @@ class Checkpointer:
           OSError: the last of all tries failed.
         """
         self.settle()
-        self._last = wait
-        more = {"identity": manifests.run_of(self.folder), **more}
+        self._last, self._owed = wait, False
         more = {"metrics": dict(metrics), **{name: value for name, value in more.items() if value}}
         alone = jax.process_count() == 1
         tries = TRIES if wait else 2 if alone and self._failures % TRIES == 0 else 1
         for left in reversed(range(tries)):
             try:
+                self.identity = self.identity or manifests.run_of(self.folder)
+                known = {"identity": self.identity, **more} if self.identity else more
                 # What is read back is good after that.
-                self._writer.start(step, state, more, (lambda _: None) if verify else self._good)
+                self._writer.start(step, state, known, (lambda _: None) if verify else self._good)
                 if not wait:
                     return
                 self._finish(step, state, verify)
@@ -244,6 +247,7 @@ class Checkpointer:
     def _good(self, step: int) -> None:
         """Copy the checkpoint of `step`, which is good now; delete what is not kept."""
         cfg = self.cfg
+        self.done.add(step)
         needed = {step}
         if self._remote:
             if self._last or not cfg.remote_every or step % cfg.remote_every == 0:
@@ -271,7 +275,10 @@ class Checkpointer:
             # Where a kill came before it was done.
             for problem in retention.delete(self.folder, ()):
                 self.say(problem)
-        return found[1] if found else None
+        if found is None:
+            return None
+        self.done.add(found[0])
+        return found[1]
 
     def copy(self, step: int) -> None:
         """Begin to copy the checkpoint of `step`, which a run goes on from, where that is asked for."""
@@ -281,12 +288,11 @@ class Checkpointer:
     def fetch(self) -> None:
         """Bring the newest good checkpoint here where only `checkpoint.remote` has it; say what is damaged.
 
-        Raises ConfigError where that cannot be read, and there is no checkpoint here to go on from.
+        Raises ConfigError where something cannot be read, and there is no checkpoint here to go on from.
         """
-        if self._remote and jax.process_index() == 0:
+        if jax.process_index() == 0 and (self._remote or not manifests.good_steps(self.folder)):
             newest.good(self.folder, print, self._remote)
-        if self.cfg.remote:
-            distributed.from_first("fetched")
+        distributed.from_first("fetched")
 
 
 def find_step(workdir: str | Path, step: int | str = "last") -> int:

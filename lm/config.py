@@ -41,7 +41,7 @@ T = typing.TypeVar("T")
 Schema = Mapping[str, Callable[[Mapping[str, Any]], type]]
 
 _EXAMPLES = {
-    bool: "true", int: "100", float: "3e-4", Duration: "300, or '2 epochs'",
+    bool: "true", int: "100", float: "3e-4", Duration: "300",
     "data.mixture": "python_docs=3,python_source=1",
     "data.mixture_stages": "'((1000,(1,0)),)'",  # from a step on, weights
 }  # fmt: skip
@@ -248,7 +248,8 @@ def _typed(name: str, value: Any, field: Field, *, read: Callable[[Any, Any], An
         several = "'.*bias=0,.*=1'" if "float" in str(field.type) else "a,b"
         example = f"{name}={_EXAMPLES.get(name, _EXAMPLES.get(field.type, several))}"
         huge = isinstance(value, int | str) and re.fullmatch(r"[+-]?\d{19,}", str(value))
-        wanted = "too large" if huge else f"expected {value_types.type_name(field.type)}"
+        kinds = " (steps, or '2 epochs', '1e6 tokens', '10%')" if field.type == Duration else ""
+        wanted = "too large" if huge else f"expected {value_types.type_name(field.type)}{kinds}"
         raise ConfigError(f"{name}={value!r}: {wanted}; for example {example}") from None
 
 

@@ -134,7 +134,7 @@ class Guard:
 
     def rescue(self, now: int, state: step.TrainState) -> None:
         """Save the state before step `now`, if it is not, while the run itself does something that hangs."""
-        if now in manifests.good_steps(self._saver.folder):
+        if now in self._saver.done:
             return
         self._log.catch_up()
         if not self._log.healthy:
@@ -200,7 +200,7 @@ class Guard:
     def _go_back(self, bad: int, why: str) -> None:
         """List step `bad`, with those before it that are asked for, and raise RolledBack."""
         self._saver.settle()
-        good = manifests.good_steps(self._saver.folder)
+        good = [step for step in manifests.good_steps(self._saver.folder) if step <= bad]
         back = int(distributed.from_first(str(good[-1] if good else 0)))
         first = max(back, bad + 1 - self._cfg.rollback_batches)
         chosen = [number for number in range(first, bad + 1) if number not in self.skipped]
@@ -226,8 +226,8 @@ class Guard:
         self.skipped |= dict.fromkeys(numbers, why)
         if jax.process_index() == 0:
             listed = {str(n): self.skipped[n] for n in sorted(self.skipped)}
-            run = manifests.run_of(self._saver.folder)
-            manifests.write_sealed(self._workdir / FILE, {"identity": run, **listed})
+            run = {"identity": self._saver.identity} if self._saver.identity else {}
+            manifests.write_sealed(self._workdir / FILE, {**run, **listed})
 
     def _kept(self) -> str:
         self._saver.settle()

@@ -25,9 +25,11 @@ FORMAT = 3
 PASSING = (
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN,
 )  # fmt: skip
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # and those that say that there is none
 READ = (2, 3)  # formats that are read: 2 has no fingerprints
 LARGEST = 10**9  # bytes of a manifest: a larger one is damaged, and would fill the memory
 UNREADABLE = "cannot be read"  # of a file that may be as it was
+FOREIGN = "it is another run's"
 EARLY = 2**20  # bytes: smaller files are hashed in no time when all are there
 Known = dict[tuple[int, int, int], str]  # hashes by (inode, bytes, nanoseconds of the last change)
 
@@ -83,7 +85,7 @@ def write(
     check()
     for name in (MANIFEST, f"{MANIFEST}.partial"):  # of a try that failed
         (target / name).unlink(missing_ok=True)
-    found = sorted(target.rglob("*"))
+    found = below(target)
     files = [path for path in found if path.is_file()]
     manifest["files"] = {
         str(path.relative_to(target)): [
@@ -134,6 +136,19 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object whole, with a digest of all that is in it, which `receipt.read_json` checks."""
     plain = json.loads(json.dumps(content, default=str, allow_nan=False))
     write_whole(path, json.dumps({**plain, "digest": digest(plain)}, indent=1) + "\n")
+
+
+def below(folder: Path) -> list[Path]:
+    """Return all that is in a folder and its folders, sorted. Raises OSError of what cannot be listed."""
+    return sorted(
+        Path(at, name)
+        for at, folders, files in os.walk(folder, onerror=_raise)
+        for name in (*folders, *files)
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def sync(path: Path) -> None:
@@ -224,15 +239,27 @@ def run_of(folder: Path) -> str:
         return ""
 
 
-def identify(workdir: Path, begins: str) -> None:
+def identify(workdir: Path, begins: str) -> str:
     """Let a workdir say which run it is of: that of its newest checkpoint that says so, or what `begins`."""
     folder = workdir / "checkpoints"
-    if run_of(folder):
-        return
+    if run := run_of(folder):
+        return run
     found = ((read(folder, step) or {}).get("identity") for step in reversed(good_steps(folder)))
+    run = next(filter(None, found), begins)
     workdir.mkdir(parents=True, exist_ok=True)
     move_aside(workdir / IDENTITY)
-    write_sealed(workdir / IDENTITY, {"identity": next(filter(None, found), begins)})
+    write_sealed(workdir / IDENTITY, {"identity": run})
+    return run
+
+
+def began_as(folder: Path, step: int) -> Path | None:
+    """Return the identity that was moved aside here and that a checkpoint has, if there is one."""
+    run = (read(folder, step) or {}).get("identity")
+    for path in sorted(folder.parent.glob(f"{IDENTITY}.aside*")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            if run and json.loads(content(path))["identity"] == run:
+                return path
+    return None
 
 
 def is_step(name: str) -> bool:
@@ -269,13 +296,13 @@ def problem(folder: Path, step: int) -> str:
         known = ", ".join(map(str, READ))
         return f"its format is {manifest.get('format')}, and this version reads {known}"
     if is_foreign(manifest, run_of(folder)):
-        return "it is another run's"
+        return FOREIGN
     return files_problem(folder / str(step), manifest)
 
 
 def is_foreign(manifest: Mapping[str, Any], run: str) -> bool:
     """Return whether a checkpoint is of another run than `run`; one of an older version does not say."""
-    return bool(run) and manifest.get("identity", run) != run
+    return bool(run) and (manifest.get("identity") or run) != run
 
 
 def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
@@ -295,12 +322,10 @@ def files_problem(target: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _forbidden(path: Path) -> str:
-    """Return that a file may not be read, which says nothing of what is in it; "" where it may."""
+    """Return that a file cannot be read, which says nothing of what is in it; "" where it can, or is none."""
     try:
-        if stat.S_ISREG(path.stat().st_mode):
-            path.open("rb").close()
-    except PermissionError as error:
-        return f"file {path.name} {UNREADABLE}: {error.strerror}"
-    except OSError:
-        pass
+        content(path)
+    except OSError as error:
+        if error.errno not in (None, *ABSENT):
+            return f"file {path.name} {UNREADABLE}: {error.strerror}"
     return ""

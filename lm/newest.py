@@ -4,6 +4,7 @@ Looked at are the files of each, from the newest down, then the arrays as they a
 damaged or unfinished is moved aside and said.
 """
 
+import os
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ def good(
                 forbidden = forbidden or f"checkpoint {step}: {problem}"
                 say(f"checkpoint {step} is not used: {problem}; it stays where it is")
             else:
+                if problem == manifests.FOREIGN:
+                    check_began(folder, step)
                 move_aside(folder, step, problem, say)
+        if os.path.lexists(folder / str(step)):  # it keeps its place, and its name
+            continue
         if other and step in there:
             if not (problem := other.fetch(step, newest=step > max(here, default=-1))):
                 say(f"checkpoint {step} is taken from {other.url}")
@@ -58,6 +63,15 @@ def good(
             "it can be read, or set checkpoint.remote='' to begin anew"
         )
     return None
+
+
+def check_began(folder: Path, step: int) -> None:
+    """Refuse a checkpoint of the run that began here before its identity was moved aside."""
+    if began := manifests.began_as(folder, step):
+        raise ConfigError(
+            f"{folder / str(step)}: it is of the run that began here as {began.name} says; rename that to "
+            f"{manifests.IDENTITY} to go on with it, or move the checkpoint away"
+        )
 
 
 def move_aside(folder: Path, step: int, problem: str, say: Callable[[str], None]) -> None:

@@ -63,6 +63,8 @@ def write(
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     number = max((int(path.stem) for path in _all(workdir)), default=0) + 1
+    while (path := folder / f"{number:04d}.json").exists():  # where the folder could not be listed
+        number += 1
     flat = config_lib.flatten(made.config)
     found = {
         "format": FORMAT,
@@ -81,7 +83,6 @@ def write(
         },
         "seeds": {"seed": made.config.seed},
     }
-    path = folder / f"{number:04d}.json"
     manifests.write_sealed(path, found)
     return path
 
@@ -154,8 +155,9 @@ def packages() -> dict[str, str]:
     """Return the version of every installed package: of one that is there twice the one that is imported."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        if name := distribution.metadata["Name"]:
-            found.setdefault(name, distribution.version)
+        about = distribution.metadata  # read anew each time
+        if name := about["Name"]:
+            found.setdefault(name, about["Version"])
     return {name: found[name] for name in sorted(found)}
 
 

@@ -151,12 +151,16 @@ class Remote:
             return
         if found:  # an older one of the same step: no copy from here on
             self._fs.rm_file(f"{there}/{manifests.MANIFEST}")
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(there, recursive=True)
+        for path in self._fs.find(there):  # by name: `rm` takes [ and * for patterns
+            self._fs.rm_file(path)
         for name, (_, digest) in manifest["files"].items():
             self._put(self._folder / str(step) / name, f"{there}/{name}", digest)
         manifest[RUN] = {}
-        for path in sorted(self._folder.parent.glob("*.json*")):
+        workdir = self._folder.parent
+        names = [name for name in sorted(os.listdir(workdir)) if ".json" in name]
+        if missing := {"config.json", "data.json"} - set(names):
+            raise OSError(f"{workdir / min(missing)} is missing, and a copy is none without it")
+        for path in (workdir / name for name in names):
             if path.is_file() and path.suffix != ".partial":
                 content = path.read_bytes()  # at once: rows are being added
                 manifest[RUN][path.name] = hashlib.sha256(content).hexdigest()
@@ -220,6 +224,8 @@ class Remote:
         """
         try:
             self._fs.invalidate_cache()
+            if self._local and os.path.islink(self._root):
+                _follow(self._root)
             folder = self._fs.info(self._root)["type"] == "directory"
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, False)]
         except FileNotFoundError:
@@ -351,3 +357,11 @@ class Remote:
         manifests.sync(partial)
         good = not digest or manifests.hash_file(partial) == digest
         return "" if good else "is not what was written"
+
+
+def _follow(link: str) -> None:
+    """Raise OSError, which is not FileNotFoundError, where a link leads to nothing: its disk is not there."""
+    try:
+        os.stat(link)
+    except FileNotFoundError:
+        raise OSError("a link to a folder that is not there; mount its disk") from None

@@ -76,10 +76,8 @@ def restore(
             reading[source] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
     try:
         arrays = _read(folder / str(step), reading)
-    except ValueError as error:  # what tensorstore cannot open
-        raise ConfigError(
-            f"checkpoint {folder / str(step)}: its arrays cannot be read: {exits.line(error)[:300]}"
-        ) from error
+    except OSError as error:
+        raise ConfigError(f"checkpoint {folder / str(step)}: {error}") from error
     found = {name: _assemble(name, leaf, sources[name], arrays) for name, leaf in wanted.items()}
     for name, leaf in anew.items():
         found[name] = jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
@@ -87,15 +85,17 @@ def restore(
 
 
 def _read(target: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    with ocp.Checkpointer(handler()) as orbax:
-        return orbax.restore(
-            target.absolute() / "state",
-            args=ocp.args.PyTreeRestore(
-                item=dict(wanted),
-                restore_args=ocp.checkpoint_utils.construct_restore_args(dict(wanted)),
-                partial_restore=True,
-            ),
-        )
+    """Return the arrays that are wanted, on their shardings. Raises OSError of what cannot be read."""
+    arguments = ocp.args.PyTreeRestore(
+        item=dict(wanted),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(dict(wanted)),
+        partial_restore=True,
+    )
+    try:
+        with ocp.Checkpointer(handler()) as orbax:
+            return orbax.restore(target.absolute() / "state", args=arguments)
+    except ValueError as error:  # what tensorstore cannot open; it says all that it knows
+        raise OSError(f"its arrays cannot be read: {exits.line(error)[:300]}") from error
 
 
 def read_all(
@@ -140,8 +140,10 @@ def problem(folder: Path, step: int, places: Mapping[str, Sharding] | None = Non
             expected = stored[name][2] if len(stored[name]) > 2 else ""
             if expected and fingerprint.each({name: array})[name] != expected:
                 return f"array {name} is not what was saved"
+    except OSError as error:
+        return exits.line(error)
     except Exception as error:  # whatever a reader of damaged files raises
-        return f"its arrays cannot be read: {exits.line(error)[:300]}"  # tensorstore says all that it knows
+        return f"its arrays cannot be read: {exits.line(error)[:300]}"
     return ""
 
 

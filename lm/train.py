@@ -336,7 +336,7 @@ def check_past(workdir: Path, made: experiment.Experiment, saver: checkpoint.Che
     workdirs.check_resume(workdir, made)
     set_aside(workdir, saver.folder, made)
     if jax.process_index() == 0:
-        manifests.identify(workdir, workdirs.identity(made))
+        saver.identity = manifests.identify(workdir, workdirs.identity(made))
 
 
 def sample_of(

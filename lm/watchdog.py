@@ -138,18 +138,23 @@ class Watchdog:
         why = f"{', '.join(parts)}, took longer than {limit.seconds:g} s ({limit.field})"
         last = threading.Timer(self._grace() + 30.0, os._exit, (exits.HUNG,))
         last.daemon = True  # nobody may read what is said here
-        last.start()
-        print(f"error: {why}; where each thread is:", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # a notebook's standard error is no file
-            faulthandler.dump_traceback(all_threads=True)
-        self._others.say_left(why, exits.HUNG)
-        saved = "what was saved before is kept"
-        if name != SAVING:
-            seconds = limit.seconds if name == STOPPING else self._grace()
-            saved = self._rescued(at[1], state, seconds)
-        then = f"the same command resumes; raise {limit.field.split()[-1]} where it was too short"
-        print(f"{saved}; {then}", file=sys.stderr, flush=True)
-        os._exit(exits.HUNG)
+        with contextlib.suppress(RuntimeError):  # no more threads
+            last.start()
+        try:
+            print(f"error: {why}; where each thread is:", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):  # a notebook's standard error is no file
+                faulthandler.dump_traceback(all_threads=True)
+            self._others.say_left(why, exits.HUNG)
+            saved = "what was saved before is kept"
+            if name != SAVING:
+                seconds = limit.seconds if name == STOPPING else self._grace()
+                saved = self._rescued(at[1], state, seconds)
+            then = (
+                f"the same command resumes; raise {limit.field.split()[-1]} where it was too short"
+            )
+            print(f"{saved}; {then}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(exits.HUNG)
 
     def _grace(self) -> float:
         """Return the seconds that there are to save what can be saved."""
@@ -174,6 +179,9 @@ class Watchdog:
                 said[0] = f"step {step} could not be saved: {str(error) or type(error).__name__}"
 
         working = threading.Thread(target=work, daemon=True)
-        working.start()
+        try:
+            working.start()
+        except RuntimeError as error:
+            return f"nothing more could be saved: {error}"
         working.join(limit)
         return said[0]

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
@@ -47,6 +47,9 @@ FREE = (
     "model.microbatches",
     "model.stage_repeats",
     "model.context_parallel",
+)
+LOCK_TRIES = (
+    10  # a tenth of a second apart: `tools.checkpoint` looks for a moment whether a run has it
 )
 SEEN_SECONDS = 90  # after which what another host has written is seen here, or never
 LISTED = ("optim.", "train.", "eval.", "checkpoint.")
@@ -90,14 +93,10 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
     workdir.mkdir(parents=True, exist_ok=True)
     # Not "w": another run's mark stays until this one has the lock.
     with (workdir / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             raise ConfigError(
                 f"workdir={workdir}: another process trains there; wait for it, or choose another"
-            ) from None
-        except OSError:
-            pass  # no locks there
+            )
         mark = uuid.uuid4().hex
         file.truncate(0)
         file.write(mark)
@@ -109,6 +108,21 @@ def alone_in(workdir: Path) -> Iterator[Callable[[], str]]:
             yield lambda: _gone(workdir, held)
         finally:
             os.close(held)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file, or a file system without locks; False where a process has it, and not to look only."""
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left:
+                time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
+    return False
 
 
 def check_place(workdir: Path) -> None:

@@ -71,7 +71,14 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Begin with what takes minutes by itself, beside which the other worker does the rest."""
-    items.sort(key=lambda item: "test_every_model_has_its_row" not in item.name)
+    long = (
+        "test_every_model_has_its_row",
+        "test_any_exper",
+        "test_processes_have_the_bits",
+        "test_families_give_the_same_bits",
+        "test_kills_at_random_times",
+    )
+    items.sort(key=lambda item: not item.name.startswith(long))
 
 
 def pytest_collection_finish(session):

@@ -13,6 +13,7 @@ signal, which the process sends itself, or one of TROUBLES.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import itertools
 import json
@@ -29,7 +30,7 @@ from typing import Any
 
 PRELOADED = (
     "lm.main", "lm.train", "lm.models.gpt", "lm.tasks.causal_lm", "tensorboardX.event_file_writer",
-    "tensorboardX.summary", "fsspec.implementations.local",
+    "tensorboardX.summary", "fsspec.implementations.local", "grain",
 )  # fmt: skip
 
 FILLED = "filled"  # the file that takes a disk's room
@@ -202,6 +203,12 @@ def serve() -> None:
     """Do jobs until there are no more."""
     for name in PRELOADED:
         importlib.import_module(name)
+    from lm import receipt
+
+    receipt.packages()  # which a process reads but once
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 10)
     for line in sys.stdin:
         process = os.fork()
         if process == 0:

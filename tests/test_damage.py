@@ -1,5 +1,6 @@
 """Each kind of file of a checkpoint, damaged in each way: found, named, never loaded, the one before used."""
 
+import errno
 import os
 import re
 import shutil
@@ -348,3 +349,59 @@ def test_a_damaged_identity_is_that_of_the_checkpoints_again(tmp_path):
         assert manifests.problem(tmp_path / "checkpoints", 1) == ""
         manifests.identify(tmp_path, "begins otherwise")
         assert manifests.run_of(tmp_path / "checkpoints") == "begins so"
+
+
+def test_a_manifest_that_the_disk_does_not_give_is_not_taken_for_damaged(run, monkeypatch):
+    real = Path.read_bytes
+
+    def fails(path):
+        if path.name == "manifest.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(ConfigError, match=r"manifest\.json cannot be read: Input/output error"):
+            newest.good(run / "checkpoints", [].append)
+        with (
+            checkpoint.Checkpointer(run, checkpoint.Config()) as saver,
+            pytest.raises(ConfigError, match="let it be read"),
+        ):
+            saver.fetch()
+    assert newest.good(run / "checkpoints", [].append) == 2
+
+
+def test_what_the_run_saved_before_its_identity_was_moved_aside_is_not_another_run_s(tmp_path):
+    """Its disk was not there, it was begun with another config, and now its disk is there again."""
+    manifests.identify(tmp_path, "begins so")
+    with checkpoint.Checkpointer(tmp_path, checkpoint.Config()) as saver:
+        saver.save(1, state(1), {}, wait=True)
+    folder, path = saver.folder, tmp_path / manifests.IDENTITY
+    folder.rename(tmp_path / "elsewhere")
+    aside = manifests.move_aside(path)
+    assert manifests.identify(tmp_path, "begins otherwise") == "begins otherwise"
+    (tmp_path / "elsewhere").rename(folder)
+    with pytest.raises(ConfigError, match=rf"{aside.name} says; rename that to identity\.json"):
+        newest.good(folder, [].append)
+    aside.replace(path)
+    assert newest.good(folder, [].append) == 1
+
+
+def test_a_list_of_no_run_is_not_another_run_s():
+    assert not manifests.is_foreign({"identity": ""}, "own")
+    assert manifests.is_foreign({"identity": "other"}, "own")
+
+
+def test_what_cannot_be_listed_is_not_left_out_of_a_manifest(tmp_path, monkeypatch):
+    (tmp_path / "1" / "state").mkdir(parents=True)
+    (tmp_path / "1" / "state" / "data").write_text("x")
+    real = os.scandir
+
+    def fails(path="."):
+        if str(path).endswith("state"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        manifests.write(tmp_path / "1", {"step": 1})

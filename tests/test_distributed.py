@@ -16,12 +16,17 @@ import pytest
 
 from lm import checkpoint, config, exits, manifests, train
 from lm.metrics import read_rows
+from tests import quickly
 from tools import replay
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4
 EXPERIMENT = """
 from ml_collections import ConfigDict
+
+from lm import hardware
+
+hardware.PEAK_FLOPS["cpu"] = 1e12  # which is measured else
 
 
 def get_config():
@@ -31,7 +36,10 @@ def get_config():
         "model": {{"name": "gpt", "num_layers": 1, "model_dim": 32, "num_heads": 2}},
         "optim": {{"name": "sgd", "momentum": 0.9, "peak_lr": 0.1}},
         "mesh": {{"data": 2, "fsdp": 2}},
-        "train": {{"num_steps": 60, "log_every_steps": 1, "peer_timeout_seconds": 12.0}},
+        "train": {{
+            "num_steps": 60, "log_every_steps": 1, "peer_timeout_seconds": 12.0,
+            "sample_tokens": 0, "fingerprint_every_steps": 0,
+        }},
         "eval": {{"every_steps": 30, "max_tokens": 256}},
         "checkpoint": {{"every_steps": 15, "keep": 20}},
     }}, type_safe=False)
@@ -57,7 +65,7 @@ class Job:
             [sys.executable, "-m", "tools.launch", f"--processes={processes}", "--grace=30",
              f"--devices_per_process={DEVICES // processes}", f"--logs={self.logs}",
              "--", "sh", "-c", script],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT, env={**os.environ, **quickly.of_processes(), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

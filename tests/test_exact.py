@@ -20,7 +20,6 @@ from tests.test_train import StopAfter, arrays_of, rows_of
 ROOT = Path(__file__).parent.parent
 TWO, MIXED = {"data": 2}, {"data": 2, "fsdp": 4}
 SOME = [{"data": 4}, {"fsdp": 8}, MIXED]  # the programs go by the number of devices alone
-ALL = [*SOME, {"data": 8}, {"fsdp": 2}, {"fsdp": 4}]
 GPT = {"name": "gpt", "num_layers": 2, "model_dim": 32, "num_heads": 2, "dropout": 0.1}
 FAMILIES = {
     "gpt": {"train": {"accumulate_steps": 2, "z_loss": 1e-4}},
@@ -89,7 +88,7 @@ def assert_same(meshes, **how):
 @pytest.mark.optimized
 def test_meshes_give_the_same_bits():
     small = {"model": {**GPT, "num_layers": 1}, "train": {"accumulate_steps": 2}}
-    assert_same([{"fsdp": 4}, {"data": 8}], steps=3, **small)
+    assert_same([{"fsdp": 2}, {"fsdp": 4}, {"data": 8}], steps=3, **small)
 
 
 @pytest.mark.slow
@@ -98,14 +97,15 @@ def test_meshes_give_the_same_bits():
     [pytest.param("gpt", marks=pytest.mark.optimized), *(f for f in FAMILIES if f != "gpt")],
 )
 def test_families_give_the_same_bits_on_all_meshes(family):
-    assert_same(ALL if family == "gpt" else SOME, **FAMILIES[family])
+    assert_same(SOME, **FAMILIES[family])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_give_the_same_bits(name):
     model = {**GPT, "num_layers": 1}
-    assert_same([{"fsdp": 8}, MIXED], model=model, optim={"name": name, "ema_decay": 0.9})
+    mesh = (MIXED, {"fsdp": 8})[list(OPTIMIZERS).index(name) % 2]
+    assert_same([mesh], steps=4, model=model, optim={"name": name, "ema_decay": 0.9})
 
 
 @pytest.mark.slow

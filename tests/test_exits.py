@@ -118,6 +118,7 @@ def process(path, workdir, *flags, before="", closed="", output=subprocess.PIPE,
         sys.executable, *program, "--config", str(path), "--workdir", str(workdir), *flags,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": quickly.FLAGS, "PYTHONPATH": str(ROOT)}
+    environment |= quickly.of_processes()
     return subprocess.Popen(
         command, env={**environment, "JAX_PLATFORMS": "cpu"}, text=True, **options,
         stdout=output, stderr=subprocess.STDOUT,
@@ -189,7 +190,8 @@ def test_a_run_whose_terminal_is_closed_is_saved_or_goes_on(small, tmp_path, ign
     before = HANGING_UP.format("SIG_IGN" if ignored else "SIG_DFL")
     steps = 3000 if ignored else 1_000_000
     running = process(
-        small, tmp_path / "run", *ONE, f"--config.train.num_steps={steps}", before=before,
+        small, tmp_path / "run", *ONE, f"--config.train.num_steps={steps}",
+        "--config.checkpoint.every_steps=500", before=before,
         output=theirs, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)

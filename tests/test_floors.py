@@ -70,6 +70,8 @@ FLOORS = {
 }
 # Files of one floor that may import each other: those of one package, and these.
 NEIGHBOURS = {
+    ("lm.config", "lm.value_types"),
+    ("lm.command", "lm.value_types"),
     ("lm.train", "lm.experiment"),
     ("lm.exact", "lm.step"),
     ("lm.train", "lm.description"),

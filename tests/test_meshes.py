@@ -40,8 +40,8 @@ VERSION = ".".join(jax.__version__.split(".")[:2])
 
 
 @functools.cache
-def lowered(recipe, **fields):
-    """Return (mesh, abstract state, lowered step, lowered gradients alone) of a small gpt."""
+def of_recipe(recipe, **fields):
+    """Return (mesh, abstract state, batch, places, model, optimizer, objective) of a small gpt."""
     sizes, needed = MOVES[recipe]
     sizes = {"data": 1, **sizes}
     mesh = sharding.make_mesh(sharding.Config(**sizes), jax.devices()[: math.prod(sizes.values())])
@@ -67,31 +67,34 @@ def lowered(recipe, **fields):
         batch = placement.place_batch(
             mesh, batch | {"weights": np.ones((ROWS, LENGTH), np.float32)}
         )
-        function = functools.partial(
-            step.train_step, model=model, tx=tx, objective=objective, seed=0
-        )
-        whole = jax.jit(function, donate_argnums=0, out_shardings=(placed, None))
+        return mesh, abstract, batch, placed, model, tx, objective
 
-        def loss(params, batch):
-            return step.forward(model, {"params": params}, batch, objective)[0]
 
-        return (
-            mesh,
-            abstract,
-            whole.lower(abstract, batch),
-            jax.jit(jax.grad(loss)).lower(abstract.params, batch),
-        )
+@functools.cache
+def gradients_of(recipe, **fields):
+    """Return the lowered gradient of a recipe's loss."""
+    mesh, abstract, batch, _, model, _, objective = of_recipe(recipe, **fields)
+
+    def loss(params, batch):
+        return step.forward(model, {"params": params}, batch, objective)[0]
+
+    with sharding.use(mesh):
+        return jax.jit(jax.grad(loss)).lower(abstract.params, batch)
 
 
 @functools.cache
 def compiled(recipe):
     """Return the compiled step of a recipe."""
-    return lowered(recipe)[2].compile()
+    mesh, abstract, batch, placed, model, tx, objective = of_recipe(recipe)
+    function = functools.partial(step.train_step, model=model, tx=tx, objective=objective, seed=0)
+    with sharding.use(mesh):
+        whole = jax.jit(function, donate_argnums=0, out_shardings=(placed, None))
+        return whole.lower(abstract, batch).compile()
 
 
 def collectives(recipe):
     """Return {"kind over axes": [count, bytes of the results on one device]} of the compiled step."""
-    mesh, program = lowered(recipe)[0], compiled(recipe)
+    mesh, program = of_recipe(recipe)[0], compiled(recipe)
     places = dict(enumerate(itertools.product(*map(range, mesh.devices.shape))))
     found: dict[str, list[int]] = {}
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -159,7 +162,7 @@ def test_a_step_moves_what_is_on_record(recipe):
 @pytest.mark.parametrize("recipe", ["stage and fsdp", "stage and expert"])
 def test_stages_go_together_with_the_other_axes(recipe):
     """A rule of a gradient is traced outside of what its function is mapped over."""
-    mesh, *_, gradients = lowered(recipe)
+    mesh, gradients = of_recipe(recipe)[0], gradients_of(recipe)
     assert mesh.size == 4 and "sdy.manual_computation" in gradients.as_text()
 
 
@@ -171,7 +174,8 @@ def bytes_of(tree):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_memory_is_what_the_scheme_says(recipe):
     """A device has 1 / (fsdp tensor) of parameters, gradients and moments, and its part of a batch."""
-    mesh, abstract, _, gradients = lowered(recipe)
+    mesh, abstract, *_ = of_recipe(recipe)
+    gradients = gradients_of(recipe)
     sizes = mesh.shape
     ways = sizes["fsdp"] * sizes["tensor"]
     parts = sizes["data"] * sizes["fsdp"] * sizes["context"]
@@ -197,7 +201,7 @@ def test_activations_are_what_the_scheme_says(recipe, remat):
     """
     temporary = []
     for num_layers in (4, 8):
-        gradients = lowered(recipe, num_layers=num_layers, scan=True, remat=remat)[3]
+        gradients = gradients_of(recipe, num_layers=num_layers, scan=True, remat=remat)
         temporary.append(gradients.compile().memory_analysis().temp_size_in_bytes)
     D, F = 64, 512
     widths = D if remat == "full" else D + 3 * D + D + F
@@ -212,5 +216,5 @@ def test_positions_are_split_over_tensor_between_layers(monkeypatch):
     """Korthikanti et al. 2022: what a layer's ends keep is split too."""
     split = compiled("tensor").memory_analysis().temp_size_in_bytes
     monkeypatch.setitem(sharding.RULES, "act_length_norm", sharding.RULES["act_length"])
-    whole = lowered.__wrapped__("tensor")[2].compile().memory_analysis().temp_size_in_bytes
+    whole = compiled.__wrapped__("tensor").memory_analysis().temp_size_in_bytes
     assert split < 0.8 * whole

@@ -49,8 +49,17 @@ def impatient(monkeypatch):
     monkeypatch.setattr(remote, "WAIT", 0.01)
 
 
+def begun(run):
+    """Return a run's folder, with the files that no copy is made without."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in {"config.json", "data.json"} - {path.name for path in run.iterdir()}:
+        (run / name).write_text("{}")
+    return run
+
+
 def save(run, url, steps, said, **fields):
     cfg = checkpoint.Config(keep=2, remote=url, **fields)
+    begun(run)
     with checkpoint.Checkpointer(run, cfg, said.append) as saver:
         for step in steps:
             saver.save(step, state(step), {"eval/loss": 9.0 - step})
@@ -232,7 +241,7 @@ def test_an_end_wakes_who_waits_to_try_again(tmp_path, said, monkeypatch):
     monkeypatch.setattr(remote.Remote, "_put", put)
     began, url = time.monotonic(), str(tmp_path / "there")
     cfg = checkpoint.Config(remote=url)
-    with checkpoint.Checkpointer(tmp_path / "run", cfg, said.append) as saver:
+    with checkpoint.Checkpointer(begun(tmp_path / "run"), cfg, said.append) as saver:
         saver.save(1, state(1), {}, wait=True)
         while not said:
             time.sleep(0.01)
@@ -458,3 +467,50 @@ def test_a_copy_of_another_run_is_not_replaced(tiny, tmp_path, monkeypatch):
     other.close()
     assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == copies
     assert said and all("is another run's" in line for line in said if "not copied" in line)
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_no_copy_is_made_without_what_a_run_goes_on_by(tmp_path, said, name):
+    (begun(tmp_path / "run") / name).unlink()
+    url = str(tmp_path / "there")
+    with checkpoint.Checkpointer(
+        tmp_path / "run", checkpoint.Config(remote=url), said.append
+    ) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        while not said:
+            time.sleep(0.01)
+    assert f"{name} is missing, and a copy is none without it" in said[0]
+    assert not (tmp_path / "there" / "1" / "manifest.json").exists()
+
+
+def test_a_place_whose_name_is_a_pattern_loses_nothing_of_others(tmp_path, said):
+    url = f"memory://{uuid.uuid4().hex}/run"
+    save(tmp_path / "one", f"{url}1", [1], said)
+    save(tmp_path / "two", f"{url}[12]", [1], said)
+    name = a_file(tmp_path / "two", 1)
+    edit(f"{url}[12]", f"1/{name}", lambda data: b"?")  # so it is copied anew
+    save(tmp_path / "two", f"{url}[12]", [1], said)
+    assert resumed(tmp_path / "again", f"{url}1", said) == 1.0
+
+
+def test_a_link_to_a_place_that_is_not_there_is_not_an_empty_place(tmp_path, said):
+    (tmp_path / "there").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match=r"a link to a folder that is not there; mount its disk"):
+        resumed(tmp_path / "run", str(tmp_path / "there"), said)
+
+
+def test_what_keeps_its_place_here_is_not_brought_from_there(tmp_path, said, monkeypatch, capsys):
+    run, url = tmp_path / "run", str(tmp_path / "there")
+    save(run, url, [1, 2], said)
+    (run / "checkpoints" / "2" / a_file(run, 2)).write_bytes(b"?")
+
+    def fails(path, name=""):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "move_aside", fails)
+        with checkpoint.Checkpointer(run, checkpoint.Config(remote=url), said.append) as saver:
+            saver.fetch()
+    told = capsys.readouterr().out
+    assert "checkpoint 2 is not used" in told and "it stays where it is" in told
+    assert "cannot be brought" not in told and "is taken from" not in told

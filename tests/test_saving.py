@@ -373,3 +373,24 @@ def test_a_hash_is_of_the_file_as_it_was_left(tmp_path, monkeypatch):
         str(path.relative_to(target)): [5, hashlib.sha256(path.read_bytes()).hexdigest()]
         for path in (changed, moved, held)
     }
+
+
+def test_a_save_that_is_tried_again_is_not_tried_anew_while_it_is_written(saver, said, monkeypatch):
+    """Saves that take longer than a step: each step asks, and none waits."""
+    Failing(monkeypatch, ocp.AsyncCheckpointer, "wait_until_finished", {0}, late=True)
+    written, wait = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished
+
+    def waiting(orbax):
+        if threading.current_thread() is not threading.main_thread() and said:
+            written.wait(60)
+        wait(orbax)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waiting)
+    saver.save(4, state(4), {})
+    saver._writer._thread.join()
+    assert saver.owed()
+    saver.save(5, state(5), {})
+    assert [saver.owed(), saver.owed()] == [False, False] and saver.writing() == 5
+    written.set()
+    saver.settle()
+    assert not saver.owed() and manifests.good_steps(saver.folder) == [5]

@@ -165,7 +165,7 @@ def _list(args: argparse.Namespace, place: Place) -> int:
     for step in manifests.all_steps(folder):
         size = 0
         for path in (folder / str(step)).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a run that trains renames and deletes
+            with contextlib.suppress(OSError):  # a run that trains renames and deletes; rights
                 size += path.stat().st_size if path.is_file() else 0
         problem = manifests.problem(folder, step)
         marks = [mark for mark, on in (("best", step == best), ("pinned", step in pinned)) if on]
@@ -290,6 +290,9 @@ def _export(args: argparse.Namespace, place: Place) -> int:
 def _pin(args: argparse.Namespace, place: Place) -> int:
     step = _whole(place, args.step)
     retention.pin(place.folder, step)
+    if manifests.read(place.folder, step) is None:  # a run that trains was faster
+        retention.unpin(place.folder, step)
+        raise ConfigError(f"step {step}: it is deleted just now; choose a newer one")
     print(f"checkpoint {step} is pinned: it is kept until `unpin`")
     return 0
 

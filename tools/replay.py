@@ -196,7 +196,7 @@ def show_backward(calls: list[Any], taken: Taken) -> None:
 
 
 def show_operation(step: Recorded, part: Part) -> None:
-    """Print the first operation that makes a bad number of good ones; of an infinity, what makes NaN of it too."""
+    """Print the first operation that makes a bad number of good ones, and what makes NaN of an infinity."""
     import jax
 
     found = step.anatomy.bad_operations(
