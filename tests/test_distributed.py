@@ -261,6 +261,7 @@ pipeline.Batches.__getitem__ = batch
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, tmp_path):
     """Each time on another number of processes, and half a minute or more before it would end."""
@@ -292,6 +293,7 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, t
     assert_same(workdir, whole)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_in_time(experiment, tmp_path):
     with Job(experiment, tmp_path / "run", 2, "--config.train.num_steps=100000") as job:
@@ -365,6 +367,7 @@ def test_all_processes_leave_out_a_bad_step_and_record_it_once(text_file, tmp_pa
     assert "row 5, shard 2 of 4" in said and "batch weights: 16 numbers are not finite" in said
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_where_the_coordination_service_is_killed_all_end_and_say_so(text_file, whole, tmp_path):
     """As by a host that is lost with process 0: the service is a process of its own.
@@ -407,6 +410,7 @@ checkpoint.Checkpointer.restore_latest = restore_latest
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_that_never_comes_to_training_ends_all(text_file, tmp_path):
     """It lives and says so; the others wait for it no longer than they are told to."""
@@ -509,6 +513,7 @@ ocp.AsyncCheckpointer.save = save
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_that_stays_away_from_a_save_ends_all_in_time(experiment, tmp_path, whole):
     """The one before is whole, and the job that is started again comes to the same numbers."""

@@ -337,6 +337,7 @@ def numbers(workdir):
     return [untimed(row) for row in rows]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_stopped_requeued_and_killed_a_job_of_slurm_goes_on_to_the_same_bits(slurm, experiment):
     """By the signal before its time is over, by `scontrol requeue`, by the loss of a process."""
@@ -362,6 +363,7 @@ def test_stopped_requeued_and_killed_a_job_of_slurm_goes_on_to_the_same_bits(slu
     assert rows == numbers(slurm.workdir(whole))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cancelled_job_of_slurm_is_saved_and_does_not_come_back(slurm, experiment):
     job = slurm.submit(experiment, "--config.train.num_steps=5000")
@@ -372,6 +374,7 @@ def test_a_cancelled_job_of_slurm_is_saved_and_does_not_come_back(slurm, experim
     assert "which is saved" in slurm.log(job)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_mistake_in_a_job_of_slurm_is_not_tried_again(slurm, experiment):
     job = slurm.submit(experiment, "--config.data.path=missing.txt")

@@ -4,11 +4,12 @@ import csv
 import json
 import math
 
+import jax
 import pytest
 
 from lm import config as config_lib
-from tests import quickly
-from tools import history
+from lm import main
+from tools import history, sweep
 
 
 @pytest.mark.slow
@@ -73,8 +74,13 @@ def test_the_minutes_are_those_of_training_however_often_it_was_stopped():
 
 @pytest.mark.slow
 def test_every_model_has_its_row_from_two_steps(text_file, tmp_path, monkeypatch):
-    # One device for the runs, which are compiled longer than they run.
-    monkeypatch.setenv("XLA_FLAGS", quickly.FLAGS)
+    def run_point(command, path, folder, given, *, swept):
+        """Run a point in this process, on one device: it takes longer to begin and to compile than to run."""
+        flags = [f"--config.{assignment}" for assignment in given]
+        return main.main(["--config", str(path), "--workdir", str(folder), *flags])
+
+    monkeypatch.setattr(sweep, "_run_point", run_point)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     flags = [
         *("--workdir", str(tmp_path), f"--config.data.path={text_file}"),
         *("--config.data.tokenizer=byte", "--config.data.batch_size=4"),
