@@ -8,6 +8,7 @@ used.
 """
 
 import dataclasses
+import math
 import re
 import sys
 import types
@@ -101,7 +102,9 @@ class Checkpointer:
         self._owed = False  # it is to be tried at the next step
         self._asks = False  # the other processes are to be told so
         self._last = False  # the save in flight is the last one
-        self._copying = cfg.timeout_seconds  # how long to wait for the last copy
+        self._until: Callable[[], float] = lambda: (
+            math.inf
+        )  # when no last copy is waited for any more
         self.identity = ""  # of the run, once it is known
         self.done: set[int] = set()  # steps that are good here, and this run's
 
@@ -197,13 +200,13 @@ class Checkpointer:
         asks, self._asks = self._asks, False
         return asks
 
-    def wait(self, copying: float = 0.0) -> None:
+    def wait(self, until: Callable[[], float] | None = None) -> None:
         """Wait until the last save is good. Raises OSError where it is not.
 
-        Then `close` waits no longer than `copying` seconds for the last copy, which a run that resumes makes.
+        Then `close` waits for the last copy, which a run that resumes makes, no longer than `until`, by
+        time.monotonic.
         """
-        if copying:
-            self._copying = min(copying, self._copying or copying)
+        self._until = until or self._until
         self.settle()
         error, self._unsaved = self._unsaved, None
         if error is not None:
@@ -225,7 +228,7 @@ class Checkpointer:
         finally:
             self._writer.close()
             if self._remote:
-                self._remote.close(self._copying)
+                self._remote.close(self.cfg.timeout_seconds, self._until)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -236,7 +239,7 @@ class Checkpointer:
         Of a stop before training began nothing is new, and no copy is waited for.
         """
         if kind is KeyboardInterrupt:
-            self._copying = 1.0
+            self._until = lambda: 0.0
         try:
             self.close()
         except OSError as error:
@@ -275,10 +278,8 @@ class Checkpointer:
             # Where a kill came before it was done.
             for problem in retention.delete(self.folder, ()):
                 self.say(problem)
-        if found is None:
-            return None
-        self.done.add(found[0])
-        return found[1]
+        self.done |= {found[0]} if found else set()
+        return found[1] if found else None
 
     def copy(self, step: int) -> None:
         """Begin to copy the checkpoint of `step`, which a run goes on from, where that is asked for."""

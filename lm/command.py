@@ -78,6 +78,11 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return exits.STOPPED
+    except RuntimeError as error:
+        if debug or "can't start new thread" not in str(error):
+            raise
+        print(f"error: {error}: there are too many; raise ulimit -u", file=sys.stderr)
+        return exits.USER_ERROR
     except (config_lib.ConfigError, OSError, MemoryError, OverflowError) as error:
         broken = isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError)
         if broken and _reader_is_gone():

@@ -9,6 +9,7 @@ nothing is left of it here. Nothing but an unfinished or older copy of the same 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -32,6 +33,7 @@ ABSENT = (
 TRIES = 3  # to reach it when a run begins or ends
 WAIT = 5.0  # seconds between two tries; doubled each time while a run trains
 LONGEST = 300.0
+AT_LEAST = 1.0  # seconds to wait for the last copy, and between two looks at how long
 
 
 class Remote:
@@ -82,19 +84,27 @@ class Remote:
         with self._changed:
             return {step for step in (self._due, self._now) if step is not None}
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Wait until what is due is copied, is given up, or `seconds` are over; say which."""
+    def close(self, seconds: float = 0.0, until: Callable[[], float] = lambda: math.inf) -> None:
+        """Wait until what is due is copied, is given up, or time is over; say which.
+
+        That is in `seconds`, of 0 never, or when time.monotonic is `until`, which may come nearer meanwhile.
+        """
         with self._changed:
             self._closing = True
             if self._due is not None or self._now is not None:
                 self._say(f"waiting for the copy to {self.url}")
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(min(seconds, threading.TIMEOUT_MAX) or None)
+        began = time.monotonic()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(AT_LEAST)
+            now = time.monotonic()
+            if now > min(until(), began + (seconds or math.inf)):
+                break
         for step in sorted(self.needed()):
             self._say(
-                f"checkpoint {step} is not copied to {self.url}: that takes longer than {seconds:.3g} s "
-                "(checkpoint.timeout_seconds; of a stop, the rest of checkpoint.grace_seconds); given up"
+                f"checkpoint {step} is not copied to {self.url}: that takes longer than "
+                f"{time.monotonic() - began:.3g} s (checkpoint.timeout_seconds; of a stop, the rest of "
+                "checkpoint.grace_seconds); given up"
             )
 
     def _work(self) -> None:

@@ -57,9 +57,9 @@ class Stop:
         """Whether a signal has asked, here or, once it is agreed, in another process."""
         return self.since < math.inf
 
-    def left(self, seconds: float) -> float:
-        """Return what is left of `seconds` from the request on: at least one, of 0 (for ever) 0."""
-        return seconds and max(1.0, seconds - max(0.0, time.monotonic() - self.since))
+    def until(self, seconds: float) -> float:
+        """Return when `seconds` from the request on are over, by time.monotonic; never of 0, or of none."""
+        return self.since + (seconds or math.inf)
 
     def begin(self, mesh: Mesh) -> None:
         """Let requests wait for the step from now on, and all processes of `mesh` answer together."""

@@ -122,7 +122,7 @@ def run(
             if evaluating or saving:
                 log.pause(now)
             if stopping:
-                saver.wait(stop.left(cfg["checkpoint"].grace_seconds))
+                saver.wait(functools.partial(stop.until, cfg["checkpoint"].grace_seconds))
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
@@ -294,7 +294,7 @@ def finish(
 ) -> None:
     """Wait until the last save is good, and all files of a large corpus are compared, but for a stop."""
     watch.at(watchdog.ENDING, now)
-    saver.wait()
+    saver.wait(functools.partial(stop.until, saver.cfg.grace_seconds))
     watch.at(watchdog.COMPARING, now)
     digests.finish(lambda: stop.asked)
     watch.at(watchdog.ENDING, now)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lm import command, main
+from lm import command, exits, main
 from lm.config import ConfigError
 from tools import checkpoint, launch, plot
 
@@ -63,3 +63,13 @@ def test_a_flag_that_there_is_not_is_one_line(tool, capsys):
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert said.out == "" and re.fullmatch(r"error: .*; see python -m .* --help\n", said.err)
+
+
+def test_no_more_threads_is_a_line(capsys):
+    def starts():
+        raise RuntimeError("can't start new thread")
+
+    assert command.exit_on_user_error(starts) == exits.USER_ERROR
+    assert "can't start new thread: there are too many; raise ulimit -u" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"):
+        command.exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("another")))

@@ -25,7 +25,9 @@ from lm.config import ConfigError
 from lm.nn.transformer import SCANNED, UNROLLED
 from tests import quickly
 
-EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "8"))  # of each kind, of all families; 60 and more find more
+EXAMPLES = int(
+    os.environ.get("ORACLE_EXAMPLES", "8")
+)  # of each kind, of all families; 60 and more find more
 DEVICES = 8
 FAMILIES = {
     "gpt": ({"name": "gpt"}, {"name": "causal_lm"}),

@@ -290,7 +290,7 @@ def test_what_is_copied_is_not_deleted_meanwhile(tmp_path, said, monkeypatch):
 
     monkeypatch.setattr(remote.Remote, "_upload", slow)
     cfg = checkpoint.Config(keep=1, keep_best=False, remote=url)
-    with checkpoint.Checkpointer(tmp_path, cfg, said.append) as saver:
+    with checkpoint.Checkpointer(begun(tmp_path), cfg, said.append) as saver:
         for step in (1, 2, 3):
             saver.save(step, state(step), {}, wait=True)
         assert manifests.good_steps(saver.folder) == [1, 3], "1 is on its way"
@@ -325,7 +325,7 @@ def test_a_stop_waits_for_a_copy_no_longer_than_its_grace(tiny, tmp_path, monkey
         put(self, *args)
 
     monkeypatch.setattr(remote.Remote, "_put", hangs)
-    monkeypatch.setattr(signals.Stop, "left", lambda self, seconds: seconds - 197)
+    monkeypatch.setattr(signals.Stop, "until", lambda self, seconds: self.since + seconds - 197)
     config = tiny(
         train__num_steps=100_000, eval__every_steps=0, checkpoint__grace_seconds=200.0,
         checkpoint__remote=url,
@@ -514,3 +514,17 @@ def test_what_keeps_its_place_here_is_not_brought_from_there(tmp_path, said, mon
     told = capsys.readouterr().out
     assert "checkpoint 2 is not used" in told and "it stays where it is" in told
     assert "cannot be brought" not in told and "is taken from" not in told
+
+
+def test_a_stop_that_comes_during_the_last_copy_ends_it(tmp_path, said, monkeypatch):
+    """Within what is left of the grace period, not of checkpoint.timeout_seconds."""
+    monkeypatch.setattr(remote.Remote, "_put", lambda *_: time.sleep(60))
+    monkeypatch.setattr(remote, "AT_LEAST", 0.05)
+    began, asked = time.monotonic(), []
+    threading.Timer(0.5, lambda: asked.append(time.monotonic())).start()
+    cfg = checkpoint.Config(remote=str(tmp_path / "there"))
+    with checkpoint.Checkpointer(begun(tmp_path / "run"), cfg, said.append) as saver:
+        saver.save(1, state(1), {}, wait=True)
+        saver.wait(lambda: asked[0] + 0.5 if asked else float("inf"))
+    assert 1.0 < time.monotonic() - began < 20
+    assert "of a stop, the rest of checkpoint.grace_seconds); given up" in said[-1]
