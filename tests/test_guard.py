@@ -3,12 +3,13 @@
 import os
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from lm import manifests, receipt, recorder, spikes, train
+from lm import guard, manifests, receipt, recorder, sharding, spikes, train
 from lm.config import ConfigError
 from lm.data import pipeline
 from lm.exits import Diverged, Interrupted
@@ -162,6 +163,29 @@ def test_too_many_are_the_end(tiny, tmp_path, poison, mode):
     config.train.max_skips = 3
     train.run(config, tmp_path)
     assert skips(tmp_path)[6] == 3
+
+
+def test_a_rollback_goes_to_no_step_that_is_still_to_come(tiny, tmp_path, poison, monkeypatch):
+    """As a newer checkpoint that cannot be read, and stays where it is."""
+    poison(BAD)
+    real = manifests.good_steps
+    newer = lambda folder: [*found, 99] if (found := real(folder)) else found  # noqa: E731
+    monkeypatch.setattr(manifests, "good_steps", newer)
+    train.run(tiny(train__on_bad_step="rollback", checkpoint__every_steps=1), tmp_path)
+    assert skips(tmp_path)[6] == 1
+
+
+def test_what_a_hang_leaves_is_saved_unless_this_run_has_saved_it(tiny, tmp_path, monkeypatch):
+    """A checkpoint of that step may be there that cannot be read."""
+    done, saved = types.SimpleNamespace(done={3}, folder=tmp_path), []
+    kept = object.__new__(guard.Guard)
+    kept._saver, kept._log = done, types.SimpleNamespace(catch_up=lambda: None, healthy=True)
+    kept._made = types.SimpleNamespace(mesh=sharding.make_mesh(sharding.Config()))
+    monkeypatch.setattr(guard.Guard, "_save", lambda self, now, *_, **how: saved.append(now))
+    monkeypatch.setattr(manifests, "good_steps", lambda folder: [3, 4])
+    for now in (3, 4):
+        kept.rescue(now, None)
+    assert saved == [4]
 
 
 def test_a_rollback_leaves_out_as_many_batches_as_asked(tiny, tmp_path, poison, capsys):

@@ -153,3 +153,13 @@ def test_a_copy_that_something_puts_there_is_no_receipt(tiny, tmp_path):
     (folder / "0002.json").write_text(text.replace('"first_step": 2', '"first_step": 0'))
     with pytest.raises(ConfigError, match=r"0002\.json: damaged"):
         train.run(tiny(train__num_steps=4), tmp_path)
+
+
+def test_receipts_that_cannot_be_listed_are_not_written_over(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(receipt, "_all", lambda workdir: [])
+    for _ in range(2):
+        train.run(tiny(train__num_steps=3, checkpoint__every_steps=0), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "receipts").glob("*.json"))[:2] == [
+        "0001.json",
+        "0002.json",
+    ]

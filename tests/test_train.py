@@ -1,5 +1,6 @@
 """The loop: what it writes, that it resumes bit for bit, and what it refuses."""
 
+import fcntl
 import functools
 import json
 import os
@@ -283,6 +284,15 @@ def test_a_workdir_is_held_by_one_run(tiny, tmp_path):
             train.run(tiny(), tmp_path)
         assert mark and (tmp_path / "lock").read_text() == mark, "its other processes look for it"
     assert train.run(tiny(), tmp_path)["eval/loss"] > 0
+
+
+def test_who_looks_for_a_moment_whether_a_run_has_a_workdir_keeps_none_from_it(tmp_path):
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.3, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with workdirs.alone_in(tmp_path):
+            assert (tmp_path / "lock").read_text()
 
 
 def test_another_host_may_see_the_workdir_late(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from lm import (
     experiment,
     guard,
     manifests,
+    peers,
     preemption,
     remote,
     signals,
@@ -362,3 +363,19 @@ def test_more_seconds_than_a_thread_can_wait_are_for_ever(tiny):
     for limit in found.values():
         assert threading.Lock().acquire(timeout=limit.seconds + 60)  # else an OverflowError
     assert found[watchdog.EVALUATING].seconds == 0.5
+
+
+def test_where_no_thread_can_start_a_limit_still_ends_the_process(monkeypatch, capsys):
+    def leave(code):
+        raise SystemExit(code)
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    dog = watchdog.Watchdog({}, peers.Alone())
+    with pytest.raises(SystemExit) as ended:
+        dog._end(peers.TRAINING, 3, watchdog.Limit(1.0, "train.step_timeout_seconds"))
+    assert ended.value.code == exits.HUNG
+    assert "nothing more could be saved: can't start new thread" in capsys.readouterr().err

@@ -311,3 +311,31 @@ def test_verifying_nothing_is_a_mistake(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     assert typed("verify", tmp_path) == 2
     assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_goes_while_it_is_pinned_is_not_said_to_be_kept(run, capsys, monkeypatch):
+    step = manifests.good_steps(run / "checkpoints")[0]
+    pin = tool.retention.pin
+
+    def late(folder, number):
+        shutil.rmtree(folder / str(number))
+        pin(folder, number)
+
+    monkeypatch.setattr(tool.retention, "pin", late)
+    assert typed("pin", run, step) == 2
+    assert "it is deleted just now" in capsys.readouterr().err
+    assert not tool.retention.pinned(run / "checkpoints")
+
+
+def test_list_goes_on_where_a_file_may_not_be_looked_at(run, capsys, monkeypatch):
+    steps = manifests.all_steps(run / "checkpoints")
+    real = Path.is_file
+
+    def forbidden(path):
+        if str(path).endswith(f"{steps[0]}/state/_METADATA"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    tool.main(["list", str(run)])
+    assert f"{steps[-1]:>9}" in capsys.readouterr().out
