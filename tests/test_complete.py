@@ -57,7 +57,7 @@ def test_an_encoder_fills_masks(tiny, tmp_path, capsys):
         assert [p for _, p in place] == sorted((p for _, p in place), reverse=True)
     for flags, shown in (([], 5), (["--top_k", "7"], 7)):
         assert generate_tool.main(["--workdir", str(tmp_path), "--prompt", "a [MASK]", *flags]) == 0
-        assert len(capsys.readouterr().out.split("\n")[2].split("  ")) == shown
+        assert len(capsys.readouterr().out.split("\n")[1].split("  ")) == shown
     with pytest.raises(ConfigError, match=r"nothing to fill in.*\[MASK\]"):
         completer.complete(["the cat"], GREEDY)
     with pytest.raises(ConfigError, match="prompt: 25 tokens, and the model reads 24"):

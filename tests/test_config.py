@@ -154,7 +154,8 @@ def test_unknown_key_names_the_nearest(key):
 def test_wrong_type_on_the_command_line(assignment, expected):
     key, _, text = assignment.partition("=")
     message = refusal(assignment)
-    assert message.startswith(f"{key}={text!r}: expected {expected}; for example {key}=")
+    assert message.startswith(f"{key}={text!r}: expected {expected}")
+    assert f"; for example {key}=" in message
     changed(message.partition("for example ")[2].replace("'", ""))  # the example is a good one
 
 

@@ -108,7 +108,7 @@ FAULTS = {
     "gradient": (
         bad_gradient, {"model__num_layers": 2},
         ["forward: finite", r"1 of \d+ gradients are not finite, that of layers.block_1.mlp_norm.scale first",
-         r"operation: mul .*\n.*\n.*test_recorder.py:\d+"],
+         r"operation: \w+ .*\n.*\n.*test_recorder.py:.*\nthe first NaN: mul .*\n.*\n.*test_recorder.py:\d+"],
     ),
     "part": (
         bad_weights, {"train__accumulate_steps": 2, "mesh": {"data": 2}},

@@ -2,8 +2,7 @@
 
 import pytest
 
-from lm import config as config_lib
-from lm import sweep
+from lm import sweep, value_types
 from lm.value_types import Duration
 
 
@@ -51,7 +50,7 @@ def test_assignments_read_back_as_the_values():
         (assignment,) = sweep.assignments({"a.x": value})
         key, _, text = assignment.partition("=")
         assert key == "a.x"
-        assert config_lib._from_text(text, hint) == value
+        assert value_types.from_text(text, hint) == value
 
 
 def test_names_are_short_and_folder_safe_and_tell_points_apart():
