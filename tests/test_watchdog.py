@@ -317,9 +317,9 @@ def test_a_program_that_is_compiled_later_has_a_compilations_time(
 def test_the_last_copy_has_its_own_limit_alone(tiny, tmp_path, noted, monkeypatch):
     seen, close = [], remote.Remote.close
 
-    def closing(self, seconds):
+    def closing(self, seconds, until):
         seen.append((noted[-1][0], seconds))
-        close(self, seconds)
+        close(self, seconds, until)
 
     monkeypatch.setattr(remote.Remote, "close", closing)
     train.run(tiny(checkpoint__remote=str(tmp_path / "there")), tmp_path / "run")
