@@ -92,6 +92,7 @@ class Checkpointer:
         cfg: Config,
         say: Callable[[str], None] = warn,
         gone: Callable[[], str] = str,
+        until: Callable[[], float] = lambda: math.inf,
     ):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.cfg, self.say, self._gone = cfg, say, gone
@@ -102,9 +103,7 @@ class Checkpointer:
         self._owed = False  # it is to be tried at the next step
         self._asks = False  # the other processes are to be told so
         self._last = False  # the save in flight is the last one
-        self._until: Callable[[], float] = lambda: (
-            math.inf
-        )  # when no last copy is waited for any more
+        self._until = until  # when no last copy is waited for any more, by time.monotonic
         self.identity = ""  # of the run, once it is known
         self.done: set[int] = set()  # steps that are good here, and this run's
 
@@ -200,13 +199,8 @@ class Checkpointer:
         asks, self._asks = self._asks, False
         return asks
 
-    def wait(self, until: Callable[[], float] | None = None) -> None:
-        """Wait until the last save is good. Raises OSError where it is not.
-
-        Then `close` waits for the last copy, which a run that resumes makes, no longer than `until`, by
-        time.monotonic.
-        """
-        self._until = until or self._until
+    def wait(self) -> None:
+        """Wait until the last save is good. Raises OSError where it is not."""
         self.settle()
         error, self._unsaved = self._unsaved, None
         if error is not None:

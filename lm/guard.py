@@ -31,9 +31,11 @@ from lm import (
     recorder,
     sharding,
     signals,
+    spikes,
     step,
     watchdog,
 )
+from lm import config as config_lib
 from lm.config import ConfigError
 from lm.exits import DIVERGED, Diverged, Ended
 from lm.log import Log
@@ -221,7 +223,7 @@ class Guard:
         if len(self.skipped) + len(numbers) > self._cfg.max_skips:
             raise Diverged(
                 f"step {numbers[-1] + 1}: {why}; {len(self.skipped)} steps are left out already "
-                f"(train.max_skips={self._cfg.max_skips}), and {self._kept()}"
+                f"(train.max_skips={self._cfg.max_skips}; with more it goes on), and {self._kept()}"
             )
         self.skipped |= dict.fromkeys(numbers, why)
         if jax.process_index() == 0:
@@ -246,6 +248,17 @@ def at_step(state: step.TrainState, number: int) -> step.TrainState:
 
 def _finite(state: step.TrainState) -> bool:
     return bool(step.all_finite((state.params, state.local)))
+
+
+def with_spikes_of(
+    made: experiment.Experiment, workdir: Path, state: step.TrainState
+) -> step.TrainState:
+    """Return a checkpoint's state, what spikes are told by begun anew where it is of another metric."""
+    old = config_lib.with_defaults(checkpoint.read_config(workdir), experiment.SCHEMA)
+    if not state.spikes or old.train.spike_metric == made.cfg["train"].spike_metric:
+        return state
+    places = jax.tree.map(lambda x: x.sharding, state.spikes)
+    return dataclasses.replace(state, spikes=jax.jit(spikes.begin, out_shardings=places)())
 
 
 def set_aside(workdir: Path, folder: Path, made: experiment.Experiment) -> None:

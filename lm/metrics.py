@@ -94,6 +94,8 @@ class Jsonl:
         if self._is_replaced():
             self._file.close()
             self._file = open(self._path, "ab")  # noqa: SIM115
+            if self._file.tell() and self._path.read_bytes()[-1:] != b"\n":
+                self._file.write(b"\n")  # so that no row is torn
             print(
                 f"warning: {self._path} was replaced or deleted; going on in the file of that name",
                 file=sys.stderr, flush=True,

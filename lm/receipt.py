@@ -172,7 +172,7 @@ def _code(folder: Path) -> dict[str, str]:
     digest = {"digest": peers.code_version()}
     commit = _git("rev-parse", "HEAD")
     if not commit or _git("ls-files", "--error-unmatch", "lm/receipt.py") is None:
-        return {**digest, "commit": "not a repository"}
+        return {**digest, "commit": UNKNOWN if (_ROOT / ".git").exists() else "not a repository"}
     if not (diff := _diff()):
         return {**digest, "commit": commit.strip(), "diff": UNKNOWN if diff is None else ""}
     name = f"{hashlib.sha256(diff.encode()).hexdigest()[:16]}.diff"

@@ -122,7 +122,7 @@ def _write_arrays(
         writer.start(number, state_and_batch, {"metrics": {}}, good=lambda _: None)
         try:
             found = {
-                "parameters": anatomy.norms(state.local.get("params", state.params)),
+                "parameters": _parameter_norms(state),
                 "gradients": _gradient_norms(made, state, batch),
             }
         finally:
@@ -147,6 +147,14 @@ def _settings(made: experiment.Experiment) -> dict[str, Any]:
         "code": peers.code_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _parameter_norms(state: step.TrainState) -> dict[str, Any]:
+    """Return the norms of the parameters: of groups that train apart a list, one of each."""
+    if not state.local:
+        return anatomy.norms(state.params)
+    found = anatomy.norms({"local": state.local["params"]})
+    return {name.removeprefix("local."): about for name, about in found.items()}
 
 
 def _gradient_norms(

@@ -25,6 +25,7 @@ from lm.config import ConfigError
 FETCHED = "fetched"  # file of a workdir until a run goes on from what a second place had
 FETCHING = "fetching"  # a folder's name while it is brought here
 RUN = "run"  # beside a copy's state: files of the run's folder
+RECEIPTS = "receipts"  # a folder of it
 ABSENT = (
     FileNotFoundError,
     IsADirectoryError,
@@ -170,11 +171,13 @@ class Remote:
         names = [name for name in sorted(os.listdir(workdir)) if ".json" in name]
         if missing := {"config.json", "data.json"} - set(names):
             raise OSError(f"{workdir / min(missing)} is missing, and a copy is none without it")
-        for path in (workdir / name for name in names):
-            if path.is_file() and path.suffix != ".partial":
+        with contextlib.suppress(FileNotFoundError):
+            names += [f"{RECEIPTS}/{name}" for name in sorted(os.listdir(workdir / RECEIPTS))]
+        for name in names:
+            if (path := workdir / name).is_file() and path.suffix != ".partial":
                 content = path.read_bytes()  # at once: rows are being added
-                manifest[RUN][path.name] = hashlib.sha256(content).hexdigest()
-                self._put(content, f"{there}/{RUN}/{path.name}", manifest[RUN][path.name])
+                manifest[RUN][name] = hashlib.sha256(content).hexdigest()
+                self._put(content, f"{there}/{RUN}/{name}", manifest[RUN][name])
         manifest["digest"] = manifests.digest(manifest)
         text = json.dumps(manifest, indent=1)
         self._fs.pipe_file(f"{there}/{manifests.MANIFEST}", text.encode())
@@ -338,11 +341,13 @@ class Remote:
                 found = self._fs.ls(there, False)
             names = dict.fromkeys((path.rstrip("/").rpartition("/")[2] for path in found), "")
         partials = {name: self._folder.parent / f"{name}.partial" for name in names}
+        for partial in partials.values():
+            partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             for name, partial in partials.items():
                 if not (problem := self._fetch_file(f"{there}/{name}", partial, names[name])):
                     continue
-                if not name.endswith(".jsonl"):
+                if not name.endswith(".jsonl") and not name.startswith(RECEIPTS):
                     return f"file {RUN}/{name} {problem}"
                 self._say(f"file {RUN}/{name} of checkpoint {step} {problem}; going on without it")
                 partial.unlink(missing_ok=True)

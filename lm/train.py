@@ -41,7 +41,7 @@ from lm import workdir as workdirs
 from lm.config import ConfigError
 from lm.data import corpus, pipeline, shards
 from lm.exits import DataEnded, Ended, Interrupted
-from lm.guard import Guard, again_when_rolled_back, set_aside
+from lm.guard import Guard, again_when_rolled_back, set_aside, with_spikes_of
 from lm.log import Log, Profile, profiled
 
 SCHEMA = experiment.SCHEMA
@@ -77,7 +77,7 @@ def run(
         save_every = made.steps_of("checkpoint", "every_steps") or num_steps
         gone = stack.enter_context(workdirs.alone_in(workdir))
         watch = stack.enter_context(closing(watchdog.Watchdog(watchdog.limits(cfg), others)))
-        saver = stack.enter_context(checkpoint.Checkpointer(workdir, cfg["checkpoint"], gone=gone))
+        saver = stack.enter_context(saver_of(workdir, cfg["checkpoint"], gone, stop))
         stack.callback(watch.at, watchdog.COPYING, num_steps)  # then the saver closes
         check_past(workdir, made, saver)
         stack.enter_context(sharding.use(made.mesh))
@@ -112,8 +112,8 @@ def run(
                     writers.write(now, scores)
                 stopping = stop.agreed()  # a signal may have come meanwhile
             stopping = stopping and not (last and scores)
+            told = scores if evaluating else {}
             if saving or (stopping and fresh):
-                told = scores if evaluating else {}
                 final = now >= end_of_data
                 guard.save(now, state, told, wait=final or stopping, verify=final)
             elif evaluating and scores and not fresh:
@@ -122,7 +122,7 @@ def run(
             if evaluating or saving:
                 log.pause(now)
             if stopping:
-                saver.wait(functools.partial(stop.until, cfg["checkpoint"].grace_seconds))
+                saver.wait()
                 raise Interrupted(f"stopped at step {now}, which is saved")
             if last:
                 break
@@ -130,7 +130,7 @@ def run(
             watch.at(doing, now, state)
             batch = next(batches, None)
             if batch is None:
-                raise data_ended(guard, now, state, num_steps, saving or not fresh, end)
+                raise data_ended(guard, now, state, told, num_steps, saving or not fresh, end)
             if marks.due(now):
                 state = guard.settle(now, state)
                 watch.at(doing if marks.begun else watchdog.COMPILING, now, state)
@@ -149,6 +149,14 @@ def falls_on(now: int, every: int) -> bool:
     return now > 0 and now % every == 0
 
 
+def saver_of(
+    workdir: Path, cfg: checkpoint.Config, gone: Callable[[], str], stop: signals.Stop
+) -> checkpoint.Checkpointer:
+    """Return what writes the run's checkpoints; a stop has its grace period for the last copy too."""
+    until = functools.partial(stop.until, cfg.grace_seconds)
+    return checkpoint.Checkpointer(workdir, cfg, gone=gone, until=until)
+
+
 def begin(
     made: experiment.Experiment, saver: checkpoint.Checkpointer, init: Callable, abstract: Any
 ) -> tuple[step.TrainState, int, bool]:
@@ -161,6 +169,7 @@ def begin(
             f"train.num_steps={made.num_steps}: the run in {saver.folder.parent} is at step {state.step} "
             "already; use more"
         )
+    state = with_spikes_of(made, saver.folder.parent, state)
     saver.copy(int(state.step))  # where a kill came before it was done
     return state, int(state.step), True
 
@@ -271,6 +280,7 @@ def data_ended(
     guard: Guard,
     now: int,
     state: step.TrainState,
+    scores: Mapping[str, float],
     num_steps: int,
     saved: bool,
     end: Callable[[int], None],
@@ -278,7 +288,7 @@ def data_ended(
     """Save step `now`, for which there is no batch, unless it is `saved`; return the run's end."""
     state = guard.settle(now, state)
     if not saved:
-        guard.save(now, state, {}, wait=True, verify=True)
+        guard.save(now, state, scores, wait=True, verify=True)
     end(now)
     return DataEnded(
         f"the data ended at step {now} of {num_steps}, which is saved; raise data.epochs to go on"
@@ -294,7 +304,7 @@ def finish(
 ) -> None:
     """Wait until the last save is good, and all files of a large corpus are compared, but for a stop."""
     watch.at(watchdog.ENDING, now)
-    saver.wait(functools.partial(stop.until, saver.cfg.grace_seconds))
+    saver.wait()
     watch.at(watchdog.COMPARING, now)
     digests.finish(lambda: stop.asked)
     watch.at(watchdog.ENDING, now)

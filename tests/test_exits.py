@@ -57,18 +57,23 @@ def test_main_ends_with_the_code_of_the_exception(end, tiny, tmp_path, monkeypat
     assert ("to resume" in said.out) == (not end.error)
 
 
-def test_data_that_ends_is_told_and_saved_and_goes_on(tiny, tmp_path):
+def test_data_that_ends_is_told_and_saved_and_goes_on(tiny, tmp_path, capsys):
     whole = tiny(train__num_steps=12, data__batch_size=400)
-    train.run(whole, tmp_path / "whole")
     steps = experiment.build(whole).batches.steps_per_epoch
     assert 3 < steps < 5
+    whole.eval.every_steps = math.ceil(steps)
+    train.run(whole, tmp_path / "whole")
     config = tiny(train__num_steps=12, data__batch_size=400, data__epochs=1)
+    config.eval.every_steps = math.ceil(steps)
     for _ in range(2):  # it says the same again, and reads nothing more
         with pytest.raises(
             exits.DataEnded, match=r"ended at step \d of 12, which is saved; raise data.epochs"
         ):
             train.run(config, tmp_path / "cut")
         assert manifests.good_steps(tmp_path / "cut" / "checkpoints")[-1] == math.ceil(steps)
+        saved = manifests.read(tmp_path / "cut" / "checkpoints", math.ceil(steps))
+        assert saved["metrics"]["eval/loss"] > 0
+    assert "were written" not in capsys.readouterr().err
     config.data.epochs = 99
     train.run(config, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 12)

@@ -290,6 +290,13 @@ def test_spikes_can_be_looked_for_from_a_checkpoint_on(tiny, tmp_path):
     train.run(tiny(train__num_steps=4), tmp_path)
     train.run(tiny(train__spike_zscore=5.0), tmp_path)
     assert int(arrays_of(tmp_path, 6)["spikes.seen"]) == 2
+    assert verify.main([str(tmp_path), "--steps=4:6"]) == 0
+
+
+def test_a_spike_is_told_by_what_its_own_metric_was(tiny, tmp_path):
+    train.run(tiny(train__num_steps=4, train__spike_zscore=99.0), tmp_path)
+    train.run(tiny(train__spike_zscore=99.0, train__spike_metric="grad_norm"), tmp_path)
+    assert int(arrays_of(tmp_path, 6)["spikes.seen"]) == 2
 
 
 def test_groups_that_train_apart_skip_together(tiny, tmp_path, poison):

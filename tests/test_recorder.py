@@ -370,3 +370,11 @@ def test_the_first_bad_operation_is_found_inside_of_loops_and_functions():
     infinite, nan = anatomy.bad_operations(slope, np.ones(3, np.float32))
     assert (infinite.name, nan.name) == ("div", "mul") and "test_recorder.py" in nan.source
     assert [bad.name for bad in anatomy.bad_operations(jnp.log, np.zeros(2, np.float32))] == ["log"]
+
+
+def test_of_groups_that_train_apart_each_has_its_norms():
+    parameters = {"a": jnp.ones((2, 3)), "layers": {"block": {"b": jnp.ones((2, 4))}}}
+    state = types.SimpleNamespace(local={"params": parameters}, params={})
+    found = recorder._parameter_norms(state)
+    assert found["a"]["norm"] == pytest.approx([3**0.5] * 2)
+    assert found["layers.block.b"]["norm"] == pytest.approx([2.0] * 2)

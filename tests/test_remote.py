@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, manifests, remote, signals, train
+from lm import checkpoint, manifests, receipt, remote, signals, train
 from lm.config import ConfigError
 from lm.exits import Interrupted
 from lm.metrics import read_rows, untimed
@@ -368,6 +368,8 @@ def test_a_run_whose_folder_is_lost_goes_on_to_the_same_end(tiny, tmp_path):
         for name in ("again", "whole")
     ]
     assert last[0] == last[1]
+    firsts = [found["first_step"] for found in receipt.read_all(tmp_path / "again")]
+    assert firsts[0] == 0 and len(firsts) == 2, "what the run began with is known"
     with pytest.raises(ConfigError, match="seed 0 -> 1"):
         train.run(tiny(checkpoint__remote=url, seed=1), tmp_path / "third")
     assert np.array_equal(rows(tmp_path / "run"), rows(tmp_path / "whole"))

@@ -1,5 +1,6 @@
 """The numbers that a run recorded, by step and kind, and whether its settings call for them there."""
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class Record:
         self.marks = {row["step"]: _marks_of(row, marks) for row in found}
         self.receipts = receipt.read_all(workdir)
 
-    @property
+    @functools.cached_property
     def last(self) -> int:
         """The last step with a record."""
         return max([*self.rows, *self.marks], default=0)
@@ -63,6 +64,21 @@ class Record:
         return {
             name: about[2] for name, about in manifest.get("arrays", {}).items() if len(about) > 2
         }
+
+    def begins(self, step: int) -> bool:
+        """Return whether a start of the run went on from `step`, maybe with other settings."""
+        return any(found.get("first_step") == step for found in self.receipts)
+
+    def alike(self, step: int, state: Any) -> list[str]:
+        """Return which arrays of `state` the checkpoint of `step` has, of the same shape and type."""
+        from lm import manifests, stored
+
+        saved = (manifests.read(self._folder, step) or {}).get("arrays", {})
+        return [
+            name
+            for name, x in stored.flatten(state).items()
+            if saved.get(name, ())[:2] == [list(x.shape), str(x.dtype)]
+        ]
 
     def receipt(self, taken: int) -> dict[str, Any]:
         """Return the receipt of the start that took the step after `taken`; {} where none tells."""

@@ -23,6 +23,15 @@ from lm import config as config_lib
 from tools import rows
 
 _SHOWN = 5
+# What the numbers of a step go by, beside the state: with another one no stretch is the same.
+_OF_STEPS = (
+    "optim.",
+    "train.num_steps",
+    "train.accumulate_steps",
+    "train.z_loss",
+    "train.label_smoothing",
+    "train.exact_",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,25 +127,27 @@ def verify(workdir: Path, steps: str = "") -> Iterator[str]:
 def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
     """Return the config with what step `first` was trained with, where a later start has changed it.
 
-    Raises ConfigError where the optimizer was changed between `first` and `last`.
+    Raises ConfigError where what the numbers of a step go by was changed between `first` and `last`.
     """
     from lm import experiment, receipt
+    from lm import workdir as workdirs
 
     def then(step: int) -> dict[str, Any]:
         found = receipt.config_at(workdir, step).items()
-        return {
-            name: value for name, value in found if name.startswith(("optim.", "train.", "eval."))
-        }
+        kept = ("optim.", "train.", "eval.")
+        return {n: value for n, value in found if n.startswith(kept) or n in workdirs.FREE}
 
-    at_first, at_last = then(first), then(last - 1)
-    changed = [name for name, value in at_last.items() if at_first.get(name) != value]
-    if others := [name for name in changed if name.startswith("optim.")]:
-        starts = {found.get("first_step", 0) for found in receipt.read_all(workdir)}
-        at = min(step for step in starts if step > first and then(step) != at_first)
-        raise config_lib.ConfigError(
-            f"--steps: {', '.join(others)} changed at step {at}, and steps are taken from {first} on; verify "
-            f"up to {at}, or from a checkpoint after it on"
-        )
+    at_first = then(first)
+    changed: list[str] = []
+    starts = {found.get("first_step", 0) for found in receipt.read_all(workdir)}
+    for at in sorted(step for step in starts if first < step < last and at_first):
+        new = [name for name, value in then(at).items() if at_first.get(name, value) != value]
+        if others := [name for name in new if name.startswith(_OF_STEPS)]:
+            raise config_lib.ConfigError(
+                f"--steps: {', '.join(others)} changed at step {at}, and steps are taken from {first} on; "
+                f"verify up to {at}, or from a checkpoint after it on"
+            )
+        changed += [name for name in new if name not in changed]
     if changed:
         print(f"notice: {', '.join(changed)}: all steps are taken with what step {first} had")
     return config_lib.with_defaults({**config_lib.flatten(config), **at_first}, experiment.SCHEMA)
@@ -208,7 +219,11 @@ class _Repeat:
 
         differs: list[rows.Difference] = []
         if saved := self._record.saved(now):
-            differs = rows.different(saved, self._fingerprints.of_state(state), at=now)
+            found = self._fingerprints.of_state(state)
+            if self._record.begins(now):  # what was saved may have been read into other arrays
+                common = self._record.alike(now, state)
+                saved, found = ({n: x[n] for n in common} for x in (saved, found))
+            differs = rows.different(saved, found, at=now)
         if not differs and self._wanted(rows.EVAL, now):
             scores = train.score(self._made, self._eval_step, state, signals.Stop())
             differs = rows.different(self._record.of(rows.EVAL, now), scores, at=now)

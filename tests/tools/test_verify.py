@@ -290,4 +290,24 @@ def test_steps_before_a_change_are_taken_as_they_were(text_file, tmp_path, capsy
     assert verify.main([str(tmp_path), "--steps=4:8"]) == 0
     capsys.readouterr()
     assert verify.main([str(tmp_path), "--steps=2:8"]) == 2
-    assert "optim.peak_lr changed at step 4, and steps are taken from 2" in capsys.readouterr().err
+    assert "changed at step 4, and steps are taken from 2" in capsys.readouterr().err
+
+
+def test_a_change_that_was_taken_back_is_a_change(text_file, tmp_path, capsys):
+    config = config_of(text_file)
+    config.checkpoint.keep = 9
+    for num_steps, rate in ((2, 1e-2), (4, 1e-3), (6, 1e-2)):
+        config.train.num_steps, config.optim.peak_lr = num_steps, rate
+        train.run(config, tmp_path)
+    capsys.readouterr()
+    assert verify.main([str(tmp_path), "--steps=0:6"]) == 2
+    assert "optim.peak_lr" in (said := capsys.readouterr().err) and "changed at step 2" in said
+
+
+def test_a_start_that_reads_what_was_saved_into_other_types_is_no_difference(text_file, tmp_path):
+    config = config_of(text_file)
+    config.train.num_steps, config.checkpoint.keep = 4, 9
+    train.run(config, tmp_path)
+    config.train.num_steps, config.optim.moments_dtype = 6, "bfloat16"
+    train.run(config, tmp_path)
+    assert verify.main([str(tmp_path), "--steps=4:6"]) == 0
