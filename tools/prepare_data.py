@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, assignments: list[str]) -> int:
     if not args.out:
         raise ConfigError("--out: no folder named; name one")
     cfg, task_cfg = _settings(args, assignments)
-    out, start = Path(args.out), time.perf_counter()
+    out, start = Path(os.path.expanduser(args.out)), time.perf_counter()
     made = corpus.prepare_in(out, cfg, workers=args.workers)
     for folder in made:
         _plan(folder, task_cfg)

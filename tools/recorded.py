@@ -188,6 +188,8 @@ def _model(folder: Path, dtype: str) -> Any:
     for field in dataclasses.fields(cls):
         if field.name in ("microbatches", "stage_repeats"):
             plain[field.name] = field.default
+    if getattr(cfg, "scan", False) and getattr(cfg, "dropout", 0.0):
+        print("its layers were scanned, and dropout has other masks in layers one by one")
     names = {field.name for field in dataclasses.fields(cls)}
     return models.build(dataclasses.replace(cfg, **{n: v for n, v in plain.items() if n in names}))
 

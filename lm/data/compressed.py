@@ -7,6 +7,7 @@ one is damaged, those after it are found again by the bytes that each begins wit
 import bz2
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
@@ -143,7 +144,10 @@ class Streams(io.RawIOBase):
 
 
 def skip(raw: BinaryIO, size: int) -> None:
-    """Read on by `size` bytes: not every file system can seek."""
+    """Go on by `size` bytes: not every file system can seek."""
+    if size > 0 and raw.seekable():
+        raw.seek(size, os.SEEK_CUR)
+        return
     while size > 0 and (data := raw.read(min(size, 1 << 20))):
         size -= len(data)
 

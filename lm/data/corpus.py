@@ -20,6 +20,7 @@ from lm.config import ConfigError, plain
 from lm.data import (
     cleaning,
     external,
+    files,
     mixture,
     packing,
     plans,
@@ -169,7 +170,7 @@ def prepared_folder(cfg: Config) -> Path | None:
     """Return the folder that data.path names, where it is a prepared corpus."""
     if len(cfg.path) != 1:
         return None
-    folder = Path(cfg.path[0]).expanduser()
+    folder = Path(os.path.expanduser(cfg.path[0]))
     if (folder / LOCK).is_file() and not (folder / shards.MANIFEST).exists():
         raise ConfigError(
             f"data.path={folder}: its preparation is not finished; give that command again"
@@ -225,8 +226,8 @@ def _split(folder: Path, body: dict[str, Any], name: str, found: dict) -> Split:
 def cache_folder() -> Path:
     """Return the user's cache folder: LM_CACHE_DIR, else lm in XDG_CACHE_HOME or ~/.cache."""
     if folder := os.environ.get("LM_CACHE_DIR"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
+        return Path(os.path.expanduser(folder))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lm")
 
 
 def made_again() -> tuple[Path, ...]:
@@ -287,7 +288,8 @@ def _inputs(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Tokenizer | 
                 f"data.validation_path={','.join(cfg.validation_path)}: {other.name}, and data.path is "
                 f"{source.name}; use files of one kind"
             )
-        if both := sorted({*source.parts} & {*other.parts}):
+        trained = set(map(files.real, source.parts))
+        if both := [part for part in other.parts if files.real(part) in trained]:
             raise ConfigError(
                 f"data.validation_path: {both[0]} is in data.path too; train on it or evaluate on it"
             )

@@ -17,6 +17,7 @@ from lm.config import ConfigError
 from lm.data import files
 
 _BYTE_ORDER_MARK = "\ufeff"
+_PIECE = 1 << 24  # bytes of a text that are read at a time
 _SURROGATE = re.compile("[\ud800-\udfff]")
 TABLES = {"tsv": "\t", "csv": ","}  # what separates the columns
 
@@ -89,10 +90,19 @@ def text(file: str, start: int, reading: Reading) -> Iterator[Document]:
     yield from itertools.islice(_damage_told(_text(file, reading), reading), start, None)
 
 
+def _at_most(handle: BinaryIO, size: int) -> bytes:
+    """Return what is left of a file, up to `size` bytes: a reader's own `read` takes all of them first."""
+    pieces: list[bytes] = []
+    while size > 0 and (piece := handle.read(min(size, _PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
 def _text(file: str, reading: Reading) -> Iterator[Document]:
     name = files.printable(file)
     with files.opened(file) as handle:
-        raw = handle.read(reading.max_bytes + 1)
+        raw = _at_most(handle, reading.max_bytes + 1)
     if len(raw) > reading.max_bytes:
         yield reading.broken("too long", reading.too_long(name))
         return

@@ -43,7 +43,7 @@ def expand(path: Sequence[str]) -> Iterator[str]:
     for item in path:
         item = item.removeprefix("file://")
         for file in _remote_files(item) if is_remote(item) else _local_files(item):
-            if (place := file if is_remote(file) else os.path.realpath(file)) in seen:
+            if (place := real(file)) in seen:
                 raise ConfigError(f"data.path: {printable(file)} is named twice; name it once")
             seen.add(place)
             _refuse_archive(file)
@@ -69,9 +69,18 @@ def printable(path: str) -> str:
     return path.partition("?")[0] if is_remote(path) else path
 
 
+def real(path: str) -> str:
+    """Return what is the same of all paths of one file."""
+    return path if is_remote(path) else os.path.realpath(path)
+
+
 def bare(path: str) -> str:
-    """Return a path in small letters, without what a URL has around the file's name."""
-    return (printable(path).partition("::")[0] if is_remote(path) else path).lower()
+    """Return a path in small letters, without what a URL has around the file's name.
+
+    Of a chain of fsspec's, such as simplecache::s3://bucket/x.jsonl, the first link has it that is a URL.
+    """
+    links = printable(path).split("::") if is_remote(path) else [path]
+    return next((link for link in links if is_remote(link)), links[0]).lower()
 
 
 def packing(path: str) -> str:

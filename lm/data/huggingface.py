@@ -5,12 +5,17 @@ the first are streamed: nothing is downloaded or converted before it is read.
 """
 
 import functools
+import gzip
 import hashlib
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import zstandard
 
 from lm.config import ConfigError
 from lm.data import files, parquet
@@ -19,6 +24,7 @@ from lm.data.documents import Document, Reading
 _COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
+_PACKED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 _BATCH = 64  # rows that are loaded at a time
 
 
@@ -86,7 +92,11 @@ def read(place: Place, start: int, reading: Reading) -> Iterator[Document]:
             table = next(tables)
         except StopIteration:
             return
-        except ValueError as error:  # Arrow's, and of `datasets` that of other columns
+        except Exception as error:
+            # Arrow's, and of `datasets` that of other columns; of a folder's files what they are packed in.
+            damaged = (ValueError, *_PACKED) if os.path.isdir(place.path) else ValueError
+            if not isinstance(error, damaged):  # of the network; they have no class in common
+                raise _not_there(place.path, place.dataset, error) from error
             message = " ".join(str(error).split())[:300]
             record = reading.broken(
                 "damaged file",
@@ -94,8 +104,6 @@ def read(place: Place, start: int, reading: Reading) -> Iterator[Document]:
             )
             yield from [record] if number >= start else []
             return
-        except Exception as error:  # of the network; they have no class in common
-            raise _not_there(place.path, place.dataset, error) from error
         if number + table.num_rows > start:
             rows = _named_labels(table, data.features).slice(max(0, start - number))
             columns = parquet.columns_of(rows, reading, where)

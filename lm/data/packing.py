@@ -198,7 +198,7 @@ def load(
     unchecked: dict[Path, dict[str, Any]] = {}
     for place in sorted((folder / _FOLDER).glob("[!.]*")):
         name, _, capacity = place.name.rpartition("-")
-        if read := _read(place, fingerprint, thorough):
+        if capacity.isdecimal() and (read := _read(place, fingerprint, thorough)):
             found[name, int(capacity)] = read[0]
             unchecked |= read[1]
     return found, unchecked

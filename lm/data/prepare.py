@@ -368,6 +368,8 @@ def locked(folder: Path) -> Iterator[None]:
                 flush=True,
             )
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks there
         yield
     finally:
         os.close(handle)

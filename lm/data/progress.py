@@ -1,5 +1,6 @@
 """A progress bar over what is read: bytes of files as they lie there, or of text where there are none."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,10 @@ def told(chunks: Iterator[Chunk], bar: tqdm, source: Any) -> Iterator[Chunk]:
             yield chunk
         return
     begin, sizes = bar.n, _sizes(source) or []
+    before = [0, *itertools.accumulate(sizes)]
     for chunk in chunks:
         part, record = chunk.following
-        reached = begin + sum(sizes[:part])
+        reached = begin + before[part]
         if record:  # inside of a part, which is at its end where it is no longer open
             place = files.position()
             reached += sizes[part] if place is None else place

@@ -10,13 +10,16 @@ the stream; `train.origins`, for each document the part of the source (uint32) a
 import bisect
 import hashlib
 import json
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lm import manifests
 from lm.config import ConfigError
 from lm.manifests import hash_file, write_whole
 
@@ -24,6 +27,7 @@ SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 PLAN = "about.json"  # the manifest of a plan of rows
 ORIGIN = np.dtype([("part", "<u4"), ("record", "<i8")])
+_TRIES, _WAIT = 20, 3.0  # of a file in the background, seconds apart
 _DIGESTED = (
     64 << 20
 )  # bytes that are checked by digest when a corpus is opened, so that a start is quick
@@ -108,7 +112,7 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
 
 def is_prepared(folder: str | Path) -> bool:
     """Return whether a folder holds a corpus whose preparation is finished."""
-    return (Path(folder).expanduser() / MANIFEST).is_file()
+    return Path(os.path.expanduser(folder), MANIFEST).is_file()
 
 
 def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any]:
@@ -176,14 +180,27 @@ class Check:
 
     def _compare(self) -> None:
         for file, record in self._unchecked.items():
+            passing = False
             try:
-                if recorded(file) == record:
+                if _recorded_in_time(file) == record:
                     continue
                 why = "its SHA-256 is another"
             except OSError as error:
-                why = error.strerror or str(error)
-            cached = any(map(file.is_relative_to, self._made_again)) and _give_up(file)
-            self._damaged.append(Damaged(file, why, cached))
+                why, passing = error.strerror or str(error), error.errno in manifests.PASSING
+            given_up = not passing and any(map(file.is_relative_to, self._made_again))
+            self._damaged.append(Damaged(file, why, given_up and _give_up(file)))
+
+
+def _recorded_in_time(file: Path) -> dict[str, Any]:
+    """Return what `recorded` does; an error that passes is waited for."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return recorded(file)
+        except OSError as error:
+            if not left or error.errno not in manifests.PASSING:
+                raise
+            time.sleep(_WAIT)
+    raise AssertionError
 
 
 def _give_up(file: Path) -> bool:

@@ -32,7 +32,9 @@ _READERS: dict[str, Callable[[Any, int, Reading], Iterator[Document]]] = {
 NAMES = tuple(_READERS)
 WITH_FIELDS = tuple(name for name in NAMES if name not in (*EMBEDDED, "text"))
 # Of a user in a URL; of MongoDB's it may have a "/" in it, or stand in an option.
-_PASSWORD = re.compile(r"://[^/]*:[^/]*@|^mongodb[^/]*//.*:.*@|[?&;]\w*password=", re.IGNORECASE)
+_PASSWORD = re.compile(
+    r"(?<!github)://[^/]*:[^/]*@|^mongodb[^/]*//.*:.*@|[?&;]\w*password=", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,9 @@ class Writer:
         if not all(self._matches(name, new[name]) for name in new) or not self._take_lists(line):
             return False
         for name in sorted(new):
-            data = (self.folder / name).read_bytes()
             split, number = name.removesuffix(".tokens").split("-")
-            self._digests[split].update(data[0 if int(number) else len(self._begin) :])
+            begin, end = 0 if int(number) else len(self._begin), new[name]["size"]
+            shards.go_on(self._digests[split], self.folder / name, begin, end)
         self._shard = line["shard"]
         self.progress = Progress(**{k: v for k, v in line.items() if k != "shard"})
         self.progress.files = files | new

@@ -281,9 +281,11 @@ def test_files_for_validation_are_given(tmp_path, cache):
     with pytest.raises(ConfigError, match=r"set data\.path"):
         Config(validation_path="b.jsonl")
     (tmp_path / "b.txt").write_text("text")
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / "a.jsonl")
     for other, words in (
         ("b.txt", "text, and data.path is jsonl"),
         ("a.jsonl", "is in data.path too"),
+        ("again.jsonl", "is in data.path too"),
     ):
         with pytest.raises(ConfigError, match=words):
             corpus.build(dataclasses.replace(cfg, validation_path=(str(tmp_path / other),)))

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import http.server
+import io
 import json
 import lzma
 import random
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 
 from lm.config import ConfigError
-from lm.data import corpus, files, sources
+from lm.data import compressed, corpus, files, sources
 from lm.data.settings import Config
 
 ROWS = [f"text {i} ü" for i in range(300)]
@@ -383,3 +384,47 @@ def test_a_text_that_is_none_is_skipped(tmp_path, content):
     first, second = opened(tmp_path / "*.txt", on_broken="skip")
     assert first.broken in ("empty file", "no text") and not first.text
     assert second.text == "text"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "packing"),
+    [
+        ("simplecache::s3://bucket/a.jsonl", "jsonl", ""),
+        ("filecache::https://host/a.jsonl.gz?sign=a::b", "jsonl", ".gz"),
+        ("zip://a.tsv::s3://bucket/a.zip", "tsv", ""),
+        ("s3://bucket/a.parquet", "parquet", ""),
+    ],
+)
+def test_a_chain_of_urls_is_of_the_kind_of_its_first_url(path, kind, packing):
+    assert sources.kind(path) == kind and files.packing(path) == packing
+
+
+def test_a_url_of_github_has_no_password():
+    sources.refuse_passwords("path", ["github://org:repo@main/a.jsonl"])
+    with pytest.raises(ConfigError, match="password"):
+        sources.refuse_passwords("path", ["ftp://user:secret@host/a.jsonl"])
+
+
+def test_a_bound_that_is_no_bound_takes_no_memory(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    cfg = Config(path=(str(tmp_path / "a.txt"),), tokenizer="byte", max_document_bytes=10**15)
+    assert "6 bytes" in corpus.build(cfg).summary()
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_that_name/a.txt", "~notes.txt"])
+def test_a_path_with_a_tilde_of_nobody_is_a_path(path):
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        corpus.build(Config(path=(path,), tokenizer="byte"))
+
+
+def test_what_is_skipped_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+
+    class Raw(io.FileIO):
+        def read(self, size=-1):
+            assert self.tell() >= 50
+            return super().read(size)
+
+    with Raw(tmp_path / "a") as raw:
+        compressed.skip(raw, 50)
+        assert raw.read(1) == bytes([50])

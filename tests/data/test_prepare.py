@@ -431,3 +431,12 @@ def test_a_step_that_there_is_not_is_named(tmp_path):
     cfg, _ = repeated(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.clean='unicod': .*did you mean unicode"):
         corpus.build(dataclasses.replace(cfg, clean=("unicod",)))
+
+
+def test_a_place_without_locks_is_prepared_all_the_same(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    with prepare.locked(tmp_path):
+        assert (tmp_path / prepare.LOCK).exists()

@@ -1,5 +1,6 @@
 """A prepared corpus says of each shard what is in it."""
 
+import errno
 import json
 
 import numpy as np
@@ -61,6 +62,38 @@ def damage(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+
+
+def test_what_passes_is_no_damage(tmp_path, monkeypatch):
+    """As too many open files at that moment: the file is compared when it can be."""
+    monkeypatch.setattr(shards, "_DIGESTED", 0)
+    monkeypatch.setattr(shards, "_WAIT", 0.0)
+    monkeypatch.setenv("LM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text, " * 100)
+    text = corpus.build(Config(path=(str(tmp_path / "a.txt"),), tokenizer="byte"))
+    real, failures = shards.recorded, iter(range(3))
+
+    def recorded(file):
+        if next(failures, None) is not None:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(file)
+
+    monkeypatch.setattr(shards, "recorded", recorded)
+    found_meanwhile(text)
+    assert next(failures, None) is None and text.unchecked
+    monkeypatch.setattr(shards, "_TRIES", 1)
+    failures = iter(range(99))
+    with pytest.raises(shards.Damaged, match="Too many open files"):
+        found_meanwhile(text)
+    (entry,) = (tmp_path / "cache/corpora").iterdir()
+    assert (entry / shards.MANIFEST).exists(), "it is not made again for that"
+
+
+def test_a_stray_copy_of_rows_is_not_looked_at(tmp_path):
+    from lm.data import packing
+
+    (tmp_path / "rows" / "best_fit-32.old").mkdir(parents=True)
+    assert packing.load(tmp_path, fingerprint="x") == ({}, {})
 
 
 def found_meanwhile(text):
