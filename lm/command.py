@@ -66,6 +66,14 @@ def help_text(schema: config_lib.Schema, config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What jax and Python raise where there is no more of something, and what helps.
+_NO_MORE = {
+    "can't start new thread": "there are too many; raise ulimit -u",
+    "RESOURCE_EXHAUSTED": "it does not fit the device; lower data.batch_size or eval.batch_size, raise "
+    "train.accumulate_steps, or make fewer at once",
+}
+
+
 def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = False) -> int:
     """Return a tool's exit code: after a line 2 for a mistake (raised on with `debug`), 130 for Ctrl-C.
 
@@ -79,9 +87,10 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
         print("interrupted", file=sys.stderr)
         return exits.STOPPED
     except RuntimeError as error:
-        if debug or "can't start new thread" not in str(error):
+        known = [then for words, then in _NO_MORE.items() if words in str(error)]
+        if debug or not known:
             raise
-        print(f"error: {error}: there are too many; raise ulimit -u", file=sys.stderr)
+        print(f"error: {exits.line(error)[:200]}: {known[0]}", file=sys.stderr)
         return exits.USER_ERROR
     except (config_lib.ConfigError, OSError, MemoryError, OverflowError) as error:
         broken = isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError)
@@ -96,6 +105,14 @@ def exit_on_user_error(function: Callable[[], int | None], *, debug: bool = Fals
         )
         print(f"error: {why}{' '.join(str(error).split())}", file=sys.stderr)
         return exits.USER_ERROR
+
+
+def check_folder(flag: str, value: str) -> None:
+    """Refuse what is no folder's path: an empty one, a URL, which would be made a folder here."""
+    if value == "" or "://" in value:
+        raise config_lib.ConfigError(
+            f"{flag}={value}: give a folder; a second place, as gs://..., is checkpoint.remote"
+        )
 
 
 class _Output:

@@ -96,7 +96,7 @@ def check_sections(cfg: Mapping[str, Any], mesh: Mesh, *, training: bool = True)
         )
     _check_local_steps(cfg)
     _check_stages(cfg, mesh, training)
-    shards = _check_exact(cfg, mesh) or sharding.batch_shards(mesh)
+    shards = (training and _check_exact(cfg, mesh)) or sharding.batch_shards(mesh)
     rows, parts = cfg["data"].batch_size, cfg["train"].accumulate_steps
     if training and parts > rows:
         raise ConfigError(

@@ -50,10 +50,8 @@ def _run(args: argparse.Namespace, assignments: list[str], parser: argparse.Argu
         raise config_lib.ConfigError(
             "--config: missing; give an experiment file, such as experiments/gpt_tiny.py"
         )
-    if args.workdir == "" or "://" in (args.workdir or ""):
-        raise config_lib.ConfigError(
-            f"--workdir={args.workdir}: give a folder; a second place, as gs://..., is checkpoint.remote"
-        )
+    if args.workdir is not None:
+        command.check_folder("--workdir", args.workdir)
     startup.prepare()
     # Here, so that a typing mistake is told without waiting for jax.
     from lm import description, experiment, fit, train

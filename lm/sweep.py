@@ -63,9 +63,12 @@ def chain(*sweeps: Iterable[Point]) -> list[Point]:
 
 
 def _values(key: str, values: Sequence[Any]) -> list[Any]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or not list(values):
+    found = (
+        [] if isinstance(values, str | bytes) or not isinstance(values, Iterable) else list(values)
+    )
+    if not found:
         raise ValueError(f"{key}={values!r}: give a list of at least one value")
-    return list(values)
+    return found
 
 
 def assignments(point: Point) -> list[str]:

@@ -71,5 +71,13 @@ def test_no_more_threads_is_a_line(capsys):
 
     assert command.exit_on_user_error(starts) == exits.USER_ERROR
     assert "can't start new thread: there are too many; raise ulimit -u" in capsys.readouterr().err
+
+    def fits():
+        raise RuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.0TiB.\nmore"
+        )
+
+    assert command.exit_on_user_error(fits) == exits.USER_ERROR
+    assert (said := capsys.readouterr().err).count("\n") == 1 and "lower data.batch_size" in said
     with pytest.raises(RuntimeError, match="another"):
         command.exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("another")))

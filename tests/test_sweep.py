@@ -15,6 +15,11 @@ def test_grid_is_every_combination_last_axis_fastest():
     assert sweep.grid() == [{}]
 
 
+def test_an_axis_may_be_read_once():
+    found = sweep.grid({"optim.peak_lr": map(float, (1, 2)), "seed": iter([0])})
+    assert [point["optim.peak_lr"] for point in found] == [1.0, 2.0]
+
+
 def test_axes_of_a_grid_may_be_points():
     sizes = sweep.zipped({"model.num_layers": [2, 4], "model.model_dim": [128, 256]})
     assert sizes == [

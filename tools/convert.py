@@ -7,6 +7,7 @@ What --from is decides the way. Weights are read from safetensors only, and thei
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    command.check_folder("--to", args.target)
     startup.prepare()
     from lm.convert import exporter, importer
 
@@ -50,7 +52,8 @@ def _run(args: argparse.Namespace) -> int:
         following = f"from_pretrained({args.target!r}) of transformers' class"
     else:
         made = importer.to_run(args.source, args.target, args.tokenizer)
-        following = f"python -m tools.generate --workdir {args.target}"
+        prompt = ' --prompt "The [MASK]"' if "ert" in made.architecture else ""
+        following = f"python -m tools.generate --workdir {shlex.quote(args.target)}{prompt}"
     print(
         f"{made.architecture}: {made.num_parameters:,} parameters in {made.dtypes}, tokenizer "
         f"{made.tokenizer} -> {args.target}"

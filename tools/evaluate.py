@@ -1,7 +1,8 @@
 """Score a trained model: `python -m tools.evaluate --workdir DIR [--config.data.path=text.txt]`.
 
 Without a path, on the validation split of its own data, as much of it as in training (`eval.max_tokens`);
-with `data.path` or `data.source`, on all of that text, in the model's own tokens.
+with `data.path` or `data.source`, on all of that text, in the model's own tokens; of a prepared corpus, or
+with `data.fold` or `data.validation_path`, on what that has for validation.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def _take_whole(config: Any, assignments: list[str]) -> list[str]:
 
     Nothing is left of how the run read its own, but for the fields of records, where this has some too.
     """
-    from lm.data import settings, sources
+    from lm.data import settings, shards, sources
 
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
     path = tuple(given.get("data.path", "").split(","))
@@ -61,8 +62,10 @@ def _take_whole(config: Any, assignments: list[str]) -> list[str]:
     if "data.path" not in given:
         config.data.path = ()
     config.eval.max_tokens = 0
-    whole = "data.validation_fraction"
-    return assignments if whole in given else [*assignments, f"{whole}=1"]
+    split = {"data.validation_fraction", "data.fold", "data.validation_path"} & given.keys()
+    if split or (len(path) == 1 and shards.is_prepared(path[0])):
+        return assignments
+    return [*assignments, "data.validation_fraction=1"]
 
 
 def _run(args: argparse.Namespace, assignments: list[str]) -> int:

@@ -127,7 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     fixed, rest = command.split_flags(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(rest)
-    return command.exit_on_user_error(lambda: _run(args, fixed), debug=args.debug)
+
+    def work() -> int:
+        command.check_folder("--workdir", args.workdir)
+        return _run(args, fixed)
+
+    return command.exit_on_user_error(work, debug=args.debug)
 
 
 def _run(args: argparse.Namespace, fixed: list[str]) -> int:

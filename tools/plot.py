@@ -13,7 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -131,12 +133,12 @@ def draw(
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
     for panel, kind in zip(panels, kinds, strict=True):
         members = [name for name in names if name.rpartition("/")[2] == kind]
-        for i, run in enumerate(runs):
+        for color, run in zip(_colors(len(runs)), runs, strict=True):
             for k, metric in enumerate(members):
                 across, values = run.curve(metric, x=x)
                 label = metric if len(runs) == 1 else f"{run.name}  {metric}"
                 weight = smooth if metric.startswith("train/") else 0.0
-                (line,) = _draw_curve(panel, across, values, label, weight, color=f"C{i}")
+                (line,) = _draw_curve(panel, across, values, label, weight, color=color)
                 line.set(linestyle=_STYLES[k % len(_STYLES)])
                 line.set(marker="o" if metric.startswith("eval") else "", markersize=4)
         _dress(panel, kind, log=log)
@@ -144,6 +146,13 @@ def draw(
     if len(runs) == 1:
         figure.suptitle(runs[0].name, color=_INK)
     return figure
+
+
+def _colors(count: int) -> list[Any]:
+    """Return a colour for each of so many runs: of more than matplotlib has apart, along a map."""
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
 
 def _draw_curve(

@@ -49,7 +49,7 @@ def run(
     every = read_points(path)
     points = {name: point for name, point in every.items() if not only or name in only}
     _check_apart(points, fixed)
-    base = config_lib.to_json(config_lib.load(path))
+    base = config_lib.to_json(_readable(config_lib.load(path)))
     assigned = {name: [*sweep_lib.assignments(point), *fixed] for name, point in every.items()}
     marks = {
         name: {"identity": hashlib.sha256("\n".join([base, *given]).encode()).hexdigest()}
@@ -79,6 +79,15 @@ def run(
             break
     print(f"\n{table(rows, metric)}\n{workdir}/sweep.csv")
     return exits.worst(list(codes.values()))
+
+
+def _readable(config: Any) -> Any:
+    """Return a config whose values JSON has: of numbers of numpy and paths, what a run reads them as."""
+    return config_lib.ConfigDict(json.loads(json.dumps(config.to_dict(), default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def finished(folder: Path) -> bool:
@@ -266,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = args.workdir or f"runs/{Path(args.config).stem}/sweep"
 
     def work() -> int:
+        command.check_folder("--workdir", workdir)
         if args.dry_run:
             from lm import experiment
 

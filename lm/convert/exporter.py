@@ -25,7 +25,7 @@ from lm.nn.transformer import SCANNED, UNROLLED
 # Fields of a model's config that do not change what it computes once it is trained.
 FREE = {
     "name", "scan", "remat", "kernel", "dtype", "mask", "dropout", "residual_init", "microbatches",
-    "stage_repeats", "context_parallel",
+    "stage_repeats", "context_parallel", "matmul_dtype",
 }  # fmt: skip
 
 

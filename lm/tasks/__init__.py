@@ -69,8 +69,14 @@ def kinds(cfg: Any) -> tuple[str, ...]:
 
 
 def kind_for(kinds: Sequence[str], accepts: frozenset[str]) -> str:
-    """Return the first of a task's kinds of rows that a family accepts; there must be one."""
-    return next(kind for kind in kinds if kind in accepts)
+    """Return the first of a task's kinds of rows that a family accepts. Raises ConfigError without one."""
+    for kind in kinds:
+        if kind in accepts:
+            return kind
+    raise ConfigError(
+        f"task.name: it makes rows for {' or '.join(kinds)} models, and model.name is "
+        f"{' or '.join(sorted(accepts))}; change one of them"
+    )
 
 
 def build(cfg: Any, setting: Setting) -> Any:

@@ -47,6 +47,8 @@ class Task:
     def __init__(self, cfg: Config, setting: Setting):
         self.cfg, self.in_one_row = cfg, setting.kind == "causal"
         self.source_length = 0 if self.in_one_row else cfg.source_length
+        if self.in_one_row:
+            self.text_length = cfg.source_length - 1  # of a prompt, cut as in training
         self.row_length = cfg.length + (cfg.source_length if self.in_one_row else 0)
         self.max_scored = cfg.length
         self.vocab_size, self.start = setting.tokenizer.vocab_size, setting.target_start

@@ -344,6 +344,7 @@ def test_a_run_that_began_from_a_folder_goes_out_with_its_tokenizer(
 
 def test_how_a_model_was_computed_is_no_part_of_it():
     ways = {"microbatches": 8, "stage_repeats": 2, "context_parallel": "gather", "scan": True}
+    ways["matmul_dtype"] = "fp8"
     cfg = gpt.Config(**{**LLAMA, "num_layers": 4, "vocab_size": 50, "max_length": 16, **ways})
     assert exporter._expressed("gpt", cfg)
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lm import train
-from tools import evaluate, generate
+from tools import evaluate, generate, inspect_data, prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +95,38 @@ def test_a_damaged_checkpoint_is_refused_by_name(workdir, tmp_path, capsys):
     victim.write_bytes(data)
     assert generate.main(["--workdir", str(copy), "--prompt", "a"]) == 2
     assert victim.name in capsys.readouterr().err
+
+
+def test_a_prepared_corpus_is_scored_on_its_own_validation_split(
+    workdir, text_file, tmp_path, capsys
+):
+    flags = [
+        "--source",
+        "text",
+        "--tokenizer",
+        str(workdir / "tokenizer"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert prepare_data.main([*flags, f"--config.data.path={text_file}"]) == 0
+    assert evaluate.main(["--workdir", str(workdir), f"--config.data.path={tmp_path / 'out'}"]) == 0
+    capsys.readouterr()
+
+
+def test_folds_of_another_text_can_be_scored(workdir, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": f"the cat sat on mat {'the dog ' * (n % 7)}"}) for n in range(200)]
+    path.write_text("\n".join(rows))
+    flags = [f"--config.data.path={path}", "--config.data.fold=0/5"]
+    assert evaluate.main(["--workdir", str(workdir), *flags]) == 0
+    capsys.readouterr()
+
+
+def test_a_task_that_makes_no_rows_for_the_model_is_a_line(capsys, text_file):
+    flags = [
+        f"--config.data.path={text_file}",
+        "--config.data.tokenizer=byte",
+        "--config.task.name=masked_lm",
+    ]
+    assert inspect_data.main(["--config", "experiments/gpt_tiny.py", *flags]) == 2
+    assert "makes rows for" in capsys.readouterr().err

@@ -142,3 +142,8 @@ def test_a_value_that_is_no_number_is_named(tmp_path):
     folder = write_run(tmp_path / "run", [{"step": 1, "train/loss": "high"}])
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: train/loss is 'high', no number"):
         plot.read_runs([folder])
+
+
+def test_many_runs_have_as_many_colours():
+    for count in (3, 12, 40):
+        assert len({str(color) for color in plot._colors(count)}) == count

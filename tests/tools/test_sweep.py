@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from lm.config import ConfigError
-from tools import sweep
+from tools import convert, history, sweep
 
 EXPERIMENT = """
 from ml_collections import ConfigDict
@@ -294,3 +297,25 @@ def test_command_line(place, capsys):
         assert words in capsys.readouterr().err
     assert sweep.main(["--config", str(place / "none.py")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags"),
+    [
+        (sweep, ["--config", "experiments/history.py", "--workdir"]),
+        (history, ["--workdir"]),
+        (convert, ["--from", ".", "--to"]),
+    ],
+    ids=["sweep", "history", "convert"],
+)
+def test_a_url_is_no_folder(tool, flags, capsys):
+    assert tool.main([*flags, "gs://bucket/x"]) == 2
+    assert f"{flags[-1]}=gs://bucket/x: give a folder" in capsys.readouterr().err
+
+
+def test_an_experiment_may_have_numbers_of_numpy_and_paths():
+    config = ConfigDict({"train": {"num_steps": np.int64(3)}, "data": {"path": Path("a.txt")}})
+    assert sweep._readable(config).to_dict() == {
+        "train": {"num_steps": 3},
+        "data": {"path": "a.txt"},
+    }
