@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def start(
         if (count or 1) > 1:
             raise ConfigError(f"--num_processes={count}: {NOWHERE}")
         return False
+    if address and not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"--coordinator_address={address}: no port; write HOST:PORT")
     # jax's own end of a process that is not heard of comes after ours, which says who that is.
     patience = int(min(max(START_SECONDS, timeout), LONGEST))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -236,7 +239,10 @@ def serve(asked: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for those who train
         signal.signal(number, signal.SIG_IGN)
     address, num_processes, options = json.loads(asked)
-    service = getattr(_jax, _SERVICE)(address, num_processes, **options)
+    try:
+        service = getattr(_jax, _SERVICE)(address, num_processes, **options)
+    except Exception:  # which process 0 tells
+        os._exit(1)
     os.write(1, b"ready\n")
     end = os.read(0, 3)
     port = int(address.rpartition(":")[2])

@@ -147,7 +147,7 @@ def build(config: ConfigDict) -> Experiment:
     """
     config = config_lib.complete(config, SCHEMA)
     cfg = freeze(config)
-    mesh = sharding.make_mesh(cfg["mesh"])
+    mesh = placement.by_process(sharding.make_mesh(cfg["mesh"]))
     kind = fit.check_sections(cfg, mesh)
     text = corpus.build(cfg["data"])
     task = build_task(cfg, kind, text.tokenizer, text.labels, seed=config.seed)

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from lm import command, distributed, exits, startup
@@ -129,6 +130,10 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         # Until a run has its own: what jax calls while it is imported swallows a KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    code = main()
+    try:
+        code = main()
+    except Exception:  # of several processes, one that waits for the others would not end at once
+        traceback.print_exc()
+        code = exits.FAILED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and saved; what is left is to end
     distributed.leave(code)

@@ -1,6 +1,7 @@
 """Which rows of a batch a host reads, and where their positions lie on its devices."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -8,6 +9,28 @@ from jax.sharding import Mesh
 
 from lm import sharding
 from lm.config import ConfigError
+
+
+def by_process(mesh: Mesh) -> Mesh:
+    """Return a mesh in which the parts of a batch that a process reads are next to each other.
+
+    A slice of TPUs has its devices in the order of its torus: a host there has every so many-th part.
+    Parts are put in another order within each group of `dcn`; what splits a part stays as it was.
+    """
+    split = [n for n in sharding.RULES["act_batch"] if n != "dcn"]
+    axes = [mesh.axis_names.index(name) for name in ("dcn", *split)]
+    front = np.moveaxis(mesh.devices, axes, range(len(axes)))
+    parts = front.reshape(front.shape[0], math.prod(front.shape[1 : len(axes)]), -1)
+    ordered = np.stack([group[_order(group)] for group in parts])
+    devices = np.moveaxis(ordered.reshape(front.shape), range(len(axes)), axes)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _order(parts: np.ndarray) -> list[int]:
+    """Return the places of parts [P, devices of one], those of the same processes next to each other."""
+    processes = [tuple(sorted({device.process_index for device in part})) for part in parts]
+    first = {found: processes.index(found) for found in processes}
+    return sorted(range(len(parts)), key=lambda number: (first[processes[number]], number))
 
 
 @functools.lru_cache

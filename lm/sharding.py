@@ -144,7 +144,7 @@ def _groups(devices: list[Any], count: int) -> list[list[Any]]:
     """
     of_tpus = devices[0].platform == "tpu"  # a GPU has the number of its host there
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_tpus else 1
-    if count > 1 and count % slices:
+    if count % slices:
         raise ConfigError(
             f"mesh.dcn={count}: the devices are in {slices} slices, and a group must be inside one; use a "
             f"multiple of {slices}"

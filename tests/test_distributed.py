@@ -295,6 +295,35 @@ def test_killed_and_stopped_the_run_goes_on_to_the_same_bits(text_file, whole, t
 
 @pytest.mark.alone
 @pytest.mark.slow
+def test_a_process_with_an_error_in_its_code_ends_at_once(experiment, tmp_path):
+    """jax would wait for the others when Python ends, five minutes."""
+    broken = tmp_path / "broken.py"
+    text = experiment.read_text()
+    broken.write_text(
+        text
+        + """
+
+from lm import train
+
+def fails(*_):
+    raise TypeError("of one process")
+
+import os
+
+if os.environ["JAX_PROCESS_ID"] == "1":
+    train.announce = fails
+"""
+    )
+    began = time.monotonic()
+    with Job(broken, tmp_path / "run", 2) as job:
+        code = job.launcher.wait(120)
+    assert time.monotonic() - began < 60
+    assert "TypeError: of one process" in job.said(1)
+    assert code == exits.FAILED
+
+
+@pytest.mark.alone
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_in_time(experiment, tmp_path):
     with Job(experiment, tmp_path / "run", 2, "--config.train.num_steps=100000") as job:
         job.wait_for_checkpoint(15)

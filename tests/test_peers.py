@@ -252,6 +252,9 @@ def test_several_that_do_not_know_where_the_others_are():
         ConfigError, match=r"--num_processes=2: where .* give --coordinator_address"
     ):
         distributed.start(num_processes=2, process_id=0)
+    for address in ("10.0.0.1", "host:abc", ":1"):
+        with pytest.raises(ConfigError, match=rf"--coordinator_address={address}: no port"):
+            distributed.start(address, 2, 0)
 
 
 def test_open_mpi_5_takes_mpi4py(monkeypatch):

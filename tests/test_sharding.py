@@ -51,6 +51,9 @@ def test_groups_are_inside_slices_of_tpus_and_may_be_of_several_hosts_of_gpus():
     assert [{device.process_index for device in group} for group in groups] == [{0, 1}, {2, 3}]
     with pytest.raises(ConfigError, match=r"mesh\.dcn=2: the devices are in 4 slices"):
         sharding._groups(hosts["tpu"], 2)
+    with pytest.raises(ConfigError, match=r"mesh\.dcn=1: the devices are in 4 slices"):
+        sharding._groups(hosts["tpu"], 1)
+    assert sharding._groups(hosts["gpu"], 1) == [hosts["gpu"]]
 
 
 def test_size_zero_is_refused():
@@ -115,6 +118,18 @@ def test_place_batch_splits_rows_over_data_and_fsdp():
     placed = placement.place_batch(mesh, {"inputs": rows})["inputs"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.shard_shape(placed.shape) == (2, 4)
+
+
+def test_parts_of_a_batch_are_in_the_order_of_the_processes_that_read_them():
+    """As on a slice of 2 x 2 x 4 chips, of which each host has a plane: its parts are z, z + 4, and so on."""
+    parts = np.empty((16, 1), object)
+    parts[:, 0] = [types.SimpleNamespace(process_index=place % 4) for place in range(16)]
+    ordered = placement._order(parts)
+    assert [place % 4 for place in ordered] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert ordered[:4] == [0, 4, 8, 12]
+    for sizes in ({"data": 8}, {"fsdp": 4, "tensor": 2}, {"dcn": 2, "data": 2, "context": 2}):
+        mesh = sharding.make_mesh(sharding.Config(**{"data": 1, **sizes}))
+        assert placement.by_process(mesh) == mesh
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def _run(args: argparse.Namespace) -> int:
     for name in ("tokens", "length", "rows", "steps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}={getattr(args, name)}: use 1 or more")
+    if args.tokens < (least := args.length * args.rows):
+        raise ConfigError(f"--tokens={args.tokens:g}: fewer than a batch of {least:,}; use more")
     pythons = {peer: sys.executable if peer == "grain" else args.peer_python for peer in NEEDS}
     for peer in args.peers:
         imports = [pythons[peer], "-c", f"import {', '.join(NEEDS[peer])}"]

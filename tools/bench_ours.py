@@ -114,6 +114,8 @@ class Ours:
         lengths = (made.task.row_length, 0)
         full, empty = (models.flops_per_token(cfg, length, scored) for length in lengths)
         full, empty = full / scored, empty / scored  # of a token that is scored
+        if made.task.source_length:  # of no target at all the source is still read
+            empty = full
         facts |= {
             "flops_full": full,
             "flops_half": (full + empty) / 2,  # causal attention counted as what it needs
