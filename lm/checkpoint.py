@@ -329,6 +329,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
+        if (path.parent / "checkpoints").is_dir():
+            raise ConfigError(
+                f"{path}: missing; restore it (the newest of receipts/ has its fields)"
+            )
         raise ConfigError(f"workdir={workdir}: no config.json there; give the folder of a run")
     config = config_lib.from_json(path.read_text(errors="replace"), where=str(path))
     if not isinstance(config.get("model"), ConfigDict) or "name" not in config.model:

@@ -65,7 +65,15 @@ _ELSEWHERE = {
         "sequence_length",
     ),
     "data.batch_size": ("per_device_train_batch_size", "train_batch_size", "global_batch_size"),
-    "model.model_dim": ("hidden_size", "d_model", "n_embd", "emb_dim", "hidden_dim"),
+    "model.model_dim": (
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "width",
+        "embed_dim",
+        "emb_dim",
+        "hidden_dim",
+    ),
     "model.num_layers": ("n_layer", "n_layers", "num_hidden_layers", "layers"),
     "model.num_heads": ("n_head", "n_heads", "num_attention_heads", "heads"),
     "train.num_steps": (

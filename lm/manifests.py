@@ -101,7 +101,8 @@ def write(
     check()
     write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
     if bad := problem(target.parent, int(target.name)):
-        raise OSError(bad)
+        changed = f": {IDENTITY} in the run's folder was changed; restore it"
+        raise OSError(f"{bad}{changed if bad == FOREIGN else ''}")
 
 
 def add_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> None:

@@ -75,6 +75,7 @@ class Jsonl:
             self._add(json.loads(line))
         self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
         self._folder = path.parent.stat()
+        self._end = os.fstat(self._file.fileno()).st_size
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self._count += 1
@@ -92,17 +93,28 @@ class Jsonl:
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row as it is; where the file was replaced or deleted meanwhile, to the one of its name."""
         if self._is_replaced():
+            self._say("was replaced or deleted; going on in the file of that name")
+            if self._path.exists() and not self._path.is_file():
+                raise OSError(f"{self._path}: no plain file any more; move it away")
             self._file.close()
             self._file = open(self._path, "ab")  # noqa: SIM115
-            if self._file.tell() and self._path.read_bytes()[-1:] != b"\n":
-                self._file.write(b"\n")  # so that no row is torn
-            print(
-                f"warning: {self._path} was replaced or deleted; going on in the file of that name",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            self._end_line()
+        elif os.fstat(self._file.fileno()).st_size != self._end:
+            self._say("was changed by another program; going on behind what is there")
+            self._end_line()
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
+        self._end = os.fstat(self._file.fileno()).st_size
         self._add(row)
+
+    def _say(self, words: str) -> None:
+        print(f"warning: {self._path} {words}", file=sys.stderr, flush=True)
+
+    def _end_line(self) -> None:
+        """End a line that is begun, so that the next row is whole."""
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                self._file.write(b"\n")
 
     def _is_replaced(self) -> bool:
         """Return whether another file, or none, has the name in the folder that this one is in."""

@@ -5,7 +5,7 @@ damaged or unfinished is moved aside and said.
 """
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def good(
     and where `other` is another run's.
     """
     here = manifests.all_steps(folder)
+    check_identity(folder, here)
     there, unread = other.seen() if other else ([], "")
     if other:
         other.check_own(there)
@@ -63,6 +64,21 @@ def good(
             "it can be read, or set checkpoint.remote='' to begin anew"
         )
     return None
+
+
+def check_identity(folder: Path, steps: Sequence[int]) -> None:
+    """Refuse a workdir whose name none of its checkpoints has: they are not another run's, but it is."""
+    run, found = manifests.run_of(folder), set()
+    for step in steps:
+        if manifest := manifests.read(folder, step):
+            found.add(manifest.get("identity") or run)
+            if manifests.began_as(folder, step):
+                return  # which is told of that one
+    if run and found and run not in found:
+        raise ConfigError(
+            f"{folder.parent / manifests.IDENTITY}: not that of the run whose checkpoints are here; move it "
+            "away to go on with them, or move them away to begin anew"
+        )
 
 
 def check_began(folder: Path, step: int) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import checkpoint, manifests, newest, stored
+from lm import checkpoint, manifests, newest, stored, train
 from lm.config import ConfigError
 from tools import checkpoint as tool
 
@@ -405,3 +405,21 @@ def test_what_cannot_be_listed_is_not_left_out_of_a_manifest(tmp_path, monkeypat
     monkeypatch.setattr(os, "scandir", fails)
     with pytest.raises(OSError, match="Input/output"):
         manifests.write(tmp_path / "1", {"step": 1})
+
+
+def test_a_name_that_no_checkpoint_here_has_begins_nothing_anew(tiny, tmp_path):
+    """Another run's identity.json: it is that which is false, not all checkpoints."""
+    train.run(tiny(), tmp_path / "run")
+    train.run(tiny(seed=1), tmp_path / "other")
+    path = tmp_path / "run" / manifests.IDENTITY
+    own = path.read_text()
+    shutil.copy(tmp_path / "other" / manifests.IDENTITY, path)
+    for config in (tiny(), tiny(model__model_dim=16)):
+        with pytest.raises(
+            ConfigError, match=r"identity\.json: not that of the run whose checkpoints"
+        ):
+            train.run(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.aside*"))
+    path.unlink()
+    train.run(tiny(), tmp_path / "run")
+    assert path.read_text() == own

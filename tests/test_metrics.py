@@ -95,6 +95,33 @@ def test_a_file_that_is_replaced_or_deleted_meanwhile_gets_the_rows_that_come(
     assert capsys.readouterr().err.count("was replaced or deleted; going on in the file") == 1
 
 
+@pytest.mark.parametrize("how", ["cut", "added"])
+def test_a_file_that_is_changed_meanwhile_tears_no_row_that_comes(tmp_path, capsys, how):
+    writer = metrics.Jsonl(path := tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0})
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size - 5) if how == "cut" else file.write(b'{"st')
+    for step in (3, 4):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert capsys.readouterr().err.count("was changed by another program") == 1
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[-2:]] == [3, 4]
+    torn = 2 if how == "cut" else 3
+    with pytest.raises(ConfigError, match=rf"metrics\.jsonl:{torn}: .*delete that line"):
+        metrics.read_rows(path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    writer = metrics.Jsonl(path := tmp_path / "metrics.jsonl")
+    writer.write(1, {"loss": 1.0})
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="no plain file any more; move it away"):
+        writer.write(2, {"loss": 1.0})
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(path := tmp_path / "metrics.jsonl")
     for use in (metrics.read_rows, metrics.Jsonl, lambda p: metrics.move_rows_aside(p, after=1)):

@@ -170,7 +170,7 @@ def _list(args: argparse.Namespace, place: Place) -> int:
         problem = manifests.problem(folder, step)
         marks = [mark for mark, on in (("best", step == best), ("pinned", step in pinned)) if on]
         metrics = (manifests.read(folder, step) or {"metrics": {}})["metrics"]
-        words = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        words = [f"{n} {v:,.0f}" if v == int(v) else f"{n} {v:.4g}" for n, v in metrics.items()]
         state = _in_use(folder, step) or f"damaged: {problem}" if problem else "good"
         print(
             f"{step:>9}  {size / 1e6:>10.3f} MB  {'; '.join([state, *marks])}  {'  '.join(words)}"
@@ -191,15 +191,18 @@ def _best_metric(folder: Path) -> str:
 
 def _inspect(args: argparse.Namespace, place: Place) -> int:
     step = _whole(place, args.step)
+    names = list((manifests.read(place.folder, step) or {})["arrays"])
+    names.sort(key=lambda name: not name.startswith("params."))  # what most look for first
+    wide = max(map(len, names), default=0)
     print(
-        f"{'array':<48} {'shape':<20} {'type':<9} {'norm':>10} {'least':>10} {'largest':>10} {'NaN':>5}"
+        f"{'array':<{wide}} {'shape':<20} {'type':<9} {'norm':>10} {'least':>10} {'largest':>10} {'NaN':>5}"
     )
-    for name, array in _arrays(place.folder, step):
+    for name, array in _arrays(place.folder, step, names):
         values = array.astype(np.float64)
         numbers = values[~np.isnan(values)]
         ends = (numbers.min(), numbers.max()) if numbers.size else (np.nan, np.nan)
         print(
-            f"{name:<48} {'x'.join(map(str, array.shape)) or 'one':<20} {array.dtype!s:<9} "
+            f"{name:<{wide}} {'x'.join(map(str, array.shape)) or 'one':<20} {array.dtype!s:<9} "
             f"{np.linalg.norm(numbers):>10.4g} {ends[0]:>10.4g} {ends[1]:>10.4g} "
             f"{values.size - numbers.size:>5}"
         )

@@ -30,6 +30,7 @@ _OF_STEPS = (
     "train.accumulate_steps",
     "train.z_loss",
     "train.label_smoothing",
+    "train.spike_",
     "train.exact_",
 )
 

@@ -96,7 +96,8 @@ def _expressed(family: str, cfg: Any, first: str = "") -> tuple[str, dict[str, A
         return name, found[name]
     known = "; ".join(reasons) or f"known are {', '.join(architectures.names())}"
     raise ConfigError(
-        f"model.name={family!r}: no Hugging Face architecture that is known here is this model: {known}"
+        f"model.name={family!r}: no Hugging Face architecture that is known here is this model: {known}; "
+        "of the experiments llama_tiny and gpt2_small are such models"
     )
 
 

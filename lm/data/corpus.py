@@ -304,10 +304,10 @@ def _cached(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
     states = source.states()
     key = _key(cfg, source, tokenizer)
     folder = cache_folder() / "corpora" / key
-    if (folder / shards.MANIFEST).exists():
-        with contextlib.suppress(shards.Damaged):
-            return load(folder)
     try:
+        if (folder / shards.MANIFEST).exists():
+            with contextlib.suppress(shards.Damaged):
+                return load(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
         prepare.prepare(
@@ -315,8 +315,9 @@ def _cached(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
         )
     except OSError as error:
         raise ConfigError(
-            f"cannot write the token cache in {cache_folder()} ({error.strerror or error}); "
-            "set the environment variable LM_CACHE_DIR to a folder with room"
+            f"cannot use the token cache in {cache_folder()} ({error.strerror or error}: "
+            f"{error.filename or folder}); "
+            "set the environment variable LM_CACHE_DIR to a folder to write in, with room"
         ) from error
     return load(folder)
 
@@ -324,7 +325,7 @@ def _cached(cfg: Config, tokenizer: Tokenizer | None) -> Corpus:
 def _remove_stale(parent: Path) -> None:
     """Remove what killed runs left unfinished and nobody went on with."""
     for folder in parent.iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             unfinished = not (folder / shards.MANIFEST).exists()
             if unfinished and time.time() - folder.stat().st_mtime > _STALE:
                 shutil.rmtree(folder, ignore_errors=True)

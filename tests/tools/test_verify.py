@@ -311,3 +311,14 @@ def test_a_start_that_reads_what_was_saved_into_other_types_is_no_difference(tex
     config.train.num_steps, config.optim.moments_dtype = 6, "bfloat16"
     train.run(config, tmp_path)
     assert verify.main([str(tmp_path), "--steps=4:6"]) == 0
+
+
+def test_spikes_that_are_looked_for_from_a_step_on_are_a_change(text_file, tmp_path, capsys):
+    config = config_of(text_file)
+    config.train.num_steps, config.checkpoint.keep = 6, 1
+    train.run(config, tmp_path)
+    config.train.num_steps, config.train.spike_zscore = 8, 9.0
+    train.run(config, tmp_path)
+    capsys.readouterr()
+    assert verify.main([str(tmp_path), "--steps=5:8"]) == 2
+    assert "changed at step 6" in capsys.readouterr().err
