@@ -525,8 +525,9 @@ def test_a_stop_that_comes_during_the_last_copy_ends_it(tmp_path, said, monkeypa
     began, asked = time.monotonic(), []
     threading.Timer(0.5, lambda: asked.append(time.monotonic())).start()
     cfg = checkpoint.Config(remote=str(tmp_path / "there"))
-    with checkpoint.Checkpointer(begun(tmp_path / "run"), cfg, said.append) as saver:
+    until = lambda: asked[0] + 0.5 if asked else float("inf")  # noqa: E731
+    run = begun(tmp_path / "run")
+    with checkpoint.Checkpointer(run, cfg, said.append, until=until) as saver:
         saver.save(1, state(1), {}, wait=True)
-        saver.wait(lambda: asked[0] + 0.5 if asked else float("inf"))
     assert 1.0 < time.monotonic() - began < 20
     assert "of a stop, the rest of checkpoint.grace_seconds); given up" in said[-1]
