@@ -63,6 +63,8 @@ def to_run(source: str | Path, workdir: str | Path, tokenizer_path: str | Path =
             saver.save(0, state, {}, wait=True)
         _write_run_files(unfinished, workdir, architecture, cfg, tokenizer)
         left_out = _keep(unfinished / KEPT, folder, architecture, cfg, renamed)
+    if not tokenizer_path:  # it is the tokenizer, which the run has
+        left_out = [file for file in left_out if file != external.OURS]
     dtypes = sorted({entry.dtype for entry in folder.entries.values()})
     count = sum(int(array.size) for array in params.values())
     words = f"{tokenizer.name} of {tokenizer.vocab_size:,}"

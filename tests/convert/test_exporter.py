@@ -270,7 +270,7 @@ def test_a_model_of_ours_goes_out_and_comes_in_the_same(architecture, model, tin
     run = saved(tmp_path, tiny(model=model))
     made = exporter.from_run(run, tmp_path / "out", step=0)
     assert made.architecture == architecture and made.dtypes == "F32"
-    importer.to_run(tmp_path / "out", tmp_path / "again")
+    assert importer.to_run(tmp_path / "out", tmp_path / "again").left_out == ""
     (_, model, params), (_, other, same) = (
         checkpoint.load(run),
         checkpoint.load(tmp_path / "again"),
