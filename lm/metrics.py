@@ -73,7 +73,7 @@ class Jsonl:
         self._count, self._hash = 0, hashlib.sha256()
         for line in _lines(path) if path.exists() else []:
             self._add(json.loads(line))
-        self._file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+        self._file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
         self._folder = path.parent.stat()
         self._end = os.fstat(self._file.fileno()).st_size
 
@@ -97,7 +97,7 @@ class Jsonl:
             if self._path.exists() and not self._path.is_file():
                 raise OSError(f"{self._path}: no plain file any more; move it away")
             self._file.close()
-            self._file = open(self._path, "ab")  # noqa: SIM115
+            self._file = open(self._path, "a+b")  # noqa: SIM115
             self._end_line()
         elif os.fstat(self._file.fileno()).st_size != self._end:
             self._say("was changed by another program; going on behind what is there")
@@ -112,9 +112,9 @@ class Jsonl:
 
     def _end_line(self) -> None:
         """End a line that is begun, so that the next row is whole."""
-        with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                self._file.write(b"\n")
+        size = os.fstat(self._file.fileno()).st_size
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.write(b"\n")
 
     def _is_replaced(self) -> bool:
         """Return whether another file, or none, has the name in the folder that this one is in."""

@@ -69,6 +69,7 @@ def _tuple(items: Sequence[Any], hint: Any, *, read: Callable[[Any, Any], Any]) 
 
 
 def parse_duration(value: Duration) -> tuple[Fraction, str]:
+    """Return (amount, "step", "token", "epoch" or "%"). Raises ValueError for what is no duration."""
     match = _DURATION.fullmatch(str(value).strip())
     if match and float(match[1]) >= 2**63:  # of a large exponent a fraction takes for ever
         raise ValueError(f"too many: {value}")

@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         following = f"from_pretrained({args.target!r}) of transformers' class"
     else:
         made = importer.to_run(args.source, args.target, args.tokenizer)
-        prompt = ' --prompt "The [MASK]"' if "ert" in made.architecture else ""
+        prompt = ' --prompt "The [MASK]"' if made.architecture in ("bert", "roberta") else ""
         following = f"python -m tools.generate --workdir {shlex.quote(args.target)}{prompt}"
     print(
         f"{made.architecture}: {made.num_parameters:,} parameters in {made.dtypes}, tokenizer "

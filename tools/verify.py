@@ -23,16 +23,6 @@ from lm import config as config_lib
 from tools import rows
 
 _SHOWN = 5
-# What the numbers of a step go by, beside the state: with another one no stretch is the same.
-_OF_STEPS = (
-    "optim.",
-    "train.num_steps",
-    "train.accumulate_steps",
-    "train.z_loss",
-    "train.label_smoothing",
-    "train.spike_",
-    "train.exact_",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +120,7 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
 
     Raises ConfigError where what the numbers of a step go by was changed between `first` and `last`.
     """
-    from lm import experiment, receipt
+    from lm import experiment, receipt, recorder
     from lm import workdir as workdirs
 
     def then(step: int) -> dict[str, Any]:
@@ -138,12 +128,14 @@ def _as_then(config: Any, workdir: Path, first: int, last: int) -> Any:
         kept = ("optim.", "train.", "eval.")
         return {n: value for n, value in found if n.startswith(kept) or n in workdirs.FREE}
 
+    # With another one of these no stretch is the same, beside the state.
+    of_steps = (*recorder.OF_NUMBERS, "train.num_steps")
     at_first = then(first)
     changed: list[str] = []
     starts = {found.get("first_step", 0) for found in receipt.read_all(workdir)}
     for at in sorted(step for step in starts if first < step < last and at_first):
         new = [name for name, value in then(at).items() if at_first.get(name, value) != value]
-        if others := [name for name in new if name.startswith(_OF_STEPS)]:
+        if others := [n for n in new if n.startswith(of_steps) and n not in workdirs.FREE]:
             raise config_lib.ConfigError(
                 f"--steps: {', '.join(others)} changed at step {at}, and steps are taken from {first} on; "
                 f"verify up to {at}, or from a checkpoint after it on"
